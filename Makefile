@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists the targets: a `##` comment after a target is its help.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PY := .venv/bin/python
+CONFIG ?= configs/quickstart.yaml
+CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
+
+.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench prove-serve lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: ## create .venv from requirements/cpu.lock and write the tiny model; does nothing when nothing changed
+	@scripts/setup.sh
+
+install: setup ## the same as setup
+
+serve: setup ## serve 1 prefill and 1 decode replica on this machine (CONFIG=configs/other.yaml for another file)
+	@.venv/bin/disagg serve $(CONFIG)
+
+test: test-unit test-engine test-e2e ## all tests that need no GPU
+
+test-unit: setup ## pure code, seconds (ARGS="-k name" for some)
+	$(PY) -m pytest tests/unit $(ARGS)
+
+test-engine: setup ## one engine at a time, real and fake
+	$(PY) -m pytest tests/engine -m "not gpu" $(ARGS)
+
+test-e2e: setup ## the whole application under Ray Serve
+	$(PY) -m pytest tests/e2e -m "not gpu" $(ARGS)
+
+lint: setup ## ruff, format and import rules
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	.venv/bin/lint-imports --no-cache
+
+format: setup ## fix what ruff can fix, and format
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+type: setup ## mypy --strict over the three packages
+	$(PY) -m mypy
+
+bench: setup ## measure throughput and latency (ARGS="..." goes to the benchmark)
+	$(PY) -m benchmarks $(ARGS)
+
+prove-serve: setup ## show, line by line, that the served application keeps its promises (LINE=n for one)
+	$(PY) -m tests.prove.serve $(if $(LINE),--line $(LINE))
+
+lock: ## resolve requirements/cpu.lock again, from pyproject.toml
+	$(or $(wildcard $(PY)),python3.11) scripts/lock.py
+
+clean: ## remove .venv, .cache and what tools left behind
+	rm -rf .venv .cache *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU that one streamed token and one request cost between client and engine, against vllm-router.
+
+Fake engines at a 20 ms cadence, the load generator and each front run as processes of their own. A front's cost is
+the CPU of the processes that carry the stream: proxy or HAProxy plus gateway, or the router. What it burns when
+idle is measured before and taken off; Ray's daemons are reported as background. Prints a table, writes
+build/bench-hop.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.cpu import CpuMeter, command, descendants
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+ROUTER_VENV = BUILD / "vllm-router-venv"
+ROUTER_VERSION = "0.1.17"
+FRONTS = ("direct", "vllm-router", "disagg-haproxy", "disagg-proxy")
+BASELINE = "vllm-router"
+_START_TIMEOUT_S = 180.0
+_IDLE_S = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    streams: tuple[int, ...] = (16, 100)
+    repeats: int = 3
+    tokens: int = 500
+    """Length of the long answers, from which the cost of a token follows."""
+    requests: int = 400
+    """One-token requests, from which the cost of a request follows."""
+    itl_ms: float = 20.0
+    api: str = "completions"
+
+
+@dataclass(frozen=True)
+class Front:
+    """Something that is up: where clients go, and which processes are its own."""
+
+    url: str
+    groups: Callable[[], dict[str, set[int]]]
+    """Process ids by group; `hop` is what is measured."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path} | extra
+
+
+@contextlib.contextmanager
+def child(argv: list[str], log: Path, *, interrupt: bool = False, **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that is gone when the context ends, with every process it started."""
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            argv, env=environment(**extra), stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT
+        )
+    try:
+        yield process
+    finally:
+        family = descendants([process.pid])
+        process.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
+        for pid in family - {process.pid} if process.poll() is not None else family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_healthy(url: str, process: subprocess.Popen[str], log: Path) -> None:
+    """Return when `/health` answers 200. Raises RuntimeError when the process ends or takes too long."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}; see {log}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            if reply.status == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"{url}/health was not 200 within {_START_TIMEOUT_S:.0f} s; see {log}")
+
+
+@contextlib.contextmanager
+def fake_engine(role: str, plan: Plan) -> Iterator[str]:
+    """One fake engine as a process; its URL."""
+    argv = [sys.executable, "-m", "pools.engine.fake", "--role", role, "--itl-ms", str(plan.itl_ms), "--port", "0"]
+    with child(argv, BUILD / f"bench-{role}.log") as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def direct(plan: Plan) -> Iterator[Front]:
+    """No front at all: the client at the decode engine, for the latencies."""
+    with fake_engine("decode", plan) as url:
+        yield Front(url, lambda: {"hop": set()})
+
+
+def ensure_router() -> Path:
+    """The vllm-router executable, installed into an environment of its own when it is not there."""
+    executable = ROUTER_VENV / "bin" / "vllm-router"
+    if not executable.exists():
+        venv.create(ROUTER_VENV, with_pip=True)
+        pip = [str(ROUTER_VENV / "bin" / "python"), "-m", "pip", "install", "-q", f"vllm-router=={ROUTER_VERSION}"]
+        subprocess.run(pip, check=True)
+    return executable
+
+
+@contextlib.contextmanager
+def vllm_router(plan: Plan) -> Iterator[Front]:
+    """vllm-router in P/D mode over two fake engines."""
+    port = free_port()
+    log = BUILD / "bench-vllm-router.log"
+    with fake_engine("prefill", plan) as prefill, fake_engine("decode", plan) as decode:
+        argv = [str(ensure_router()), "--vllm-pd-disaggregation", "--prefill", prefill, "--decode", decode]
+        argv += ["--kv-connector", "nixl", "--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port)]
+        argv += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--log-level", "warning"]
+        with child(argv, log) as process:
+            url = f"http://127.0.0.1:{port}"
+            wait_healthy(url, process, log)
+            yield Front(url, lambda: {"hop": descendants([process.pid])})
+
+
+def serve_config(plan: Plan, port: int, *, haproxy: bool) -> dict[str, Any]:
+    """A Serve config with one gateway, one fake prefill and one fake decode replica."""
+    config: dict[str, Any] = {"http_options": {"host": "127.0.0.1", "port": port}}
+    if haproxy:
+        variables = {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        }
+        config["controller_options"] = {"runtime_env": {"env_vars": variables}}
+    application = {
+        "name": "disagg",
+        "route_prefix": "/",
+        "import_path": "disagg.app:build",
+        "external_scaler_enabled": True,
+        "args": {
+            "model": {"id": "tiny", "source": "tiny"},
+            "platform": "cpu",
+            "engine": {"type": "fake", "itl_ms": plan.itl_ms},
+        },
+        "deployments": [{"name": name, "num_replicas": 1} for name in ("gateway", "prefill", "decode")],
+    }
+    return config | {"applications": [application]}
+
+
+def group_of(command_line: str) -> str:
+    """Which group a process of a Serve application counts to."""
+    if command_line.startswith("ray::ServeReplica:disagg:gateway"):
+        return "hop"
+    if command_line.startswith("ray::ServeReplica:"):
+        return "engine"
+    program = Path(command_line.split(" ", 1)[0]).name
+    if command_line.startswith(("ray::ProxyActor", "ray::HAProxyManager")) or program == "haproxy":
+        return "hop"
+    return "background"
+
+
+def serve_groups(root: int) -> dict[str, set[int]]:
+    """Processes below `serve run`, by group."""
+    groups: dict[str, set[int]] = {"hop": set(), "engine": set(), "background": set()}
+    for pid in descendants([root]):
+        groups[group_of(command(pid))].add(pid)
+    return groups
+
+
+@contextlib.contextmanager
+def start_gateway(config_path: Path) -> Iterator[Front]:
+    """The application of a Serve config under `serve run`, in a Ray of its own."""
+    port = yaml.safe_load(config_path.read_text())["http_options"]["port"]
+    url, log = f"http://127.0.0.1:{port}", config_path.with_suffix(".log")
+    argv = [str(Path(sys.executable).parent / "serve"), "run", str(config_path)]
+    with child(argv, log, interrupt=True, RAY_USAGE_STATS_ENABLED="0") as process:
+        wait_healthy(url, process, log)
+        yield Front(url, lambda: serve_groups(process.pid))
+
+
+@contextlib.contextmanager
+def disagg(plan: Plan, *, haproxy: bool) -> Iterator[Front]:
+    """The disagg gateway with fake engines, behind HAProxy or Serve's own proxy."""
+    path = BUILD / f"bench-{'haproxy' if haproxy else 'proxy'}.yaml"
+    path.write_text(yaml.safe_dump(serve_config(plan, free_port(), haproxy=haproxy)))
+    with start_gateway(path) as front:
+        yield front
+
+
+def start(name: str, plan: Plan) -> contextlib.AbstractContextManager[Front]:
+    match name:
+        case "direct":
+            return direct(plan)
+        case "vllm-router":
+            return vllm_router(plan)
+        case "disagg-haproxy":
+            return disagg(plan, haproxy=True)
+        case "disagg-proxy":
+            return disagg(plan, haproxy=False)
+    raise ValueError(f"unknown front {name!r}; known: {', '.join(FRONTS)}")
+
+
+def load(url: str, plan: Plan, *, streams: int, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
+    """One run of the load generator. Raises RuntimeError when a token was lost, repeated or swapped."""
+    argv = [sys.executable, "-m", "benchmarks.load", "--url", url, "--api", plan.api, "--seed", str(seed)]
+    argv += ["--streams", str(streams), "--requests", str(requests), "--max-tokens", str(max_tokens)]
+    done = subprocess.run(argv, env=environment(), cwd=ROOT, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    if result["errors"]:
+        raise RuntimeError(f"{url}: {result['errors']} of {requests} requests failed: {result['error_sample']}")
+    return result
+
+
+def measure(front: Front, plan: Plan, *, streams: int, seed: int) -> dict[str, Any]:
+    """One repeat: idle interval, one-token requests, long answers; microseconds a request and a token."""
+    meter = CpuMeter(front.groups)
+    time.sleep(_IDLE_S)
+    idle = {name: seconds / meter.elapsed_s for name, seconds in meter.read().items()}
+
+    meter = CpuMeter(front.groups)
+    load(front.url, plan, streams=streams, requests=plan.requests, max_tokens=1, seed=seed)
+    request_s = (meter.read()["hop"] - idle["hop"] * meter.elapsed_s) / plan.requests
+
+    meter = CpuMeter(front.groups)
+    long = load(front.url, plan, streams=streams, requests=streams, max_tokens=plan.tokens, seed=seed + 1)
+    used, elapsed_s = meter.read(), meter.elapsed_s
+    num_later_tokens = long["tokens"] - streams
+    token_s = (used["hop"] - idle["hop"] * elapsed_s - request_s * streams) / num_later_tokens
+    return {
+        "us_per_token": 1e6 * token_s,
+        "us_per_request": 1e6 * request_s,
+        "idle_percent": {name: round(100 * share, 2) for name, share in idle.items()},
+        "busy_percent": {name: round(100 * seconds / elapsed_s, 2) for name, seconds in used.items()},
+        "tokens_per_s": round(long["tokens"] / long["duration_s"]),
+        "ttft_ms": long["ttft_ms"],
+        "itl_ms": long["itl_ms"],
+    }
+
+
+def run(plan: Plan, fronts: tuple[str, ...]) -> dict[str, Any]:
+    """Every front, one at a time; all repeats and their medians."""
+    results: dict[str, Any] = {}
+    for name in fronts:
+        with start(name, plan) as front:
+            load(front.url, plan, streams=max(plan.streams), requests=2 * max(plan.streams), max_tokens=20, seed=0)
+            for streams in plan.streams:
+                repeats = [measure(front, plan, streams=streams, seed=10 * i + 1) for i in range(plan.repeats)]
+                medians = {key: median(repeats, key) for key in ("us_per_token", "us_per_request", "tokens_per_s")}
+                medians |= {f"itl_{p}_ms": statistics.median(r["itl_ms"][p] for r in repeats) for p in ("p50", "p99")}
+                medians["ttft_p50_ms"] = statistics.median(r["ttft_ms"]["p50"] for r in repeats)
+                results.setdefault(name, {})[str(streams)] = {"median": medians, "repeats": repeats}
+                print(f"{name} {streams}: {medians}", file=sys.stderr, flush=True)
+    return results
+
+
+def median(repeats: list[dict[str, Any]], key: str) -> float:
+    return round(statistics.median(float(repeat[key]) for repeat in repeats), 1)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The medians as Markdown, with the ratio to vllm-router."""
+    columns = ("front", "streams", "µs/token", "ratio", "µs/request", "ratio", "tokens/s", "TTFT p50", "ITL p50", "p99")
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    for name, by_streams in results.items():
+        for streams, result in by_streams.items():
+            row = result["median"]
+            base = results.get(BASELINE, {}).get(streams, {}).get("median")
+            cells = [name, streams]
+            for key in ("us_per_token", "us_per_request"):
+                ratio = f"{row[key] / base[key]:.2f}" if base and name != "direct" else "–"
+                cells += [f"{row[key]:.1f}", ratio]
+            cells += [f"{row['tokens_per_s']:.0f}"]
+            cells += [f"{row[key]:.2f}" for key in ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fronts", nargs="+", choices=FRONTS, default=list(FRONTS))
+    parser.add_argument("--streams", nargs="+", type=int, default=list(Plan.streams))
+    parser.add_argument("--repeats", type=int, default=Plan.repeats)
+    parser.add_argument("--tokens", type=int, default=Plan.tokens, help="length of the long answers")
+    parser.add_argument("--requests", type=int, default=Plan.requests, help="one-token requests")
+    parser.add_argument("--api", choices=("completions", "chat"), default=Plan.api)
+    parser.add_argument("--output", type=Path, default=BUILD / "bench-hop.json")
+    args = parser.parse_args(argv)
+    BUILD.mkdir(exist_ok=True)
+    plan = Plan(
+        streams=tuple(args.streams),
+        repeats=args.repeats,
+        tokens=args.tokens,
+        requests=args.requests,
+        api=args.api,
+    )
+    results = run(plan, tuple(args.fronts))
+    machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "vllm_router": ROUTER_VERSION}
+    args.output.write_text(json.dumps({"plan": plan.__dict__, "machine": machine, "results": results}, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that say which server to talk to and with which key, shared by the commands that need one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from disagg.errors import ConfigError
+from disagg.sdk.client import DEFAULT_URL, Client
+
+DEFAULT_KEY_FILE = Path(".cache/admin-key")
+KEY_VARIABLE = "DISAGG_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--url`, `--api-key-file` and `--timeout-s`."""
+    parser.add_argument("--url", default=DEFAULT_URL, help="address of the gateway (default: %(default)s)")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file that holds the admin key; without it ${KEY_VARIABLE}, else {DEFAULT_KEY_FILE} where that exists",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=30.0, metavar="S", help="seconds one HTTP call may take (default: 30)"
+    )
+
+
+def client(args: argparse.Namespace) -> Client:
+    """The client that the options describe. Raises `ConfigError` when the key or the URL cannot be used."""
+    try:
+        return Client(args.url, find_key(args.api_key_file, os.environ), timeout_s=args.timeout_s)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+
+
+def find_key(file: Path | None, environ: Mapping[str, str], *, default: Path = DEFAULT_KEY_FILE) -> str | None:
+    """The admin key: from `file`, else from the environment, else from `default` where it exists, else None."""
+    if file is None:
+        if key := environ.get(KEY_VARIABLE, "").strip():
+            return key
+        if not default.is_file():
+            return None
+        file = default
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
+        raise ConfigError(f"cannot read the admin key from {str(file)!r}: {reason}", path="api_key_file") from exc
+    if not key:
+        raise ConfigError(f"the file {str(file)!r} holds no key", path="api_key_file")
+    return key

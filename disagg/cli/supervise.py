@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs `serve run` as a child in its own session, reads its log, and ends it with everything that it started.
+
+`serve run` leaves helpers of Ray's dashboard behind for seconds after it returns, and leaves all of Ray behind when it
+is killed. Whoever stops it through here gets a machine without any of its processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from disagg.cli import processes
+
+_NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_ORIGIN = re.compile(r"^\([^)]* pid=\d+[^)]*\) ?")
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception)(?:\([\w.]+\))?: \S.*")
+_FATAL = ("Failed to update the deployments", "Deploying app '")
+_PR_SET_PDEATHSIG = 1
+_SAMPLE_S = 30.0
+
+
+class ServeRun:
+    """One `serve run`, from start to the last of its processes. Not thread-safe."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        self.log = log
+        self._config = config
+        self._shared_before = processes.shared_files()
+        self._shared_used: frozenset[Path] = frozenset()
+        self._sampled = time.monotonic()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._offset = 0
+
+    @property
+    def pid(self) -> int:
+        """Process id of `serve run`, which is its session's too."""
+        assert self._child is not None, "start() comes first"
+        return self._child.pid
+
+    def start(self) -> None:
+        """Start the child, its output going to the log. The caller's signal handlers must be installed by now,
+        or a child of a shell's background job ignores the interrupt that stops it."""
+        processes.adopt_orphans()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+        def end_with_parent() -> None:
+            if libc is not None:
+                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+
+        with self.log.open("wb") as output:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "ray.serve.scripts", "run", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=child_env(os.environ.copy()),
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+
+    def exit_code(self) -> int | None:
+        """Exit code of the child, or None while it runs."""
+        return self._child.poll() if self._child else None
+
+    def new_lines(self) -> list[str]:
+        """Whole lines that were logged since the last call."""
+        with self.log.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        return [_COLOUR.sub("", line) for line in data[:end].decode(errors="replace").splitlines()]
+
+    def sample(self) -> None:
+        """Note which shared-memory files the run uses. Cheap to call often: it looks every 30 s."""
+        if time.monotonic() - self._sampled >= _SAMPLE_S:
+            self._note_shared()
+
+    def stop(self, *, drain_s: float, hurry: Callable[[], bool], say: Callable[[str], None]) -> list[str]:
+        """Ends the run: interrupt, then terminate, then kill. Blocks. Returns what is left over, in words.
+
+        Args:
+            drain_s: seconds that replicas get to finish their requests.
+            hurry: asked all the time; True skips the rest of the drain.
+            say: shows a line of progress.
+        """
+        assert self._child is not None, "start() comes first"
+        child = self._child
+        self._note_shared()
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            if not self._wait_child(drain_s, hurry, say):
+                say("ending it without waiting for requests")
+                child.terminate()
+                self._wait_child(10.0, lambda: False, say)
+        left = processes.wait_gone(child.pid, 0.5)
+        for number, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
+            if left:
+                processes.send(left, number)
+                left = self._wait_all(patience_s)
+        kept = processes.remove_shared(self._shared_before, self._shared_used)
+        return [
+            *(f"process {process.pid} ({process.name}) does not end" for process in left),
+            *(
+                f"{file} is new and unused, but was not seen in use by this run; remove it if it is yours"
+                for file in kept
+            ),
+        ]
+
+    def _wait_all(self, timeout_s: float) -> list[processes.Process]:
+        def reap() -> bool:
+            self.exit_code()
+            return False
+
+        return processes.wait_gone(self.pid, timeout_s, stop=reap)
+
+    def _wait_child(self, timeout_s: float, hurry: Callable[[], bool], say: Callable[[str], None]) -> bool:
+        started = shown = time.monotonic()
+        while self.exit_code() is None:
+            at = time.monotonic()
+            if at - started >= timeout_s or hurry():
+                return False
+            if at - shown >= 5:
+                shown = at
+                say(f"stopping: {at - started:.0f} s, {len(processes.remaining(self.pid))} processes left")
+            time.sleep(0.1)
+        return True
+
+    def _note_shared(self) -> None:
+        self._sampled = time.monotonic()
+        if processes.shared_files() - self._shared_before:
+            self._shared_used |= processes.mapped_by(process.pid for process in processes.remaining(self.pid))
+
+
+def child_env(env: dict[str, str]) -> dict[str, str]:
+    """The environment of `serve run`: without telemetry unless asked for, the interpreter's own commands first."""
+    path = os.pathsep.join(part for part in (str(Path(sys.executable).parent), env.get("PATH", "")) if part)
+    return {**_NO_TELEMETRY, **env, "PATH": path}
+
+
+def is_fatal(line: str) -> bool:
+    """True for a log line after which Serve does not try to deploy any more."""
+    return _FATAL[0] in line or (_FATAL[1] in line and "failed" in line)
+
+
+def reason(lines: list[str]) -> str | None:
+    """The innermost error that a log names last, such as `ValueError: no such file`; None when it names none."""
+    for line in reversed(lines):
+        text = _ORIGIN.sub("", line).strip()
+        if (
+            _ERROR.match(text)
+            and not text.startswith("ray.exceptions.")
+            and not text.endswith("Traceback (most recent call last):")
+        ):
+            return text
+    return None

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The admin API: sizes, states and load of the pools, and scaling. Needs the admin key.
+
+How a pool is scaled is the `Scaler`'s matter; `disagg.gateway.deployment` gives one that asks Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from starlette.requests import Request
+
+from disagg.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+from disagg.gateway.membership import POOLS, Member, Membership
+from disagg.gateway.wire import Upstreams
+from pools.errors import ReplicaLostError
+
+MAX_REPLICAS = 1024
+_STATS_TIMEOUT_S = 2.0
+
+
+class Scaler(Protocol):
+    """Sets and tells the target size of a pool."""
+
+    async def targets(self) -> dict[str, int | None]:
+        """Target number of replicas of each pool; None when unknown."""
+        ...
+
+    async def scale(self, pool: str, num_replicas: int) -> None:
+        """Raises ConflictError when the application does not allow scaling from outside."""
+        ...
+
+
+class AdminKey:
+    """The admin key in a file, read at each use so that it can be replaced without a restart."""
+
+    def __init__(self, key_file: str | None) -> None:
+        self._path = Path(key_file) if key_file else None
+
+    def check(self, request: Request) -> None:
+        """Raises PermissionDeniedError when there is no key to match, AuthenticationError when it does not match."""
+        if self._path is None:
+            raise PermissionDeniedError("the admin API is off; set gateway.admin.key_file in the application's args")
+        try:
+            key = self._path.read_text().strip()
+        except OSError as exc:
+            raise PermissionDeniedError(
+                f"the admin key file cannot be read ({exc.strerror}); write a key to gateway.admin.key_file"
+            ) from exc
+        if not key:
+            raise PermissionDeniedError("the admin key file is empty; write a key to gateway.admin.key_file")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+            raise AuthenticationError("missing or wrong admin key; send it as 'Authorization: Bearer <key>'")
+
+
+class Admin:
+    """Answers of the admin API as JSON-able values."""
+
+    def __init__(self, membership: Membership, upstreams: Upstreams, scaler: Scaler) -> None:
+        self._membership = membership
+        self._upstreams = upstreams
+        self._scaler = scaler
+
+    async def pools(self) -> dict[str, Any]:
+        targets = await self._scaler.targets()
+        return {"pools": [await self._pool(name, targets.get(name)) for name in POOLS]}
+
+    async def scale(self, pool: str, body: dict[str, Any]) -> dict[str, Any]:
+        if pool not in POOLS:
+            raise NotFoundError(f"there is no pool {pool!r}; the pools are {' and '.join(POOLS)}", param="pool")
+        unknown = sorted(body.keys() - {"num_replicas"})
+        if unknown:
+            raise InvalidRequestError(f"unknown field {unknown[0]!r}; only num_replicas is known", param=unknown[0])
+        wanted = body.get("num_replicas")
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MAX_REPLICAS:
+            raise InvalidRequestError(
+                f"num_replicas must be a whole number from 1 to {MAX_REPLICAS}", param="num_replicas"
+            )
+        await self._scaler.scale(pool, wanted)
+        return {"name": pool, "target_num_replicas": wanted}
+
+    async def _pool(self, name: str, target: int | None) -> dict[str, Any]:
+        members = self._membership.members(name)
+        replicas = await asyncio.gather(*(self._replica(member) for member in members))
+        return {
+            "name": name,
+            "target_num_replicas": target,
+            "num_routable": sum(1 for replica in replicas if replica["state"] == "routable"),
+            "replicas": replicas,
+        }
+
+    async def _replica(self, member: Member) -> dict[str, Any]:
+        stats: dict[str, Any] = {}
+        try:
+            status, payload = await self._upstreams.get(member.info.url).request(
+                "GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S
+            )
+            if status == 200:
+                stats = msgspec.json.decode(payload)
+        except ReplicaLostError:
+            pass
+        others_exist = any(self._membership.members(pool) for pool in POOLS if pool != member.info.pool)
+        if not stats or not member.reachable:
+            state = "unreachable"
+        elif others_exist and not member.warm_peers:
+            state = "warming"
+        else:
+            state = "routable"
+        return {
+            "replica_id": member.info.replica_id,
+            "engine_id": member.info.engine_id,
+            "incarnation": member.info.incarnation,
+            "state": state,
+            "url": member.info.url,
+            "warm_peers": sorted(member.warm_peers),
+            "num_requests_running": stats.get("num_requests_running"),
+            "num_requests_waiting": stats.get("num_requests_waiting"),
+            "num_requests_in_flight": stats.get("num_requests_in_flight"),
+            "kv_cache_usage": stats.get("kv_cache_usage"),
+            "uptime_s": stats.get("uptime_s"),
+        }

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sends one answer to one client: the decode leg's bytes, or the error that stands for them.
+
+A stream goes socket to socket when the client's connection is in this process (`splice`), else as ASGI messages. A
+client that leaves cancels everything that runs for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from disagg.config import GatewayConfig
+from disagg.gateway.handoff import Answer, Call, Handoff
+from disagg.gateway.metrics import Metrics
+from disagg.gateway.responses import error_event, error_response, shape_of
+from disagg.gateway.splice import splice_of
+from pools.errors import NoReplicaError, ReplicaLostError
+from transport.errors import DisaggError
+
+
+class Carrier(Protocol):
+    """What a response needs of the gateway."""
+
+    handoff: Handoff
+    metrics: Metrics
+    config: GatewayConfig
+    num_in_flight: int
+
+
+class AnsweredCall(Response):
+    """A response that runs its request while it is being sent, so that leaving and answering share one scope."""
+
+    def __init__(
+        self, prepare: Callable[[], Awaitable[Call]], carrier: Carrier, *, request_id: str, endpoint: str
+    ) -> None:
+        super().__init__()
+        self._prepare = prepare
+        self._carrier = carrier
+        self._handoff = carrier.handoff
+        self._metrics = carrier.metrics
+        self._request_id = request_id
+        self._endpoint = endpoint
+        self._streaming = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        left = False
+
+        def client_left(_: asyncio.Task[None]) -> None:
+            nonlocal left
+            if not watch.cancelled():
+                left = True
+                task.cancel()
+
+        watch = asyncio.ensure_future(_disconnected(receive))
+        watch.add_done_callback(client_left)
+        self._carrier.num_in_flight += 1
+        try:
+            await self._run(scope, receive, send)
+        except asyncio.CancelledError:
+            if self._streaming:
+                self._metrics.disconnects.labels("stream").inc()
+            if not left:
+                raise
+            task.uncancel()
+        finally:
+            self._carrier.num_in_flight -= 1
+            watch.remove_done_callback(client_left)
+            watch.cancel()
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        mode = "none"
+        try:
+            answer = await self._handoff.answer(await self._prepare())
+        except DisaggError as exc:
+            headers = {"x-request-id": self._request_id}
+            if isinstance(exc, NoReplicaError):
+                headers["retry-after"] = str(self._carrier.config.retry_after_s)
+            self._count(mode, shape_of(exc).status)
+            await error_response(exc, headers)(scope, receive, send)
+            return
+        mode = answer.mode
+        self._metrics.first_byte_seconds.observe(time.perf_counter() - started)
+        self._count(mode, answer.status)
+        try:
+            await self._send(answer, scope, send)
+        finally:
+            answer.close()
+
+    async def _send(self, answer: Answer, scope: Scope, send: Send) -> None:
+        headers = [
+            (b"content-type", answer.content_type.encode("latin-1")),
+            (b"x-request-id", self._request_id.encode()),
+            (b"x-disagg-prefill", answer.prefill_id.encode()),
+            (b"x-disagg-decode", answer.decode_id.encode()),
+        ]
+        if answer.exchange is None:
+            headers.append((b"content-length", b"%d" % len(answer.content)))
+            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            await send({"type": "http.response.body", "body": answer.content})
+            return
+        headers.append((b"cache-control", b"no-cache"))
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.content, "more_body": True})
+        self._streaming = True
+        try:
+            last = await self._stream(answer, scope, send)
+        finally:
+            self._streaming = False
+        await send({"type": "http.response.body", "body": last})
+
+    async def _stream(self, answer: Answer, scope: Scope, send: Send) -> bytes:
+        """Send the rest of the stream; returns what has to follow it."""
+        assert answer.exchange is not None
+        try:
+            if (protocol := splice_of(scope)) is not None:
+                self._metrics.streams.labels("splice").inc()
+                await protocol.splice(answer.exchange)
+            else:
+                self._metrics.streams.labels("asgi").inc()
+                while (chunk := await answer.exchange.next_chunk()) is not None:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except ReplicaLostError as exc:
+            self._metrics.broken_streams.inc()
+            return error_event(exc)
+        return b""
+
+    def _count(self, mode: str, status: int) -> None:
+        self._metrics.requests.labels(self._endpoint, mode, str(status)).inc()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway without Ray: its parts put together, and the FastAPI app over them.
+
+`disagg.gateway.deployment` runs it in Serve; tests run it under plain uvicorn with the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+import disagg
+from disagg.config import GatewayConfig
+from disagg.errors import (
+    InvalidRequestError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    NotFoundError,
+    RequestError,
+)
+from disagg.gateway import openapi
+from disagg.gateway.admin import Admin, AdminKey, Scaler
+from disagg.gateway.answering import AnsweredCall
+from disagg.gateway.background import Background
+from disagg.gateway.handoff import Call, Handoff
+from disagg.gateway.intake import (
+    ClientDisconnect,
+    check_fields,
+    forwarded_headers,
+    parse_json,
+    read_body,
+    request_id_of,
+)
+from disagg.gateway.legs import Endpoint
+from disagg.gateway.membership import POOLS, Membership
+from disagg.gateway.metrics import Metrics
+from disagg.gateway.render import Renderer
+from disagg.gateway.responses import error_response, shape_of
+from disagg.gateway.warm import PairWarmer
+from disagg.gateway.wire import Upstreams
+from pools.errors import NoReplicaError, PoolOverloadedError, ReplicaLostError
+from transport.errors import DisaggError
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 0.5
+_CLOSE_TIMEOUT_S = 10.0
+_PASSED_TIMEOUT_S = 60.0
+
+
+class Gateway:
+    """One gateway replica. Create it in the event loop that serves it."""
+
+    def __init__(
+        self, *, model_id: str, config: GatewayConfig, renderer: Renderer, scaler: Scaler, max_model_len: int | None
+    ) -> None:
+        self.model_id = model_id
+        self.config = config
+        self.max_model_len = max_model_len
+        self.created = int(time.time())
+        self.renderer = renderer
+        self.metrics = Metrics()
+        self.background = Background()
+        self.upstreams = Upstreams(
+            connect_timeout_s=config.connect_timeout_s,
+            first_byte_timeout_s=config.first_byte_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+            stall_timeout_s=config.client_stall_timeout_s,
+        )
+        self.membership = Membership(self._members_changed)
+        self.warmer = PairWarmer(self.membership, self.upstreams, self.metrics, self.background)
+        self.handoff = Handoff(
+            model_id=model_id,
+            config=config,
+            membership=self.membership,
+            upstreams=self.upstreams,
+            metrics=self.metrics,
+            background=self.background,
+        )
+        self.admin_key = AdminKey(config.admin.key_file)
+        self.admin = Admin(self.membership, self.upstreams, scaler)
+        self.num_in_flight = 0
+        self._loops: list[asyncio.Task[None]] = []
+        self.metrics.on_render(self._refresh_gauges)
+
+    def start(self) -> None:
+        self._loops = [
+            self.background.forever(self._sweep()),
+            self.background.forever(self.warmer.recheck_unreachable()),
+        ]
+
+    async def close(self) -> None:
+        """Stop the loops, finish what gives KV back, close the connections."""
+        for loop in self._loops:
+            loop.cancel()
+        await self.background.close(_CLOSE_TIMEOUT_S)
+        self.upstreams.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self.upstreams.sweep(asyncio.get_running_loop().time())
+
+    def _members_changed(self) -> None:
+        self.upstreams.retain(self.membership.urls())
+        self.warmer.start_missing()
+
+    def _refresh_gauges(self) -> None:
+        for pool in POOLS:
+            routable = self.membership.num_routable(pool)
+            self.metrics.replicas.labels(pool, "routable").set(routable)
+            self.metrics.replicas.labels(pool, "other").set(len(self.membership.members(pool)) - routable)
+        self.metrics.in_flight.set(self.num_in_flight)
+        self.metrics.warm_pairs.set(self.membership.num_warm_pairs())
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of `/health`: 200 exactly when a request could be served."""
+        pools = {pool: self.membership.num_routable(pool) for pool in POOLS}
+        pairs = self.membership.num_warm_pairs()
+        cold = len(self.membership.cold_pairs())
+        if not any(member.reachable for member in self.membership.members("decode")):
+            return 503, {"status": "unavailable", "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
+        status = "ok" if pairs else "degraded"
+        return 200, {"status": status, "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
+
+    def answered(self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes) -> Response:
+        """The response that runs one completion request."""
+        if self.num_in_flight >= self.config.max_num_requests:
+            raise PoolOverloadedError(
+                f"the gateway carries {self.num_in_flight} requests, its limit (gateway.max_num_requests)"
+            )
+        request_id = request_id_of(request)
+
+        async def prepare() -> Call:
+            with self.metrics.render_seconds.time():
+                prompts = await self.renderer.prompts(endpoint, body)
+            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request))
+
+        return AnsweredCall(prepare, self, endpoint=endpoint, request_id=request_id)
+
+    async def passed_on(self, method: str, path: str, raw: bytes) -> Response:
+        """One decode replica's answer to a route that needs no KV."""
+        tried: set[str] = set()
+        while (member := self.membership.pick_decode(without=tried)) is not None:
+            try:
+                status, payload = await self.upstreams.get(member.info.url).request(
+                    method, path, raw, timeout_s=_PASSED_TIMEOUT_S
+                )
+            except ReplicaLostError:
+                tried.add(member.info.replica_id)
+                continue
+            return Response(payload, status, media_type="application/json")
+        raise NoReplicaError("no decode replica is ready")
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The HTTP API over one gateway."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gateway.start()
+        yield
+        await gateway.close()
+
+    app = FastAPI(
+        title="disagg gateway", version=disagg.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    _add_errors(app, gateway)
+    _add_openai(app, gateway)
+    _add_operations(app, gateway)
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schema.setdefault("components", {})["securitySchemes"] = {"admin": {"type": "http", "scheme": "bearer"}}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+    return app
+
+
+def _add_errors(app: FastAPI, gateway: Gateway) -> None:
+    def answer(request: Request, error: DisaggError) -> Response:
+        status = shape_of(error).status
+        headers = {"x-request-id": request_id_of(request)}
+        if status == 503:
+            headers["retry-after"] = str(gateway.config.retry_after_s)
+        if status == 401:
+            headers["www-authenticate"] = "Bearer"
+        gateway.metrics.requests.labels("other", "none", str(status)).inc()
+        return error_response(error, headers)
+
+    @app.exception_handler(DisaggError)
+    async def disagg_error(request: Request, error: DisaggError) -> Response:
+        return answer(request, error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        if error.status_code == 404:
+            return answer(request, NotFoundError(f"Unknown request URL: {where}"))
+        if error.status_code == 405:
+            response = answer(request, MethodNotAllowedError(f"Not allowed: {where}"))
+            if allow := (error.headers or {}).get("Allow"):
+                response.headers["allow"] = allow
+            return response
+        return answer(request, RequestError(str(error.detail)))
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        gateway.metrics.disconnects.labels("body").inc()
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        logger.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
+        return answer(request, DisaggError("internal error of the gateway; its log has the details"))
+
+
+def _add_openai(app: FastAPI, gateway: Gateway) -> None:
+    async def received(request: Request) -> tuple[bytes, dict[str, Any]]:
+        raw = await read_body(
+            request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s
+        )
+        body = parse_json(request, raw)
+        check_fields(body, model_id=gateway.model_id)
+        return raw, body
+
+    refusals = openapi.errors(400, 404, 405, 408, 413, 415, 503)
+
+    @app.post("/v1/chat/completions", openapi_extra=openapi.operation(openapi.CHAT), responses=refusals)
+    async def chat_completions(request: Request) -> Response:
+        raw, body = await received(request)
+        return gateway.answered(request, "chat", body, raw)
+
+    @app.post("/v1/completions", openapi_extra=openapi.operation(openapi.COMPLETIONS), responses=refusals)
+    async def completions(request: Request) -> Response:
+        raw, body = await received(request)
+        return gateway.answered(request, "completions", body, raw)
+
+    @app.post("/tokenize", openapi_extra=openapi.operation(openapi.TOKENIZE), responses=refusals)
+    async def tokenize(request: Request) -> Response:
+        raw, _ = await received(request)
+        return await gateway.passed_on("POST", "/tokenize", raw)
+
+    @app.post("/detokenize", openapi_extra=openapi.operation(openapi.DETOKENIZE), responses=refusals)
+    async def detokenize(request: Request) -> Response:
+        raw, _ = await received(request)
+        return await gateway.passed_on("POST", "/detokenize", raw)
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": gateway.model_id,
+            "object": "model",
+            "created": gateway.created,
+            "owned_by": "disagg",
+            "max_model_len": gateway.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{model_id:path}", responses=openapi.errors(404))
+    async def model(model_id: str) -> JSONResponse:
+        if model_id != gateway.model_id:
+            raise ModelNotFoundError(f"The model {model_id!r} does not exist; this server has {gateway.model_id!r}.")
+        return JSONResponse(card())
+
+
+def _add_operations(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/health", responses={503: {"description": "No request could be served"}})
+    async def health() -> JSONResponse:
+        status, body = gateway.health()
+        headers = {"retry-after": str(gateway.config.retry_after_s)} if status == 503 else {}
+        return JSONResponse(body, status, headers=headers)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/admin/v1/pools", responses=openapi.errors(401, 403))
+    async def pools(request: Request) -> JSONResponse:
+        gateway.admin_key.check(request)
+        return JSONResponse(await gateway.admin.pools())
+
+    @app.post(
+        "/admin/v1/pools/{name}/scale",
+        openapi_extra=openapi.operation(openapi.SCALE),
+        responses=openapi.errors(400, 401, 403, 404, 409),
+        status_code=202,
+    )
+    async def scale(name: str, request: Request) -> JSONResponse:
+        gateway.admin_key.check(request)
+        raw = await read_body(
+            request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s
+        )
+        body = parse_json(request, raw)
+        if not body:
+            raise InvalidRequestError("num_replicas is missing", param="num_replicas")
+        return JSONResponse(await gateway.admin.scale(name, body), 202)

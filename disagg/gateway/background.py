@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks that outlive the request that started them, such as giving KV back after a client left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Detached tasks: in a context of their own, so that no cancelled request takes them along; awaited at close."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        loop = asyncio.get_running_loop()
+        task = contextvars.Context().run(loop.create_task, coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+
+    def forever(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A loop of the gateway; its failure is logged with a traceback."""
+        task = self.spawn(coroutine)
+        task.add_done_callback(_report)
+        return task
+
+    async def close(self, timeout_s: float) -> None:
+        """Let what is running finish for `timeout_s`, then cancel it."""
+        if not self._tasks:
+            return
+        _, pending = await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a background loop of the gateway ended", exc_info=error)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gateway as Serve's ingress deployment: feeds it replicas, gives it a way to scale, hands Serve its app.
+
+The one module where the gateway meets Ray. The controller call behind `scale` is not public; the contract test
+`tests/e2e/test_ray_contract.py` fails when it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from disagg.config import AppConfig
+from disagg.errors import ConflictError
+from disagg.gateway import splice
+from disagg.gateway.app import Gateway, create_app
+from disagg.gateway.render import VllmRenderer
+from disagg.router import feed
+from disagg.router.views import ReplicaInfo
+from pools.launch import engine_args, merged_engine_kwargs
+from pools.placement import placement
+from transport.errors import DisaggError
+
+logger = logging.getLogger(__name__)
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """One gateway replica."""
+
+    async def __init__(self, config: Mapping[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+        splice.install()
+        self._config = AppConfig.model_validate(config)
+        self._renderer = await asyncio.to_thread(make_renderer, self._config)
+        self._app_name = serve.get_replica_context().app_name
+        # Making options is what starts a handle's router, and with it the reports of replicas.
+        self._handles = [prefill.options(), decode.options()]
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        loop = asyncio.get_running_loop()
+        self._gateway = Gateway(
+            model_id=self._config.model.id,
+            config=self._config.gateway,
+            renderer=self._renderer,
+            scaler=ServeScaler(self._app_name),
+            max_model_len=self._renderer.max_model_len,
+        )
+
+        def report(pool: str, replicas: list[ReplicaInfo]) -> None:
+            loop.call_soon_threadsafe(self._gateway.membership.replace, pool, replicas)
+
+        feed.subscribe(report)
+        return create_app(self._gateway)
+
+
+def make_renderer(config: AppConfig) -> VllmRenderer:
+    """vLLM's renderer with the arguments that the decode engines get."""
+    placed = placement(config.platform, merged_engine_kwargs(config.model, config.decode, config.platform), config.cpu)
+    return VllmRenderer(
+        engine_args(config.model, config.decode, platform=config.platform, kv_transfer_config={}, placement=placed)
+    )
+
+
+class ServeScaler:
+    """Pool sizes through Serve's controller, in a thread because its calls block."""
+
+    def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
+
+    async def targets(self) -> dict[str, int | None]:
+        return await asyncio.to_thread(self._targets)
+
+    async def scale(self, pool: str, num_replicas: int) -> None:
+        await asyncio.to_thread(self._scale, pool, num_replicas)
+
+    def _targets(self) -> dict[str, int | None]:
+        try:
+            details = ray.get(_controller().get_serve_instance_details.remote(), timeout=5)
+            deployments = details["applications"][self._app_name]["deployments"]
+            return {name: deployment["target_num_replicas"] for name, deployment in deployments.items()}
+        except (ray.exceptions.RayError, KeyError, ValueError) as exc:
+            logger.warning("Serve's controller did not tell the pool sizes: %s", exc)
+            return {}
+
+    def _scale(self, pool: str, num_replicas: int) -> None:
+        from ray.serve._private.common import DeploymentID
+        from ray.serve._private.exceptions import ExternalScalerDisabledError
+
+        target = DeploymentID(name=pool, app_name=self._app_name)
+        try:
+            ray.get(_controller().update_deployment_replicas.remote(target, num_replicas), timeout=10)
+        except ExternalScalerDisabledError as exc:
+            raise ConflictError(
+                "this application does not allow scaling from outside; set external_scaler_enabled: true on it in the "
+                "Serve config and deploy again"
+            ) from exc
+        except (ray.exceptions.RayError, ValueError) as exc:
+            raise DisaggError(f"Serve's controller refused to scale {pool}: {exc}") from exc
+
+
+def _controller() -> Any:
+    return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")

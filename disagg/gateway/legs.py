@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two legs of a request send, and whether it is handed off at all. Pure.
+
+Source of the rules: vLLM 0.32, the NIXL pull protocol and the OpenAI routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+Endpoint = Literal["chat", "completions"]
+PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
+"""Body fields that only the gateway may send: they can crash an engine, leak another prompt's KV or name other hosts."""
+
+MAX_PRIMED_PROMPTS = 8
+"""A longer list of prompts is prefilled on decode: more legs at once would starve other requests."""
+
+REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
+
+_encode = msgspec.json.Encoder().encode
+
+Mode = Literal["handoff", "primed", "local"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the prompt gets its KV."""
+
+    mode: Mode
+    """`handoff`: the decode leg pulls it. `primed`: a probe pulls it into decode's prefix cache first, for requests
+    that fan out over it. `local`: the decode engine computes it."""
+    reason: str = ""
+    """Why not `handoff`; one of a few fixed words, used as a metric label."""
+
+
+def route_for(
+    endpoint: Endpoint, body: Mapping[str, Any], prompts: Sequence[Sequence[int]] | None, *, min_handoff_tokens: int
+) -> Route:
+    """Decide from the request alone.
+
+    Args:
+        prompts: token ids of each prompt, or None when the request could not be rendered (decode then says why).
+    """
+    if prompts is None:
+        return Route("local", "not_rendered")
+    if not prompts or any(not ids for ids in prompts):
+        return Route("local", "empty_prompt")
+    if body.get("prompt_logprobs") is not None:
+        return Route("local", "prompt_logprobs")
+    if endpoint == "completions" and body.get("echo") and body.get("logprobs") is not None:
+        return Route("local", "prompt_logprobs")
+    if body.get("use_beam_search"):
+        return Route("local", "beam_search")
+    if max(len(ids) for ids in prompts) < min_handoff_tokens:
+        return Route("local", "short")
+    if len(prompts) > 1:
+        return Route("primed", "prompt_list") if len(prompts) <= MAX_PRIMED_PROMPTS else Route("local", "prompt_list")
+    if _count(body.get("n")) > 1 or _count(body.get("best_of")) > 1:
+        return Route("primed", "n")
+    return Route("handoff")
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 1
+
+
+def prefill_body(model: str, prompt_token_ids: Sequence[int], *, cache_salt: str | None) -> bytes:
+    """The prefill leg: the same prompt, one token, nothing else of the request.
+
+    Everything that could end it early, repeat it or make it cost more is left out, so that its KV is always offered.
+    """
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(prompt_token_ids),
+        "max_tokens": 1,
+        "temperature": 0,
+        "ignore_eos": True,
+        "kv_transfer_params": REMOTE_DECODE,
+    }
+    if cache_salt is not None:
+        body["cache_salt"] = cache_salt
+    return _encode(body)
+
+
+def decode_body(
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    prompt_token_ids: Sequence[int],
+    kv_transfer_params: Mapping[str, Any],
+) -> bytes:
+    """The decode leg of a hand-off: the client's request, the tokens already made of it, and where its KV is.
+
+    `echo` and `suffix` need the prompt's text, so there the prompt stays as the client sent it.
+    """
+    sent = dict(body)
+    if endpoint == "chat":
+        sent["kv_transfer_params"] = {**kv_transfer_params, "prompt_token_ids": list(prompt_token_ids)}
+    else:
+        sent["kv_transfer_params"] = dict(kv_transfer_params)
+        if not body.get("echo") and body.get("suffix") is None:
+            sent["prompt"] = list(prompt_token_ids)
+    return _encode(sent)
+
+
+def probe_body(prompt_token_ids: Sequence[int], kv_transfer_params: Mapping[str, Any] | None) -> bytes:
+    return _encode({"prompt_token_ids": list(prompt_token_ids), "kv_transfer_params": kv_transfer_params})
+
+
+def transfer_params(response: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The hand-off parameters of a prefill leg's response, or None when it offers none."""
+    params = response.get("kv_transfer_params")
+    if not isinstance(params, dict) or not params.get("do_remote_prefill") or not params.get("remote_block_ids"):
+        return None
+    return params

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat template and tokeniser of the gateway: vLLM's own renderer, without an engine.
+
+It is the code that the engines run, so that the tokens are the same. The one module of the gateway that imports
+vLLM. Tokenising happens in vLLM's thread pool, off the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from disagg.gateway.legs import Endpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Renderer(Protocol):
+    """Turns a request into token ids."""
+
+    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
+        """Token ids of each prompt; None when the engine itself has to look at the request (to refuse it, mostly)."""
+        ...
+
+
+
+class VllmRenderer:
+    """vLLM's `OnlineRenderer` over a model's tokeniser.
+
+    Args:
+        arguments: vLLM's engine and frontend arguments, as the engines get them.
+    Raises:
+        Exception: whatever vLLM raises for a model it cannot read.
+    Source:
+        vLLM 0.32 `entrypoints/launchers/render`, which serves the same renderer without an engine.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        from vllm.config import VllmConfig
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.renderers import renderer_from_config
+        from vllm.renderers.chat_utils import load_chat_template
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        from pools.engine._vllm_compat import split_args
+
+        left_out = {"kv_transfer_config", "worker_extension_cls", "distributed_executor_backend"}
+        engine_args, args = split_args({k: v for k, v in arguments.items() if k not in left_out})
+        model_config = engine_args.create_model_config()
+        model_config.quantization = None
+        config = VllmConfig(
+            model_config=model_config, structured_outputs_config=engine_args.create_structured_outputs_config()
+        )
+        self._online = OnlineRenderer(
+            model_config=model_config,
+            renderer=renderer_from_config(config),
+            request_logger=None,
+            chat_template=load_chat_template(args.chat_template),
+            chat_template_content_format=args.chat_template_content_format,
+            trust_request_chat_template=args.trust_request_chat_template,
+            trust_request_mm_kwargs=args.trust_request_mm_kwargs,
+            enable_auto_tools=args.enable_auto_tool_choice,
+            exclude_tools_when_tool_choice_none=args.exclude_tools_when_tool_choice_none,
+            tool_parser=args.tool_call_parser,
+            tool_strict_level=args.tool_strict_level,
+            reasoning_parser=args.reasoning_parser or config.structured_outputs_config.reasoning_parser,
+            default_chat_template_kwargs=args.default_chat_template_kwargs,
+        )
+        self._online.warmup()
+        self._models = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+        self._error = ErrorResponse
+        self.max_model_len: int = model_config.max_model_len
+
+    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
+        try:
+            # The models' validators edit what they are given; the client's body stays as it is.
+            request = self._models[endpoint].model_validate(dict(body))
+            if endpoint == "chat":
+                rendered = await self._online.render_chat(request, skip_mm_cache=True)
+                inputs = rendered[1] if isinstance(rendered, tuple) else rendered
+            else:
+                inputs = await self._online.render_completion(request, skip_mm_cache=True)
+        except Exception as exc:
+            # A request that vLLM's code refuses here is refused by the engine with the same words, in its own shape.
+            logger.debug("not rendered: %s", exc)
+            return None
+        if isinstance(inputs, self._error):
+            return None
+        prompts = [item.get("prompt_token_ids") if item.get("type") == "token" else None for item in inputs]
+        return None if any(ids is None for ids in prompts) else [list(ids) for ids in prompts]

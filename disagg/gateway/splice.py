@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Socket-to-socket streaming where uvicorn serves the client in this process (behind HAProxy, or alone).
+
+The ASGI path costs a task switch and several calls a token. Here the engine's chunk is written to the client's
+transport inside the call that received it. It hangs on uvicorn's `HttpToolsProtocol`, which is not a public
+interface: `tests/unit/disagg/gateway/test_splice.py` fails when it changes, and `splice_of` returns None whenever
+anything is not as expected, which sends the response over plain ASGI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import uvicorn.protocols.http.auto as uvicorn_auto
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from disagg.gateway.wire import Exchange
+
+_EXTENSION = "disagg.splice"
+
+
+class SplicingProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, which names itself in the scope and tells a splice when the client is slow."""
+
+    _exchange: Exchange | None = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {_EXTENSION: self}  # type: ignore[typeddict-item]
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._exchange is not None:
+            self._exchange.resume()
+
+    async def splice(self, exchange: Exchange) -> None:
+        """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError."""
+        write = self.transport.write
+
+        def to_client(data: bytes) -> None:
+            write(b"%x\r\n%b\r\n" % (len(data), data))
+
+        self._exchange = exchange
+        try:
+            if self.flow.write_paused:
+                exchange.pause()
+            await exchange.forward(to_client)
+        finally:
+            self._exchange = None
+
+
+def install() -> None:
+    """Make every uvicorn server that starts later in this process speak through `SplicingProtocol`."""
+    uvicorn_auto.AutoHTTPProtocol = SplicingProtocol
+
+
+def splice_of(scope: Any) -> SplicingProtocol | None:
+    """The client's protocol when this response can be spliced: started, chunked, and in the running loop."""
+    protocol = (scope.get("extensions") or {}).get(_EXTENSION)
+    if not isinstance(protocol, SplicingProtocol) or protocol.loop is not asyncio.get_running_loop():
+        return None
+    cycle = protocol.cycle
+    if cycle is None or not cycle.response_started or cycle.response_complete or not cycle.chunked_encoding:
+        return None
+    return protocol

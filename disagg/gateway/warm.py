@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves KV once between every new pair of replicas, so that no request pays for the first handshake.
+
+A pair is warm when the decode engine reports a fresh prompt's block as cached that only the prefill engine had
+computed. Replicas that could not be reached are asked again here, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import uuid
+
+import msgspec
+
+from disagg.gateway.background import Background
+from disagg.gateway.legs import REMOTE_DECODE, probe_body
+from disagg.gateway.membership import POOLS, Membership, Pair
+from disagg.gateway.metrics import Metrics
+from disagg.gateway.wire import Upstreams
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 60.0
+_MAX_AT_ONCE = 4
+"""vLLM handshakes one peer at a time, so larger waves only queue there."""
+_FIRST_RETRY_S = 0.5
+_MAX_RETRY_S = 10.0
+_RECHECK_S = 1.0
+
+
+class PairWarmer:
+    """Warms cold pairs in the background, for as long as both replicas live."""
+
+    def __init__(
+        self, membership: Membership, upstreams: Upstreams, metrics: Metrics, background: Background
+    ) -> None:
+        self._membership = membership
+        self._upstreams = upstreams
+        self._metrics = metrics
+        self._background = background
+        self._in_progress: set[tuple[str, str]] = set()
+        self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
+        self._random = random.Random(uuid.uuid4().int)
+
+    def start_missing(self) -> None:
+        """Begin with every cold pair that is not being warmed. Returns at once."""
+        for pair in self._membership.cold_pairs():
+            key = (pair.prefill.info.incarnation, pair.decode.info.incarnation)
+            if key not in self._in_progress:
+                self._in_progress.add(key)
+                self._background.forever(self._warm(pair, key))
+
+    async def recheck_unreachable(self) -> None:
+        """Forever: ask replicas that refused a connection whether they are back."""
+        while True:
+            await asyncio.sleep(_RECHECK_S)
+            for member in [m for pool in POOLS for m in self._membership.members(pool) if not m.reachable]:
+                with contextlib.suppress(ReplicaLostError):
+                    status, _ = await self._upstreams.get(member.info.url).request(
+                        "GET", "/disagg/v1/stats", timeout_s=_RECHECK_S
+                    )
+                    if status == 200:
+                        self._membership.mark_reachable(member)
+
+    async def _warm(self, pair: Pair, key: tuple[str, str]) -> None:
+        delay = _FIRST_RETRY_S
+        try:
+            while self._is_cold(pair):
+                async with self._slots:
+                    failure = await self._try(pair)
+                if failure is None:
+                    self._metrics.warm_attempts.labels("ok").inc()
+                    self._membership.mark_warm(pair)
+                    return
+                self._metrics.warm_attempts.labels("failed").inc()
+                logger.warning(
+                    "no KV moved yet from %s to %s: %s; trying again in %g s",
+                    pair.prefill.info.replica_id,
+                    pair.decode.info.replica_id,
+                    failure,
+                    delay,
+                )
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _MAX_RETRY_S)
+        finally:
+            self._in_progress.discard(key)
+
+    def _is_cold(self, pair: Pair) -> bool:
+        return any(c.prefill is pair.prefill and c.decode is pair.decode for c in self._membership.cold_pairs())
+
+    async def _try(self, pair: Pair) -> str | None:
+        """One fresh block through the pair; None when it arrived, else what went wrong."""
+        info = pair.prefill.info
+        prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
+        try:
+            status, payload = await self._upstreams.get(info.url).request(
+                "POST", "/disagg/v1/probe", probe_body(prompt, REMOTE_DECODE), timeout_s=_TIMEOUT_S
+            )
+            if status != 200:
+                return f"the prefill probe answered {status}: {payload[:200]!r}"
+            params = msgspec.json.decode(payload)["kv_transfer_params"]
+            if not params:
+                return "the prefill engine offered no KV"
+            status, payload = await self._upstreams.get(pair.decode.info.url).request(
+                "POST", "/disagg/v1/probe", probe_body(prompt, params), timeout_s=_TIMEOUT_S
+            )
+        except ReplicaLostError as exc:
+            return str(exc)
+        if status != 200:
+            return f"the decode probe answered {status}: {payload[:200]!r}"
+        cached = msgspec.json.decode(payload)["num_cached_tokens"]
+        return None if cached >= info.block_size else f"only {cached} of {len(prompt)} tokens arrived"

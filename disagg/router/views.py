@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a routing policy may look at: frozen snapshots, no handles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """One replica as it published itself, fixed for its incarnation."""
+
+    replica_id: str
+    pool: str
+    url: str
+    engine_id: str
+    incarnation: str
+    block_size: int
+    """Tokens in one KV block of its engine."""
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ReplicaView:
+    """One replica at the moment of a decision."""
+
+    replica_id: str
+    num_in_flight: int
+    """Legs this gateway has running there."""
+    last_chosen: int
+    """Sequence number of the last decision that took it; 0 before the first."""
+
+
+@dataclass(frozen=True)
+class PairView:
+    """A prefill and a decode replica that have moved KV between them."""
+
+    prefill: ReplicaView
+    decode: ReplicaView
+    last_chosen: int

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Client` and `AsyncClient`: read and scale the pools of a running application.
+
+They speak the admin API only; any OpenAI client talks to the model. What is sent and how answers are read is in
+`disagg.sdk.wire`, so the twins differ in `await` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from disagg.errors import ClientError
+from disagg.sdk import wire
+from disagg.sdk.types import Health, Pool
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+OnProgress = Callable[[Pool], None]
+
+
+class Client:
+    """Talks to one application with blocking calls. Close it, or use it in a `with` block; threads may share it.
+
+    Args:
+        base_url: address of the gateway.
+        api_key: the admin key; needed by everything but `health`.
+        timeout_s: seconds one HTTP call may take.
+        transport: replaces the network, for tests.
+
+    Raises:
+        ValueError: `base_url` or `api_key` cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = wire.base_url(base_url)
+        self._timeout_s = timeout_s
+        self._http = httpx.Client(headers=wire.headers(api_key), timeout=timeout_s, transport=transport)
+
+    def health(self) -> Health:
+        """Whether requests are served. Needs no key. Raises `ClientError` when nobody answers."""
+        return wire.read_health(self._send(wire.get_health()))
+
+    def pools(self) -> list[Pool]:
+        """All pools with their replicas."""
+        return wire.read_pools(self._send(wire.list_pools()))
+
+    def pool(self, name: str) -> PoolHandle:
+        """Handle of the pool called `name`. Asks the server nothing."""
+        return PoolHandle(self, name)
+
+    def close(self) -> None:
+        """Closes the connections. Does nothing when called again."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, call: wire.Call) -> httpx.Response:
+        url = self.base_url + call.path
+        try:
+            return self._http.request(call.method, url, json=call.json)
+        except httpx.HTTPError as exc:
+            raise wire.translate(exc, url=url, timeout_s=self._timeout_s) from exc
+
+
+class PoolHandle:
+    """One pool of a `Client`."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    def status(self) -> Pool:
+        """The pool as it stands. Raises `APIStatusError` (404) when there is none of this name."""
+        return wire.find_pool(self._client.pools(), self.name)
+
+    def scale(self, num_replicas: int) -> ScaleOperation:
+        """Set the pool's size, 1 to 1024, and return at once; the operation can be waited for.
+
+        Raises:
+            APIStatusError: 404 unknown pool, 409 the application is not set up for it, 401 and 403 key trouble.
+        """
+        started = time.monotonic()
+        call = wire.scale_pool(self.name, num_replicas)
+        wire.read_accepted(self._client._send(call), call)
+        return ScaleOperation(self, num_replicas, started=started)
+
+
+class ScaleOperation:
+    """A size that a server has accepted and works towards."""
+
+    def __init__(self, pool: PoolHandle, num_replicas: int, *, started: float) -> None:
+        self._pool = pool
+        self._started = started
+        self._finished: float | None = None
+        self.num_replicas = num_replicas
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds from the request until the size was reached, or until now."""
+        return (self._finished or time.monotonic()) - self._started
+
+    def wait(self, timeout_s: float = 300.0, poll_s: float = 0.5, on_progress: OnProgress | None = None) -> Pool:
+        """Block until exactly the wanted replicas exist and all get requests; removed ones are gone by then.
+
+        Connection trouble and 503 are waited out. `on_progress` is called with every snapshot.
+
+        Raises:
+            ScaleTimeoutError: not reached in `timeout_s` seconds. The server goes on.
+            ClientError: the server refuses to say how the pool stands.
+        """
+        deadline = time.monotonic() + timeout_s
+        pool: Pool | None = None
+        while True:
+            trouble: ClientError | None = None
+            try:
+                pool = self._pool.status()
+            except ClientError as exc:
+                if not wire.is_transient(exc):
+                    raise
+                trouble = exc
+            if pool is not None and trouble is None:
+                if on_progress is not None:
+                    on_progress(pool)
+                if pool.has_size(self.num_replicas):
+                    self._finished = time.monotonic()
+                    return pool
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise wire.scale_timeout(
+                    self._pool.name, self.num_replicas, elapsed_s=self.elapsed_s, pool=pool, trouble=trouble
+                )
+            time.sleep(min(poll_s, left))
+
+
+class AsyncClient:
+    """`Client` for asyncio. Belongs to one event loop; close it, or use it in an `async with` block."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.base_url = wire.base_url(base_url)
+        self._timeout_s = timeout_s
+        self._http = httpx.AsyncClient(headers=wire.headers(api_key), timeout=timeout_s, transport=transport)
+
+    async def health(self) -> Health:
+        """As `Client.health`."""
+        return wire.read_health(await self._send(wire.get_health()))
+
+    async def pools(self) -> list[Pool]:
+        """As `Client.pools`."""
+        return wire.read_pools(await self._send(wire.list_pools()))
+
+    def pool(self, name: str) -> AsyncPoolHandle:
+        """As `Client.pool`."""
+        return AsyncPoolHandle(self, name)
+
+    async def close(self) -> None:
+        """As `Client.close`."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, call: wire.Call) -> httpx.Response:
+        url = self.base_url + call.path
+        try:
+            return await self._http.request(call.method, url, json=call.json)
+        except httpx.HTTPError as exc:
+            raise wire.translate(exc, url=url, timeout_s=self._timeout_s) from exc
+
+
+class AsyncPoolHandle:
+    """One pool of an `AsyncClient`."""
+
+    def __init__(self, client: AsyncClient, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    async def status(self) -> Pool:
+        """As `PoolHandle.status`."""
+        return wire.find_pool(await self._client.pools(), self.name)
+
+    async def scale(self, num_replicas: int) -> AsyncScaleOperation:
+        """As `PoolHandle.scale`."""
+        started = time.monotonic()
+        call = wire.scale_pool(self.name, num_replicas)
+        wire.read_accepted(await self._client._send(call), call)
+        return AsyncScaleOperation(self, num_replicas, started=started)
+
+
+class AsyncScaleOperation:
+    """`ScaleOperation` for asyncio. Cancelling the wait leaves the server at work."""
+
+    def __init__(self, pool: AsyncPoolHandle, num_replicas: int, *, started: float) -> None:
+        self._pool = pool
+        self._started = started
+        self._finished: float | None = None
+        self.num_replicas = num_replicas
+
+    @property
+    def elapsed_s(self) -> float:
+        """As `ScaleOperation.elapsed_s`."""
+        return (self._finished or time.monotonic()) - self._started
+
+    async def wait(self, timeout_s: float = 300.0, poll_s: float = 0.5, on_progress: OnProgress | None = None) -> Pool:
+        """As `ScaleOperation.wait`."""
+        deadline = time.monotonic() + timeout_s
+        pool: Pool | None = None
+        while True:
+            trouble: ClientError | None = None
+            try:
+                pool = await self._pool.status()
+            except ClientError as exc:
+                if not wire.is_transient(exc):
+                    raise
+                trouble = exc
+            if pool is not None and trouble is None:
+                if on_progress is not None:
+                    on_progress(pool)
+                if pool.has_size(self.num_replicas):
+                    self._finished = time.monotonic()
+                    return pool
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise wire.scale_timeout(
+                    self._pool.name, self.num_replicas, elapsed_s=self.elapsed_s, pool=pool, trouble=trouble
+                )
+            await asyncio.sleep(min(poll_s, left))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the admin API answers, typed. Values are snapshots; ask again for newer ones.
+
+Fields that a newer server adds are kept aside and ignored, so an older client goes on working.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Replica(_Answer):
+    """One replica of a pool, as one gateway replica sees it."""
+
+    replica_id: str
+    """Name that Ray Serve gave it."""
+    engine_id: str | None = None
+    """Name that KV transfers know its engine by."""
+    incarnation: int | str | None = None
+    """Changes when the engine behind the same name is a new one."""
+    state: Literal["warming", "routable", "draining", "unreachable"] | str
+    """Only `routable` replicas get requests."""
+    url: str | None = None
+    """Address of its private HTTP server."""
+    num_requests_running: int | None = None
+    """Requests in the engine's current batch."""
+    num_requests_waiting: int | None = None
+    """Requests queued in the engine."""
+    num_requests_in_flight: int | None = None
+    """HTTP requests that the replica carries."""
+    kv_cache_usage: float | None = None
+    """Part of the KV blocks in use, 0 to 1."""
+    uptime_s: float | None = None
+    """Seconds since the engine came up."""
+    warm_peers: tuple[str, ...] = ()
+    """Replicas of the other pool that it has exchanged KV with."""
+
+
+class Pool(_Answer):
+    """All replicas of one role."""
+
+    name: str
+    """`prefill` or `decode`."""
+    target_num_replicas: int | None = None
+    """The size it is meant to have; None when the gateway does not know it."""
+    num_routable: int
+    """Replicas that get requests."""
+    replicas: tuple[Replica, ...] = ()
+    """Every replica that exists, ready or not."""
+
+    def has_size(self, num_replicas: int) -> bool:
+        """True when exactly `num_replicas` replicas exist and all of them get requests."""
+        return self.num_routable == num_replicas == len(self.replicas)
+
+
+class Health(_Answer):
+    """Whether the application answers requests."""
+
+    status: str
+    """`ok` when requests are served."""
+    pools: dict[str, int] = {}
+    """Routable replicas by pool."""
+
+    @property
+    def ok(self) -> bool:
+        """Requests are served."""
+        return self.status == "ok"

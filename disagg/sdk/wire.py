@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the requests of the SDK and reads their answers. Pure: it sends nothing and knows no clock.
+
+`disagg.sdk.client` sends them, once with blocking calls and once with asyncio.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from disagg.errors import (
+    APIConnectionError,
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    ClientError,
+    ScaleTimeoutError,
+)
+from disagg.sdk.types import Health, Pool
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+MAX_NUM_REPLICAS = 1024
+
+_ADVICE = {
+    401: "pass the admin key: api_key=..., DISAGG_API_KEY or --api-key-file",
+    403: "set gateway.admin.key_file in the config, or pass the right key",
+    404: "check the URL and the pool's name (prefill or decode)",
+    409: "set external_scaler_enabled: true on the application in the config",
+    503: "no replica is ready yet; try again in a few seconds",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request, without the server it goes to."""
+
+    method: str
+    path: str
+    json: dict[str, Any] | None = None
+    accept: frozenset[int] = frozenset({200})
+
+
+class _Pools(BaseModel):
+    pools: tuple[Pool, ...]
+
+
+class Accepted(BaseModel):
+    """Answer to a scale request."""
+
+    name: str
+    target_num_replicas: int
+
+
+def base_url(url: str) -> str:
+    """`url` without a trailing slash. Raises `ValueError` unless it is an http or https address."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as exc:
+        raise ValueError(f"base_url {url!r} is not an address; use one like http://127.0.0.1:8000") from exc
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"base_url {url!r} must start with http:// or https://, like http://127.0.0.1:8000")
+    return str(parsed).rstrip("/")
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    """Headers of every request. Raises `ValueError` for a key that cannot stand in a header."""
+    if api_key is None:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
+        raise ValueError("api_key must be a non-empty line of printable ASCII")
+    return {"Authorization": f"Bearer {api_key.strip()}"}
+
+
+def list_pools() -> Call:
+    """Asks for all pools."""
+    return Call("GET", "/admin/v1/pools")
+
+
+def scale_pool(name: str, num_replicas: int) -> Call:
+    """Asks for a new size. Raises `ValueError` for a size that no server takes."""
+    if isinstance(num_replicas, bool) or not isinstance(num_replicas, int):
+        raise ValueError(f"num_replicas must be an integer, got {num_replicas!r}")
+    if not 1 <= num_replicas <= MAX_NUM_REPLICAS:
+        raise ValueError(f"num_replicas must be 1 to {MAX_NUM_REPLICAS}, got {num_replicas}")
+    path = f"/admin/v1/pools/{quote(name, safe='')}/scale"
+    return Call("POST", path, json={"num_replicas": num_replicas}, accept=frozenset({200, 202}))
+
+
+def get_health() -> Call:
+    """Asks whether requests are served. 503 is an answer too."""
+    return Call("GET", "/health", accept=frozenset({200, 503}))
+
+
+def read_pools(response: httpx.Response) -> list[Pool]:
+    """The pools of an answer to `list_pools`."""
+    return list(_read(response, list_pools(), _Pools).pools)
+
+
+def read_accepted(response: httpx.Response, call: Call) -> Accepted:
+    """The answer to `scale_pool`."""
+    return _read(response, call, Accepted)
+
+
+def read_health(response: httpx.Response) -> Health:
+    """The answer to `get_health`."""
+    try:
+        return _read(response, get_health(), Health)
+    except APIResponseError:
+        if response.status_code == 200:
+            raise
+        raise _status_error(response) from None
+
+
+def find_pool(pools: list[Pool], name: str) -> Pool:
+    """The pool called `name`. Raises `APIStatusError` (404) when there is none."""
+    for pool in pools:
+        if pool.name == name:
+            return pool
+    known = ", ".join(sorted(pool.name for pool in pools)) or "none"
+    raise APIStatusError(f"there is no pool {name!r}; the server has: {known}", status_code=404)
+
+
+def translate(exc: httpx.HTTPError, *, url: str, timeout_s: float) -> ClientError:
+    """The SDK's error for one of httpx."""
+    if isinstance(exc, httpx.ConnectTimeout | httpx.ConnectError):
+        reason = "it did not accept within the timeout" if isinstance(exc, httpx.TimeoutException) else str(exc)
+        message = f"cannot connect to {url}: {reason}; start the server, or correct the URL"
+        return APIConnectionError(message, url=url)
+    if isinstance(exc, httpx.TimeoutException):
+        return APITimeoutError(f"{url} did not answer within {timeout_s:g} s; raise the timeout or try again", url=url)
+    return APIConnectionError(f"the connection to {url} broke: {exc or type(exc).__name__}; try again", url=url)
+
+
+def is_transient(exc: ClientError) -> bool:
+    """True when asking again later may help."""
+    if isinstance(exc, APIStatusError):
+        return exc.status_code in (502, 503, 504)
+    return isinstance(exc, APIConnectionError | APITimeoutError)
+
+
+def scale_timeout(
+    name: str, num_replicas: int, *, elapsed_s: float, pool: Pool | None, trouble: ClientError | None
+) -> ScaleTimeoutError:
+    """The error of a wait that ran out, naming what is missing."""
+    head = f"pool {name!r} did not reach {num_replicas} replicas within {elapsed_s:.1f} s"
+    message = f"{head}: {trouble or missing(pool, num_replicas)}. It goes on trying; see `disagg status`"
+    return ScaleTimeoutError(message, pool=name, num_replicas=num_replicas)
+
+
+def missing(pool: Pool | None, num_replicas: int) -> str:
+    """What keeps `pool` from being `num_replicas` routable replicas, in words; `nothing` when it is."""
+    if pool is None:
+        return "the server never said how it stands"
+    parts = []
+    if pool.target_num_replicas not in (None, num_replicas):
+        parts.append(f"its target is {pool.target_num_replicas} now, set by someone else")
+    if pool.num_routable < num_replicas:
+        parts.append(f"{pool.num_routable} of {num_replicas} are routable")
+    states: dict[str, int] = {}
+    for replica in pool.replicas:
+        if replica.state != "routable":
+            states[replica.state] = states.get(replica.state, 0) + 1
+    parts += [f"{count} {state}" for state, count in sorted(states.items())]
+    if len(pool.replicas) < num_replicas:
+        parts.append(f"{num_replicas - len(pool.replicas)} not started yet")
+    if len(pool.replicas) > num_replicas:
+        parts.append(f"{len(pool.replicas) - num_replicas} still to go")
+    return ", ".join(parts) or "nothing"
+
+
+def _read(response: httpx.Response, call: Call, answer: type[AnswerT]) -> AnswerT:
+    if response.status_code not in call.accept:
+        raise _status_error(response)
+    try:
+        return answer.model_validate_json(response.content)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise APIResponseError(
+            f"{response.request.url} answered something that disagg does not ({where}: {first['msg']}); "
+            "check that the URL is that of a disagg gateway"
+        ) from exc
+
+
+def _status_error(response: httpx.Response) -> APIStatusError:
+    status, url = response.status_code, response.request.url
+    try:
+        body: Any = json.loads(response.content)
+    except ValueError:
+        body = response.text
+    error = body.get("error") if isinstance(body, dict) else None
+    error = error if isinstance(error, dict) else {}
+    said = str(error.get("message") or response.reason_phrase or "").strip()
+    advice = f"; {_ADVICE[status]}" if status in _ADVICE else ""
+    code = error.get("code")
+    return APIStatusError(
+        f"{response.request.method} {url} answered {status}: {said}{advice}",
+        status_code=status,
+        body=body,
+        code=code if isinstance(code, str) else None,
+    )

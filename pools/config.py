@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the pools: the model, the engine that runs it, and what each pool may change.
+
+`engine_kwargs` is the one open dict. Its keys are vLLM's own argument names and pass through untouched, but
+for the few that the framework sets itself or that both pools must share.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from transport.config import Config, Milliseconds, Name, PositiveInt, Seconds
+
+Platform = Literal["cpu", "cuda"]
+
+RESERVED_ENGINE_KWARGS: dict[str, str] = {
+    "model": "set model.source",
+    "model_tag": "set model.source",
+    "served_model_name": "set model.id",
+    "kv_transfer_config": "set transport",
+    "kv_offloading_size": "remove it; the transport settings decide where KV lives",
+    "kv_offloading_backend": "remove it; the transport settings decide where KV lives",
+    "kv_events_config": "remove it; replicas publish their own events",
+    "host": "remove it; every replica serves on its own private address",
+    "port": "remove it; the kernel chooses a free port for every replica",
+    "uds": "remove it; every replica serves on its own private address",
+    "root_path": "set route_prefix of the Serve application",
+    "api_key": "remove it; engines are private, clients only meet the gateway",
+    "ssl_keyfile": "remove it; terminate TLS in front of Serve",
+    "ssl_certfile": "remove it; terminate TLS in front of Serve",
+    "ssl_ca_certs": "remove it; terminate TLS in front of Serve",
+    "distributed_executor_backend": "remove it; it follows from platform and the parallel sizes",
+    "data_parallel_size": "remove it; more replicas in deployments[].num_replicas do the same",
+    "data_parallel_size_local": "remove it; more replicas in deployments[].num_replicas do the same",
+    "data_parallel_rank": "remove it; more replicas in deployments[].num_replicas do the same",
+    "data_parallel_backend": "remove it; more replicas in deployments[].num_replicas do the same",
+    "nnodes": "remove it; Ray places the ranks of an engine",
+    "node_rank": "remove it; Ray places the ranks of an engine",
+    "master_addr": "remove it; Ray places the ranks of an engine",
+    "master_port": "remove it; Ray places the ranks of an engine",
+    "api_server_count": "remove it; a replica has one API server, more come from deployments[].num_replicas",
+    "headless": "remove it; the gateway needs every replica's API server",
+    "disable_log_stats": "remove it; `disagg status` and health read these statistics",
+}
+"""Engine arguments that the framework sets itself, with what to do instead."""
+
+SHARED_ENGINE_KWARGS: frozenset[str] = frozenset(
+    {
+        "attention_backend",
+        "block_size",
+        "chat_template",
+        "chat_template_content_format",
+        "code_revision",
+        "config_format",
+        "default_chat_template_kwargs",
+        "disable_hybrid_kv_cache_manager",
+        "dtype",
+        "enable_auto_tool_choice",
+        "enable_prefix_caching",
+        "hf_config_path",
+        "hf_overrides",
+        "hf_token",
+        "kv_cache_dtype",
+        "load_format",
+        "max_model_len",
+        "prefix_caching_hash_algo",
+        "quantization",
+        "reasoning_parser",
+        "revision",
+        "seed",
+        "skip_tokenizer_init",
+        "speculative_config",
+        "tokenizer",
+        "tokenizer_mode",
+        "tokenizer_revision",
+        "tool_call_parser",
+        "tool_parser_plugin",
+        "trust_remote_code",
+        "trust_request_chat_template",
+    }
+)
+"""Engine arguments that both pools and the gateway must agree on: prompt, KV layout or answer depend on them."""
+
+
+class ModelConfig(Config):
+    """The one model that both pools serve."""
+
+    id: Name
+    """Name that clients send as `model`."""
+    source: Name
+    """Hugging Face id, or directory of a local checkpoint. A relative directory is resolved against the working
+    directory of whoever starts the application, and becomes absolute before any replica sees it."""
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """vLLM engine and server arguments for both pools, under vLLM's names with underscores, passed through
+    untouched. Arguments that the framework sets itself are refused."""
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _not_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _refuse_reserved(value)
+
+
+class CpuConfig(Config):
+    """What one engine takes of a machine without an accelerator. Read only with `platform: cpu`."""
+
+    kv_cache_gib: PositiveInt = 1
+    """KV cache of one engine in whole GiB, the unit of vLLM's CPU build. It comes on top of about 2.6 GiB for the
+    engine's three processes and of the weights."""
+    omp_threads: PositiveInt = 1
+    """Compute threads of one engine. One, so that a prefill and a decode engine share two cores."""
+    num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """Ray CPUs that one engine replica reserves. It bounds how many replicas Ray places, not what they use."""
+
+
+class VllmEngineConfig(Config):
+    """The real engine: vLLM in the replica's process."""
+
+    type: Literal["vllm"] = "vllm"
+    """Which engine a replica owns."""
+
+
+class FakeEngineConfig(Config):
+    """An engine without a model: the same contract and timing by formula, for tests and for load on the gateway."""
+
+    type: Literal["fake"]
+    """Which engine a replica owns."""
+    itl_ms: Milliseconds = 20.0
+    """Milliseconds between two tokens of one stream; 20 is a common figure for an 8B model on one GPU."""
+    prefill_ms_per_1k_tokens: Milliseconds = 20.0
+    """Milliseconds of prefill for 1,000 prompt tokens that no cache holds."""
+    transfer_ms_per_1k_tokens: Milliseconds = 2.0
+    """Milliseconds to move the KV of 1,000 prompt tokens."""
+    startup_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Seconds from start to ready. Zero, because tests start many engines."""
+    kv_tokens: PositiveInt = 262_144
+    """KV space in tokens. Requests beyond it wait."""
+    block_size: PositiveInt = 16
+    """Tokens in a KV block; 16 is vLLM's default on CUDA."""
+    max_model_len: PositiveInt = 32_768
+    """Longest prompt plus answer, in tokens. `engine_kwargs.max_model_len` overrides it."""
+    max_num_seqs: PositiveInt = 256
+    """Requests that run at the same time; more wait."""
+
+
+EngineConfig = Annotated[VllmEngineConfig | FakeEngineConfig, Field(discriminator="type")]
+"""Which engine the replicas own."""
+
+
+class PoolConfig(Config):
+    """What one pool has of its own. Its size is not here: it is `deployments[].num_replicas` of the Serve config."""
+
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """vLLM arguments of this pool only, on top of `model.engine_kwargs`. Arguments that both pools must agree on
+    are refused here; tensor_parallel_size, max_num_seqs or gpu_memory_utilization may differ."""
+    startup_timeout_s: Seconds = 1800.0
+    """Seconds an engine may take from start to ready, download of the weights included."""
+    drain_timeout_s: Seconds = 600.0
+    """Seconds that a replica leaving the pool may use to finish its requests; then they are cut. It should exceed
+    the longest answer."""
+    health_probe_timeout_s: Seconds = 30.0
+    """Seconds that one token through the engine may take before the replica counts as unhealthy. A probe waits behind
+    the engine's current steps, so a value near one step's time replaces healthy replicas."""
+
+    @field_validator("engine_kwargs")
+    @classmethod
+    def _pool_keys_only(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _refuse_reserved(value)
+        shared = sorted(SHARED_ENGINE_KWARGS & value.keys())
+        if shared:
+            raise PydanticCustomError(
+                "shared_engine_kwarg",
+                "{keys} must be the same in both pools; move it to model.engine_kwargs",
+                {"keys": ", ".join(shared), "keys_list": shared},
+            )
+        return value
+
+
+def _refuse_reserved(value: dict[str, Any]) -> dict[str, Any]:
+    reserved = [key for key in value if key in RESERVED_ENGINE_KWARGS]
+    if reserved:
+        advice = "; ".join(f"{key}: {RESERVED_ENGINE_KWARGS[key]}" for key in reserved)
+        raise PydanticCustomError(
+            "reserved_engine_kwarg",
+            "the framework sets {keys} itself ({advice})",
+            {"keys": ", ".join(reserved), "advice": advice, "keys_list": reserved},
+        )
+    return value

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every vLLM name that is private or has moved between releases, in one place.
+
+Written against vLLM 0.32; `tests/engine/test_vllm_compat.py` fails when one of them is gone. Nothing here decides
+anything: `vllm_engine.py` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from starlette.datastructures import State
+from vllm import AsyncEngineArgs
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+__all__ = [
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "StatLoggerBase",
+    "VllmConfig",
+    "VLLMValidationError",
+    "VllmEngineDeadError",
+    "split_args",
+    "vllm_app",
+]
+
+
+def split_args(arguments: Mapping[str, Any]) -> tuple[AsyncEngineArgs, argparse.Namespace]:
+    """vLLM's engine arguments, and the flat namespace its OpenAI app reads.
+
+    Args:
+        arguments: names of `AsyncEngineArgs` and `FrontendArgs`, mixed as on vLLM's command line.
+    Raises:
+        TypeError: for a name that neither knows.
+    """
+    frontend_names = {field.name for field in dataclasses.fields(FrontendArgs)}  # type: ignore[arg-type]
+    frontend = FrontendArgs(**{k: v for k, v in arguments.items() if k in frontend_names})
+    engine_args = AsyncEngineArgs(**{k: v for k, v in arguments.items() if k not in frontend_names})
+    return engine_args, argparse.Namespace(**(vars(frontend) | vars(engine_args)))
+
+
+async def vllm_app(engine: AsyncLLM, args: argparse.Namespace) -> Any:
+    """vLLM's own OpenAI FastAPI app over a running engine.
+
+    Source: vLLM 0.32 `entrypoints/launchers/api_server`. vLLM's error handler flips `state.server.should_exit` of the
+    launcher's uvicorn server; a replica has its own watch for a dead engine, so a stand-in takes the flag.
+    """
+    tasks = await engine.get_supported_tasks()
+    state = State()
+    await init_app_state(engine, state, args, tasks)
+    app = build_app(args, tasks, engine.model_config)
+    app.state._state.update(state._state)
+    app.state.server = SimpleNamespace(should_exit=False)
+    return app

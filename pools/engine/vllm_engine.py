@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine in this process: AsyncLLM, vLLM's own OpenAI app over it, and what that app cannot say.
+
+Importing this module imports vLLM, so the environment of `pools.launch.engine_env` has to be set before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pools.engine._vllm_compat import (
+    AsyncLLM,
+    StatLoggerBase,
+    VllmConfig,
+    VllmEngineDeadError,
+    VLLMValidationError,
+    split_args,
+    vllm_app,
+)
+from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult
+from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
+from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+
+_REMEMBERED_HANDOFFS = 65_536
+"""Hand-off ids kept to tell an admission from a release; far beyond what a lease lets live at once."""
+
+
+class VllmEngine:
+    """`pools.engine.base.Engine` over one AsyncLLM. Used from one event loop."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._arguments = dict(arguments)
+        self._tally = _Tally()
+        self._handoffs = _Handoffs()
+        self._llm: AsyncLLM | None = None
+        self._app: ASGIApp | None = None
+        self._stopped = False
+
+    @property
+    def engine_id(self) -> str:
+        config = self._arguments.get("kv_transfer_config")
+        return str(config["engine_id"]) if config else ""
+
+    @property
+    def block_size(self) -> int:
+        return int(self._running().vllm_config.cache_config.block_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._running().model_config.get_vocab_size())
+
+    @property
+    def app(self) -> ASGIApp:
+        assert self._app is not None, "start() has not returned"
+        return self._app
+
+    @property
+    def dead(self) -> BaseException | None:
+        if self._llm is None:
+            return EngineDeadError("the engine is not running")
+        if self._llm.errored:
+            return EngineDeadError("EngineCore is gone; its own log says why")
+        return None
+
+    async def start(self) -> None:
+        try:
+            engine_args, namespace = split_args(self._arguments)
+            self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._tally.logger])
+            self._guard_admissions(self._llm)
+            self._app = await vllm_app(self._llm, namespace)
+        except Exception as exc:
+            await self.shutdown()
+            raise EngineStartError(f"vLLM did not start: {exc}") from exc
+
+    def _guard_admissions(self, llm: AsyncLLM) -> None:
+        """See hand-off parameters on their way into the engine or back to their producer, by whatever route."""
+        add_request = llm.add_request
+        notify_rejected = llm.notify_kv_transfer_request_rejected
+
+        async def admitting(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            extra = getattr(params, "extra_args", None) or {}
+            handoff = _handoff_id(extra.get("kv_transfer_params"))
+            if handoff is None:
+                return await add_request(request_id, prompt, params, *args, **kwargs)
+            try:
+                self._handoffs.admit(handoff)
+            except HandoffRefusedError as exc:
+                # A class that vLLM's routes answer with 400.
+                raise VLLMValidationError(str(exc), parameter="kv_transfer_params") from exc
+            try:
+                return await add_request(request_id, prompt, params, *args, **kwargs)
+            except Exception:
+                self._handoffs.forget(handoff)
+                raise
+
+        async def releasing(request_id: str, kv_transfer_params: dict[str, Any], **kwargs: Any) -> None:
+            handoff = _handoff_id(kv_transfer_params)
+            if handoff is not None and self._handoffs.release(handoff):
+                await notify_rejected(request_id, kv_transfer_params, **kwargs)
+
+        llm.add_request = admitting  # type: ignore[method-assign]
+        llm.notify_kv_transfer_request_rejected = releasing  # type: ignore[method-assign]
+
+    async def abort(self, request_id: str) -> bool:
+        llm = self._running()
+        running = [
+            internal
+            for external, internals in list(llm.output_processor.external_req_ids.items())
+            if _is_of(external, request_id)
+            for internal in internals
+        ]
+        if running:
+            await llm.abort(running, internal=True)
+        return bool(running)
+
+    async def release(self, kv_transfer_params: KVTransferParams) -> bool:
+        before = self._handoffs.num_released
+        await self._running().notify_kv_transfer_request_rejected(f"release-{uuid.uuid4().hex}", kv_transfer_params)
+        return self._handoffs.num_released > before
+
+    async def probe(
+        self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
+    ) -> ProbeResult:
+        if kv_transfer_params:
+            # With this key vLLM reports what the prefill engine had cached, not what arrived here.
+            kv_transfer_params = {k: v for k, v in kv_transfer_params.items() if k != "remote_prefill_cached_tokens"}
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_token_ids))
+        output = None
+        try:
+            async for output in self._running().generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
+                pass
+        except VllmEngineDeadError as exc:
+            raise EngineDeadError("EngineCore died during a probe") from exc
+        except VLLMValidationError as exc:
+            if isinstance(exc.__cause__, HandoffRefusedError):
+                raise exc.__cause__ from None
+            raise
+        assert output is not None, "generate() ended without an output"
+        return ProbeResult(
+            num_cached_tokens=output.num_cached_tokens or 0,
+            kv_transfer_params=output.kv_transfer_params,
+            finish_reason=output.outputs[0].finish_reason,
+        )
+
+    def stats(self) -> EngineStats:
+        return self._tally.snapshot(self._handoffs)
+
+    async def shutdown(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            # Joins the engine's processes, for seconds.
+            with contextlib.suppress(VllmEngineDeadError):
+                await asyncio.to_thread(llm.shutdown)
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineDeadError("the engine is not running")
+        return self._llm
+
+
+def _handoff_id(params: Any) -> str | None:
+    """Identity of a hand-off at its consumer, or None for parameters that consume nothing."""
+    if not isinstance(params, dict) or not params.get("do_remote_prefill"):
+        return None
+    return f"{params.get('remote_engine_id')}/{params.get('remote_request_id')}"
+
+
+def _is_of(external_id: str, request_id: str) -> bool:
+    """True when vLLM derived `external_id` from the `X-Request-Id` header `request_id`.
+
+    Source: vLLM 0.32 `chatcmpl-<id>` and `cmpl-<id>-<prompt index>`.
+    """
+    if external_id == f"chatcmpl-{request_id}":
+        return True
+    head, _, index = external_id.rpartition("-")
+    return head == f"cmpl-{request_id}" and index.isdigit()
+
+
+class _Handoffs:
+    """Which hand-offs were admitted or released, so that neither happens after the other."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[str, bool] = OrderedDict()
+        self.num_admitted = 0
+        self.num_released = 0
+
+    def admit(self, handoff: str) -> None:
+        if handoff in self._seen:
+            verb = "admitted" if self._seen[handoff] else "released"
+            raise HandoffRefusedError(f"hand-off {handoff} was {verb} before; parameters are single-use")
+        self._remember(handoff, admitted=True)
+        self.num_admitted += 1
+
+    def forget(self, handoff: str) -> None:
+        """Take an admission back: the engine refused the request, so its hand-off is still to be released."""
+        if self._seen.pop(handoff, False):
+            self.num_admitted -= 1
+
+    def release(self, handoff: str) -> bool:
+        if handoff in self._seen:
+            return False
+        self._remember(handoff, admitted=False)
+        self.num_released += 1
+        return True
+
+    def _remember(self, handoff: str, *, admitted: bool) -> None:
+        self._seen[handoff] = admitted
+        if len(self._seen) > _REMEMBERED_HANDOFFS:
+            self._seen.popitem(last=False)
+
+
+class _Tally:
+    """Counts what vLLM reports after each engine step."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.waiting = 0
+        self.kv_cache_usage = 0.0
+        self.prompt_tokens = 0
+        self.computed_tokens = 0
+        self.generation_tokens = 0
+        self.nixl_bytes = 0
+        self.nixl_failed = 0
+        self.kv_expired = 0
+
+    def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        return _TallyLogger(self)
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        if iteration_stats is not None:
+            self.prompt_tokens += iteration_stats.prompt_token_stats.total
+            self.computed_tokens += iteration_stats.prompt_token_stats.computed
+            self.generation_tokens += iteration_stats.num_generation_tokens
+        if scheduler_stats is None:
+            return
+        self.running = scheduler_stats.num_running_reqs
+        self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+        self.kv_cache_usage = scheduler_stats.kv_cache_usage
+        children = scheduler_stats.kv_connector_stats or {}
+        nixl = children.get("NixlConnector") or children.get("NixlPullConnector") or {}
+        data = getattr(nixl, "data", nixl)
+        self.nixl_bytes += sum(data.get("bytes_transferred", ()))
+        self.nixl_failed += len(data.get("num_failed_transfers", ())) + len(data.get("num_failed_handshakes", ()))
+        self.kv_expired += len(data.get("num_kv_expired_reqs", ()))
+
+    def snapshot(self, handoffs: _Handoffs) -> EngineStats:
+        return EngineStats(
+            num_requests_running=self.running,
+            num_requests_waiting=self.waiting,
+            kv_cache_usage=self.kv_cache_usage,
+            prompt_tokens_total=self.prompt_tokens,
+            prompt_tokens_computed_total=self.computed_tokens,
+            generation_tokens_total=self.generation_tokens,
+            nixl_bytes_transferred_total=self.nixl_bytes,
+            nixl_num_failed_transfers_total=self.nixl_failed,
+            num_kv_expired_reqs_total=self.kv_expired,
+            num_handoffs_admitted_total=handoffs.num_admitted,
+            num_handoffs_released_total=handoffs.num_released,
+        )
+
+
+class _TallyLogger(StatLoggerBase):
+    def __init__(self, tally: _Tally) -> None:
+        self._tally = tally
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        self._tally.record(scheduler_stats, iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        pass

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of the pools. One class per decision a caller can take; none of them knows HTTP."""
+
+from __future__ import annotations
+
+from transport.errors import DisaggError
+
+
+class PoolError(DisaggError):
+    """Something about a pool or one of its replicas."""
+
+
+class EngineStartError(PoolError):
+    """An engine did not come up. The message says which setting to change."""
+
+
+class EngineDeadError(PoolError):
+    """An engine is gone for good. Retry on another replica; this one is being replaced."""
+
+
+class HandoffRefusedError(PoolError):
+    """Hand-off parameters were released before they reached the engine. Never replay them; prefill again."""
+
+
+class ReplicaLostError(PoolError):
+    """A replica cannot be reached, or left in the middle of an answer. Use another replica.
+
+    Attributes:
+        sent: whether the request may have reached the engine. If not, its hand-off parameters are still unused.
+    """
+
+    def __init__(self, message: str, *, sent: bool = True) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class NoReplicaError(PoolError):
+    """No replica of the pool is ready. Ask again after a few seconds; the pools may be starting.
+
+    Attributes:
+        pool: name of the pool, or None when it does not matter which.
+    """
+
+    def __init__(self, message: str, *, pool: str | None = None) -> None:
+        super().__init__(message)
+        self.pool = pool
+
+
+class PoolOverloadedError(PoolError):
+    """The gateway carries as many requests as it may. Ask again after a few seconds."""

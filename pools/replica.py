@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Serve deployments of the two pools: a replica owns one engine and serves it over HTTP on a private port.
+
+Lifecycle only. Requests come over HTTP and never through Serve, so a replica drains by itself when Serve stops it, and
+takes its process down when its engine dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+
+from pools.engine.base import Engine, Role
+from pools.health import HealthProbe
+from pools.http import EngineServer
+from pools.spec import ReplicaSpec
+from transport.launch import EngineFacts, launch
+
+logger = logging.getLogger(__name__)
+
+_WATCH_S = 0.2
+_EXIT_CODE = 70
+
+
+class _Replica:
+    """One engine of one pool."""
+
+    role: Role
+
+    async def __init__(self, spec: Mapping[str, Any]) -> None:
+        self._spec = ReplicaSpec.model_validate(spec)
+        context = serve.get_replica_context()
+        self._replica_id = context.replica_id.unique_id
+        self._incarnation = uuid.uuid4().hex
+        self._host = ray.util.get_node_ip_address()
+        self._stopping = False
+        started = time.monotonic()
+        self._engine = self._make_engine()
+        async with asyncio.timeout(self._spec.pool.startup_timeout_s):
+            await self._engine.start()
+        self._health = HealthProbe(self._engine, timeout_s=self._spec.pool.health_probe_timeout_s)
+        await self._health.check()
+        self._server = EngineServer(
+            self._engine, role=self.role, host=self._host, incarnation=self._incarnation
+        )
+        url = await self._server.start()
+        self._watch = asyncio.create_task(self._exit_with_engine())
+        logger.info(
+            "%s replica %s serves %s after %.1f s", self.role, self._replica_id, url, time.monotonic() - started
+        )
+
+    def _make_engine(self) -> Engine:
+        engine_id = f"{self.role}-{self._replica_id}-{self._incarnation[:8]}"
+        facts = EngineFacts(
+            role=self.role,
+            platform=self._spec.platform,
+            host=self._host,
+            side_channel_port=_free_port(self._host),
+            engine_id=engine_id,
+        )
+        return self._spec.make_engine(facts, launch(self._spec.transport, facts))
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """What `disagg.router.serve` hands to every gateway; fields of `ReplicaInfo`. JSON-able."""
+        return {
+            "pool": self.role,
+            "url": self._server.url,
+            "engine_id": self._engine.engine_id,
+            "incarnation": self._incarnation,
+            "block_size": self._engine.block_size,
+            "vocab_size": self._engine.vocab_size,
+        }
+
+    async def check_health(self) -> None:
+        """Called by Serve. Raises when the engine does not answer a token of real work in time."""
+        if not self._stopping:
+            await self._health.check()
+
+    async def _exit_with_engine(self) -> None:
+        """End the process with its engine, so that nothing reaches a replica that cannot answer."""
+        while (reason := self._engine.dead) is None:
+            await asyncio.sleep(_WATCH_S)
+        if not self._stopping:
+            logger.error("the engine of %s is dead, so the replica exits: %s", self._replica_id, reason)
+            for handler in logging.getLogger().handlers:
+                handler.flush()
+            os._exit(_EXIT_CODE)
+
+    async def __del__(self) -> None:
+        """Awaited by Serve when it stops the replica, after its routers have dropped it."""
+        if getattr(self, "_stopping", True):
+            return
+        self._stopping = True
+        if hasattr(self, "_server"):
+            drained = await self._server.drain(self._spec.pool.drain_timeout_s)
+            if not drained:
+                logger.warning(
+                    "%s requests of %s are cut after %g s of draining",
+                    self._server.num_in_flight,
+                    self._replica_id,
+                    self._spec.pool.drain_timeout_s,
+                )
+            self._watch.cancel()
+            await self._server.stop()
+        await self._engine.shutdown()
+
+
+class PrefillPool(_Replica):
+    """A replica of the prefill pool."""
+
+    role: Role = "prefill"
+
+
+class DecodePool(_Replica):
+    """A replica of the decode pool."""
+
+    role: Role = "decode"
+
+
+def _free_port(host: str) -> int:
+    """A TCP port that is free at the moment. vLLM binds it itself, moments later, and fails loudly if it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])

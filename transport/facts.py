@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that go into launch planning and come out of it. No logic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What is known about one engine only when its replica starts."""
+
+    role: Literal["prefill", "decode"]
+    platform: Literal["cpu", "cuda"]
+    host: str
+    """Address of the replica's node, as other replicas reach it."""
+    side_channel_port: int
+    """Free TCP port for the transport's handshakes, chosen by the kernel."""
+    engine_id: str
+    """Identity of this engine's KV memory; new with every start."""
+
+
+@dataclass(frozen=True)
+class EngineLaunch:
+    """What an engine needs to take part in KV transfer."""
+
+    env: dict[str, str]
+    """Environment of the engine's process, to be set before vLLM is imported."""
+    kv_transfer_config: dict[str, Any]
+    """vLLM's `kv_transfer_config`, JSON-able."""
