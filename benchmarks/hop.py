@@ -29,13 +29,18 @@ from typing import Any
 import yaml
 
 from benchmarks.cpu import CpuMeter, command, descendants
+from disagg.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 ROUTER_VENV = BUILD / "vllm-router-venv"
 ROUTER_VERSION = "0.1.17"
+TINY_MODEL = BUILD / "bench-tiny-model"
+"""The gateway tokenises with a real tokenizer, also in front of fake engines."""
 FRONTS = ("direct", "vllm-router", "disagg-haproxy", "disagg-proxy")
 BASELINE = "vllm-router"
+HOP = ("gateway", "proxy", "router")
+"""Groups of processes that carry a stream."""
 _START_TIMEOUT_S = 180.0
 _IDLE_S = 3.0
 
@@ -51,7 +56,6 @@ class Plan:
     requests: int = 400
     """One-token requests, from which the cost of a request follows."""
     itl_ms: float = 20.0
-    api: str = "completions"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Front:
 
     url: str
     groups: Callable[[], dict[str, set[int]]]
-    """Process ids by group; `hop` is what is measured."""
+    """Process ids by group; those of `HOP` are what is measured."""
 
 
 def free_port() -> int:
@@ -120,7 +124,7 @@ def fake_engine(role: str, plan: Plan) -> Iterator[str]:
 def direct(plan: Plan) -> Iterator[Front]:
     """No front at all: the client at the decode engine, for the latencies."""
     with fake_engine("decode", plan) as url:
-        yield Front(url, lambda: {"hop": set()})
+        yield Front(url, dict)
 
 
 def ensure_router() -> Path:
@@ -145,7 +149,7 @@ def vllm_router(plan: Plan) -> Iterator[Front]:
         with child(argv, log) as process:
             url = f"http://127.0.0.1:{port}"
             wait_healthy(url, process, log)
-            yield Front(url, lambda: {"hop": descendants([process.pid])})
+            yield Front(url, lambda: {"router": descendants([process.pid])})
 
 
 def serve_config(plan: Plan, port: int, *, haproxy: bool) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def serve_config(plan: Plan, port: int, *, haproxy: bool) -> dict[str, Any]:
         "import_path": "disagg.app:build",
         "external_scaler_enabled": True,
         "args": {
-            "model": {"id": "tiny", "source": "tiny"},
+            "model": {"id": "tiny", "source": str(TINY_MODEL)},
             "platform": "cpu",
             "engine": {"type": "fake", "itl_ms": plan.itl_ms},
         },
@@ -176,18 +180,18 @@ def serve_config(plan: Plan, port: int, *, haproxy: bool) -> dict[str, Any]:
 def group_of(command_line: str) -> str:
     """Which group a process of a Serve application counts to."""
     if command_line.startswith("ray::ServeReplica:disagg:gateway"):
-        return "hop"
+        return "gateway"
     if command_line.startswith("ray::ServeReplica:"):
         return "engine"
     program = Path(command_line.split(" ", 1)[0]).name
     if command_line.startswith(("ray::ProxyActor", "ray::HAProxyManager")) or program == "haproxy":
-        return "hop"
+        return "proxy"
     return "background"
 
 
 def serve_groups(root: int) -> dict[str, set[int]]:
     """Processes below `serve run`, by group."""
-    groups: dict[str, set[int]] = {"hop": set(), "engine": set(), "background": set()}
+    groups: dict[str, set[int]] = {name: set() for name in ("gateway", "proxy", "engine", "background")}
     for pid in descendants([root]):
         groups[group_of(command(pid))].add(pid)
     return groups
@@ -207,6 +211,8 @@ def start_gateway(config_path: Path) -> Iterator[Front]:
 @contextlib.contextmanager
 def disagg(plan: Plan, *, haproxy: bool) -> Iterator[Front]:
     """The disagg gateway with fake engines, behind HAProxy or Serve's own proxy."""
+    if not TINY_MODEL.exists():
+        write_tiny_model(TINY_MODEL)
     path = BUILD / f"bench-{'haproxy' if haproxy else 'proxy'}.yaml"
     path.write_text(yaml.safe_dump(serve_config(plan, free_port(), haproxy=haproxy)))
     with start_gateway(path) as front:
@@ -228,13 +234,18 @@ def start(name: str, plan: Plan) -> contextlib.AbstractContextManager[Front]:
 
 def load(url: str, plan: Plan, *, streams: int, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
     """One run of the load generator. Raises RuntimeError when a token was lost, repeated or swapped."""
-    argv = [sys.executable, "-m", "benchmarks.load", "--url", url, "--api", plan.api, "--seed", str(seed)]
+    argv = [sys.executable, "-m", "benchmarks.load", "--url", url, "--seed", str(seed)]
     argv += ["--streams", str(streams), "--requests", str(requests), "--max-tokens", str(max_tokens)]
     done = subprocess.run(argv, env=environment(), cwd=ROOT, check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
     if result["errors"]:
         raise RuntimeError(f"{url}: {result['errors']} of {requests} requests failed: {result['error_sample']}")
     return result
+
+
+def hop(seconds: dict[str, float]) -> float:
+    """CPU of everything between client and engine."""
+    return sum(seconds.get(name, 0.0) for name in HOP)
 
 
 def measure(front: Front, plan: Plan, *, streams: int, seed: int) -> dict[str, Any]:
@@ -245,13 +256,13 @@ def measure(front: Front, plan: Plan, *, streams: int, seed: int) -> dict[str, A
 
     meter = CpuMeter(front.groups)
     load(front.url, plan, streams=streams, requests=plan.requests, max_tokens=1, seed=seed)
-    request_s = (meter.read()["hop"] - idle["hop"] * meter.elapsed_s) / plan.requests
+    request_s = (hop(meter.read()) - hop(idle) * meter.elapsed_s) / plan.requests
 
     meter = CpuMeter(front.groups)
     long = load(front.url, plan, streams=streams, requests=streams, max_tokens=plan.tokens, seed=seed + 1)
     used, elapsed_s = meter.read(), meter.elapsed_s
     num_later_tokens = long["tokens"] - streams
-    token_s = (used["hop"] - idle["hop"] * elapsed_s - request_s * streams) / num_later_tokens
+    token_s = (hop(used) - hop(idle) * elapsed_s - request_s * streams) / num_later_tokens
     return {
         "us_per_token": 1e6 * token_s,
         "us_per_request": 1e6 * request_s,
@@ -293,7 +304,7 @@ def table(results: dict[str, Any]) -> str:
             base = results.get(BASELINE, {}).get(streams, {}).get("median")
             cells = [name, streams]
             for key in ("us_per_token", "us_per_request"):
-                ratio = f"{row[key] / base[key]:.2f}" if base and name != "direct" else "–"
+                ratio = f"{row[key] / base[key]:.2f}" if base and name != "direct" else "-"
                 cells += [f"{row[key]:.1f}", ratio]
             cells += [f"{row['tokens_per_s']:.0f}"]
             cells += [f"{row[key]:.2f}" for key in ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")]
@@ -308,7 +319,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=Plan.repeats)
     parser.add_argument("--tokens", type=int, default=Plan.tokens, help="length of the long answers")
     parser.add_argument("--requests", type=int, default=Plan.requests, help="one-token requests")
-    parser.add_argument("--api", choices=("completions", "chat"), default=Plan.api)
     parser.add_argument("--output", type=Path, default=BUILD / "bench-hop.json")
     args = parser.parse_args(argv)
     BUILD.mkdir(exist_ok=True)
@@ -317,7 +327,6 @@ def main(argv: list[str] | None = None) -> None:
         repeats=args.repeats,
         tokens=args.tokens,
         requests=args.requests,
-        api=args.api,
     )
     results = run(plan, tuple(args.fronts))
     machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "vllm_router": ROUTER_VERSION}

@@ -23,7 +23,9 @@ from pools.engine.fake_text import answer, encode, render_chat, word
 
 @dataclass(frozen=True)
 class Load:
-    """What to send. Prompts are lower-case letters, one token each for the fake engine."""
+    """What to send. Completion prompts are token ids, so that no tokenizer on the way decides the answer; a chat is
+    text, and its answer is known only where the fake engine tokenises it itself.
+    """
 
     url: str
     model: str = "tiny"
@@ -54,7 +56,7 @@ class Stream(asyncio.Protocol):
         self._buffer = bytearray()
         self._body = bytearray()
         self._in_body = False
-        self._chunk_left = 0
+        self._close_after = False
         self._record = Record(0.0, [])
         self._done: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
@@ -62,7 +64,13 @@ class Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
+    @property
+    def closed(self) -> bool:
+        """True when the server closed the connection, so that the next request needs another."""
+        return self._transport is None or self._transport.is_closing()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
         self._end(f"connection closed: {exc}")
 
     async def run(self, request: bytes, record: Record) -> None:
@@ -80,6 +88,7 @@ class Stream(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+            self._transport = None
 
     def _end(self, error: str | None) -> None:
         if self._done is not None and not self._done.done():
@@ -102,6 +111,7 @@ class Stream(asyncio.Protocol):
         if b" 200 " not in head.split(b"\r\n")[0] + b" " or b"transfer-encoding: chunked" not in head:
             self._end(f"answer: {head[:200]!r} {bytes(self._buffer[:300])!r}")
             return False
+        self._close_after = b"\r\nconnection: close" in head
         self._in_body = True
         return True
 
@@ -138,6 +148,8 @@ class Stream(asyncio.Protocol):
 
     def _finish(self) -> None:
         got, due = len(self._record.arrivals), len(self._record.expected)
+        if self._close_after:
+            self.close()
         self._end(None if got == due else f"{got} of {due} tokens arrived")
 
 
@@ -151,8 +163,7 @@ def request_bytes(load: Load, index: int) -> tuple[bytes, list[bytes]]:
         body["messages"] = [{"role": "user", "content": prompt}]
         ids = encode(render_chat(body["messages"]))
     else:
-        body["prompt"] = prompt
-        ids = encode(prompt)
+        body["prompt"] = ids = encode(prompt)
     payload = json.dumps(body).encode()
     parts = urlsplit(load.url)
     path = "/v1/chat/completions" if load.api == "chat" else "/v1/completions"
@@ -167,14 +178,15 @@ async def run(load: Load) -> dict[str, Any]:
     records = [Record(0.0, expected) for _, expected in work]
     todo = iter(range(load.requests))
     parts = urlsplit(load.url)
+    host, port = parts.hostname or "", parts.port or 80
     loop = asyncio.get_running_loop()
 
     async def stream(number: int) -> None:
         await asyncio.sleep(0.1 * number / load.streams)
         protocol: Stream | None = None
         for index in todo:
-            if protocol is None:
-                _, protocol = await loop.create_connection(lambda: Stream(load.api), parts.hostname, parts.port)
+            if protocol is None or protocol.closed:
+                _, protocol = await loop.create_connection(lambda: Stream(load.api), host, port)
             await protocol.run(work[index][0], records[index])
             if records[index].error:
                 protocol.close()

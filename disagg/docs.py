@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes `docs/configuration.md` from the config models: `python -m disagg.docs`; `--check` only compares.
+"""Writes the generated pages, `docs/configuration.md` and `docs/metrics.md`: `python -m disagg.docs`; `--check` compares.
 
-Names, types, defaults and descriptions have their home on the models' fields, so the page cannot drift.
+Names, types, defaults and descriptions have their home on the config models' fields and on the metrics, so the pages
+cannot drift. The page of the metrics is `disagg.metrics_page`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from disagg import metrics_page
 from disagg.config import AppConfig
 from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS
 
 PAGE = Path("docs/configuration.md")
+METRICS_PAGE = Path("docs/metrics.md")
 
 _HEAD = """# Configuration
 
@@ -170,19 +173,25 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+def pages() -> dict[Path, str]:
+    """Every generated page by its path in the repository."""
+    return {PAGE: page(), METRICS_PAGE: metrics_page.page()}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page, or with `--check` return 1 if it is not current."""
+    """Write the pages, or with `--check` return 1 if one of them is not current."""
     parser = argparse.ArgumentParser(prog="python -m disagg.docs", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when the page is not current")
+    parser.add_argument("--check", action="store_true", help="compare only; exit 1 when a page is not current")
     args = parser.parse_args(argv)
     if not args.check:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(), encoding="utf-8")
+        for path, text in pages().items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    sys.stderr.write(f"{PAGE} is not current; run `python -m disagg.docs`\n")
-    return 1
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        sys.stderr.write(f"{path} is not current; run `python -m disagg.docs`\n")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

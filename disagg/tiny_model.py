@@ -35,7 +35,10 @@ CHAT_TEMPLATE = """\
 {%- elif message.content %}{%- for part in message.content %}{{- part.text }}{%- endfor %}
 {%- endif %}
 {%- for call in message.tool_calls or [] %}
-{{- '<tool_call>' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) + '</tool_call>' }}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+{%- if call.function.arguments is string %}{{- call.function.arguments }}
+{%- else %}{{- call.function.arguments | tojson }}{%- endif %}
+{{- '}</tool_call>' }}
 {%- endfor %}
 {{- eos_token }}
 {%- endfor %}

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -151,6 +152,7 @@ class EngineServer:
             "engine_id": self._engine.engine_id,
             "role": self._role,
             "incarnation": self._incarnation,
+            "pid": os.getpid(),
             "num_requests_in_flight": self._num_in_flight,
             "uptime_s": round(time.monotonic() - self._started_at, 3),
             **self._engine.stats().as_dict(),

@@ -12,7 +12,7 @@ readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # Shared libraries that the stack loads from the system, with the Debian package of each.
 readonly LIBRARIES="libibverbs.so.1=libibverbs1 librdmacm.so.1=librdmacm1 libnuma.so.1=libnuma1"
 # A served application imports none of these, and compiling them takes longer than all the rest.
-readonly NOT_COMPILED='/(tests?|testing|anthropic|google|mypyc?|numba|pip|pygments|schemathesis|setuptools|vllm/models)/|/ray/(autoscaler|dashboard/client|data|llm|rllib|train|tune)/|/transformers/models/(?!auto|llama)'
+readonly NOT_COMPILED='/(tests?|testing|anthropic|google|hypothesis|lmcache|mypyc?|numba|pip|pygments|schemathesis|sentry_sdk|setuptools|vllm/models)/|/ray/(autoscaler|dashboard/client|data|llm|rllib|train|tune)/|/transformers/models/(?!auto|llama)|/vllm/model_executor/models/(?!adapters|config|interfaces|llama|registry|utils|vision)'
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }

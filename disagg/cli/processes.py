@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +92,10 @@ def remaining(root: int) -> list[Process]:
     return belonging_to(root, process_table(), me=os.getpid())
 
 
-def wait_gone(root: int, timeout_s: float, *, stop: Callable[[], bool] = lambda: False) -> list[Process]:
-    """Blocks until no process of `root` runs, or `timeout_s` passed, or `stop` says so. Returns those that remain."""
+def wait_gone(root: int, timeout_s: float) -> list[Process]:
+    """Blocks until no process of `root` runs, or `timeout_s` seconds passed. Returns those that remain."""
     deadline = time.monotonic() + timeout_s
-    while (left := remaining(root)) and time.monotonic() < deadline and not stop():
+    while (left := remaining(root)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
 

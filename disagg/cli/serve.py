@@ -29,9 +29,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "serve",
         help="serve a config file on this machine until Ctrl-C",
-        description="Check CONFIG, create the admin key file that it names when that is missing, run `serve run CONFIG`, "
-        "wait until requests are answered, and print the URL. Ctrl-C drains and ends everything that was started; "
-        "a second Ctrl-C does not wait for requests.",
+        description="Check CONFIG, create the admin key file that it names when that is missing, run "
+        "`serve run CONFIG`, wait until requests are answered, and print the URL. Ctrl-C drains and ends "
+        "everything that was started; a second Ctrl-C does not wait for requests.",
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="Serve config file (YAML)")
     parser.add_argument(
@@ -122,7 +122,7 @@ def curl(url: str, model: str) -> str:
     return f"curl {shlex.quote(url + '/v1/chat/completions')} -H {header} -d {shlex.quote(json.dumps(body))}"
 
 
-def progress(ready: Mapping[str, int], sizes: Mapping[str, int | None]) -> str:
+def progress(ready: Mapping[str, int], sizes: Mapping[str, int | str]) -> str:
     """How many replicas of each pool are ready, in words."""
     parts = []
     for name in ("prefill", "decode"):
@@ -132,7 +132,7 @@ def progress(ready: Mapping[str, int], sizes: Mapping[str, int | None]) -> str:
 
 
 def _until_ready(
-    serving: ServeRun, args: argparse.Namespace, url: str, sizes: Mapping[str, int | None], interrupts: list[int]
+    serving: ServeRun, args: argparse.Namespace, url: str, sizes: Mapping[str, int | str], interrupts: list[int]
 ) -> str | None:
     """Blocks until requests are answered (None), an interrupt came (None) or it is hopeless (the reason)."""
     started = time.monotonic()

@@ -107,22 +107,13 @@ class ServeRun:
         for number, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
             if left:
                 processes.send(left, number)
-                left = self._wait_all(patience_s)
+                left = processes.wait_gone(child.pid, patience_s)
+        child.poll()
+        processes.collect_ended(child.pid)
         kept = processes.remove_shared(self._shared_before, self._shared_used)
-        return [
-            *(f"process {process.pid} ({process.name}) does not end" for process in left),
-            *(
-                f"{file} is new and unused, but was not seen in use by this run; remove it if it is yours"
-                for file in kept
-            ),
-        ]
-
-    def _wait_all(self, timeout_s: float) -> list[processes.Process]:
-        def reap() -> bool:
-            self.exit_code()
-            return False
-
-        return processes.wait_gone(self.pid, timeout_s, stop=reap)
+        for file in kept:
+            say(f"kept {file}: new and unused, but not seen in use by this run")
+        return [f"process {process.pid} ({process.name}) does not end" for process in left]
 
     def _wait_child(self, timeout_s: float, hurry: Callable[[], bool], say: Callable[[str], None]) -> bool:
         started = shown = time.monotonic()

@@ -122,6 +122,7 @@ class Admin:
             "incarnation": member.info.incarnation,
             "state": state,
             "url": member.info.url,
+            "pid": stats.get("pid"),
             "warm_peers": sorted(member.warm_peers),
             "num_requests_running": stats.get("num_requests_running"),
             "num_requests_waiting": stats.get("num_requests_waiting"),

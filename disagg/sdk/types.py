@@ -28,6 +28,8 @@ class Replica(_Answer):
     """Only `routable` replicas get requests."""
     url: str | None = None
     """Address of its private HTTP server."""
+    pid: int | None = None
+    """Process id of the replica on its node."""
     num_requests_running: int | None = None
     """Requests in the engine's current batch."""
     num_requests_waiting: int | None = None

@@ -24,7 +24,7 @@ from pools.config import FakeEngineConfig
 from pools.engine import fake_wire as wire
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.fake_kv import FakeKV, SideChannel, end_handoff, handoff_id, num_blocks_of
-from pools.engine.fake_text import answer, decode, fold, word
+from pools.engine.fake_text import NUM_WORDS, WORD_BASE, answer, decode, fold, word
 from pools.engine.fake_wire import Answer, Framing, Generation, WireError
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
@@ -96,6 +96,14 @@ class FakeEngine:
     @property
     def engine_id(self) -> str:
         return self._engine_id
+
+    @property
+    def block_size(self) -> int:
+        return self._config.block_size
+
+    @property
+    def vocab_size(self) -> int:
+        return WORD_BASE + NUM_WORDS
 
     @property
     def app(self) -> ASGIApp:

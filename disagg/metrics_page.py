@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`docs/metrics.md` as text: the gateway's metrics as `disagg.gateway.metrics` declares them, and what to alert on.
+
+Names, types and help have their home there. Only the values of labels, which code sets one by one, are listed here;
+`tests/unit/disagg/test_metrics_page.py` compares them with the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client.metrics import MetricWrapperBase
+
+from disagg.gateway.metrics import Metrics
+
+LOCAL_PREFILL_REASONS: Mapping[str, str] = {
+    "beam_search": "the request uses beam search",
+    "decode_error": "the decode leg of a hand-off was answered with a status of 500 or more",
+    "decode_lost": "the decode replica of a hand-off was lost before its first bytes",
+    "empty_prompt": "a prompt has no token",
+    "no_warm_pair": "no pair of replicas has moved KV yet, or none of them is reachable",
+    "not_rendered": "vLLM's renderer took the request for invalid or unusual; the decode engine answers it, mostly "
+    "with a 400",
+    "prefill_lost": "every prefill replica with a warm pair was lost or failed",
+    "prefill_offered_nothing": "the prefill engine answered 200 without hand-off parameters, as for a prompt shorter "
+    "than a KV block",
+    "prefill_refused": "the prefill engine answered with a status from 400 to 499",
+    "prefill_timeout": "the prefill leg took longer than `gateway.prefill_timeout_s`",
+    "prompt_list": "the request has more than eight prompts",
+    "prompt_logprobs": "log-probabilities of the prompt are asked for, which only the engine that computes it has",
+    "short": "the prompt is shorter than `gateway.min_handoff_tokens`",
+}
+"""Values of `reason` in `disagg_local_prefills_total`, and what each means."""
+
+LABEL_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "disagg_requests": {
+        "endpoint": ("chat", "completions", "other"),
+        "mode": ("handoff", "primed", "local", "none"),
+        "code": (),
+    },
+    "disagg_local_prefills": {"reason": tuple(LOCAL_PREFILL_REASONS)},
+    "disagg_handoffs": {"outcome": ("produced", "accepted", "released", "lost")},
+    "disagg_leg_retries": {"leg": ("prefill", "decode")},
+    "disagg_client_disconnects": {"phase": ("body", "prefill", "decode", "stream")},
+    "disagg_streams": {"path": ("splice", "asgi")},
+    "disagg_pair_warm_attempts": {"outcome": ("ok", "failed")},
+    "disagg_replicas": {"pool": ("prefill", "decode"), "state": ("routable", "other")},
+}
+"""Label values by metric and label, in the order of the labels; empty where they are not fixed."""
+
+_HEAD = """# Metrics
+
+Written by `python -m disagg.docs` from `disagg/gateway/metrics.py`. Do not edit it by hand; the sections after the
+tables are in `disagg/metrics_page.py`.
+
+## The gateway
+
+`GET /metrics`, Prometheus text format. The counts are those of one gateway replica, and they start at 0 with it. With
+more than one, a scrape through Serve's HTTP port reaches any of them; behind HAProxy scrape each gateway replica's own
+port instead ([operations](operations.md#ports)). No label ever holds the id of a request.
+"""
+
+_REASONS_HEAD = """### Reasons of a local prefill
+
+`reason` in `disagg_local_prefills_total`. The first request of each reason also writes a line to the log.
+"""
+
+_HANDOFFS = """### Hand-offs add up
+
+`produced` counts hand-off parameters that a prefill engine offered. Each of them ends in exactly one of `accepted` (a
+decode engine took the request), `released` (given back unused, the prefill engine freed its blocks at once) and `lost`
+(nobody could be told; the lease frees the blocks). The difference is what is under way.
+
+### Worth an alert
+
+| expression | means |
+|---|---|
+| `sum(disagg_replicas{pool="decode",state="routable"}) == 0` | nothing can be served; `/health` is 503 |
+| `disagg_warm_pairs == 0` | every prompt is computed by a decode engine |
+| `rate(disagg_local_prefills_total{reason=~"prefill_.*\\|no_warm_pair\\|decode_.*"}[5m])` above a few percent of \
+`rate(disagg_requests_total[5m])` | the prefill pool is lost, too slow, or too small |
+| `rate(disagg_broken_streams_total[5m]) > 0` | decode replicas die or hang in the middle of answers |
+| `rate(disagg_handoffs_total{outcome="lost"}[5m]) > 0` | KV waits for its lease on prefill engines |
+| `increase(disagg_pair_warm_attempts_total{outcome="failed"}[10m]) > 5` | a pair of replicas cannot move KV |
+"""
+
+_VLLM = """## The engines
+
+Every replica serves vLLM's own `/metrics` on its private port, which is another one after each start. The URLs are in
+`GET /admin/v1/pools` (`pools[].replicas[].url`; `disagg status --json` prints the same), so a scraper needs a service
+discovery that reads them. Counters carry `_total` in the exposition. On a decode engine TTFT and "prefill time" include
+the wait for KV.
+
+| metric | scrape on | alert when |
+|---|---|---|
+| `vllm:nixl_num_notifications_after_expiry` | prefill | above 0: page. A decode engine read KV after its lease, so an \
+answer may be wrong. Raise `transport.kv_lease_duration_s` |
+| `vllm:nixl_num_kv_expired_reqs` | prefill | it rises steadily: requests wait too long between the legs, or decode \
+replicas die |
+| `vllm:nixl_num_failed_transfers` | decode | it rises: handshakes or reads fail, each costs a recomputation |
+| `vllm:nixl_num_failed_notifications` | decode | it rises: prefill engines are not told that blocks are free |
+| `vllm:nixl_xfer_time_seconds`, `vllm:nixl_bytes_transferred` | decode | the time per byte grows: the link is shared \
+or not the one you think |
+| `vllm:num_requests_kv_fetch_by_stage{stage="waiting_to_start"}` | decode | it grows: transfers queue |
+| `vllm:num_requests_waiting` | both | it stays above 0: the pool is too small |
+| `vllm:kv_cache_usage_perc` | both | it stays near 1: requests wait for KV space or are preempted |
+| `vllm:num_preemptions` | both | it rises: KV space is too small for `max_num_seqs` |
+| `vllm:external_prefix_cache_hits`, `vllm:external_prefix_cache_queries` | decode | hits stop while requests go on: \
+no KV arrives, decode recomputes |
+| `vllm:prompt_tokens_by_source` | decode | the locally computed share grows, for the same reason |
+"""
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """One metric as Prometheus shows it."""
+
+    family: str
+    """Name without the suffix that a counter gets."""
+    name: str
+    """Name to query: with `_total` for a counter; a histogram adds `_bucket`, `_sum` and `_count`."""
+    type: str
+    help: str
+    labels: tuple[str, ...]
+
+
+def metrics() -> list[MetricInfo]:
+    """Every metric of a gateway replica, in the order of its declaration."""
+    return [_info(value) for value in vars(Metrics()).values() if isinstance(value, MetricWrapperBase)]
+
+
+def _info(metric: MetricWrapperBase) -> MetricInfo:
+    (family,) = metric.describe()
+    # prometheus_client tells label names only of series that exist, and a fresh registry has none.
+    labels = tuple(metric._labelnames)
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    return MetricInfo(family.name, name, family.type, family.documentation, labels)
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    lines = ["| name | type | labels | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{m.name}` | {m.type} | {_labels(m)} | {_cell(m.help)} |" for m in metrics()]
+    reasons = ["| reason | the decode engine computed the prompt because |", "|---|---|"]
+    reasons += [f"| `{word}` | {_cell(meaning)} |" for word, meaning in sorted(LOCAL_PREFILL_REASONS.items())]
+    return "\n".join([_HEAD, *lines, "", _REASONS_HEAD, *reasons, "", _HANDOFFS, _VLLM])
+
+
+def _labels(metric: MetricInfo) -> str:
+    parts = []
+    for label in metric.labels:
+        values = LABEL_VALUES.get(metric.family, {}).get(label, ())
+        if metric.family == "disagg_local_prefills":
+            parts.append(f"`{label}`: see below")
+        elif values:
+            parts.append(f"`{label}`: " + ", ".join(f"`{value}`" for value in values))
+        else:
+            parts.append(f"`{label}`")
+    return "; ".join(parts)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

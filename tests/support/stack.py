@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole application, started with `disagg serve` as a user would and ended with Ctrl-C. Linux only.
+
+Also the reference: one aggregated vLLM engine with the same settings, without Ray and without KV transfer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from disagg.sdk.client import Client
+from pools.config import CpuConfig
+from pools.launch import HOST_WORKER_EXTENSION, engine_env
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+ENGINE_KWARGS: dict[str, Any] = {
+    "max_model_len": 4096,
+    "max_num_seqs": 32,
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+}
+"""Of both pools and of the reference engine, so that answers can be compared."""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def tiny_model() -> Path:
+    """The tiny checkpoint, written when it is missing."""
+    from disagg.tiny_model import write_tiny_model
+
+    path = ROOT / ".cache" / "tiny-model"
+    if not (path / "config.json").exists():
+        write_tiny_model(path)
+    return path
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, poll_s: float = 0.1) -> float:
+    """Seconds until `condition` held. Raises TimeoutError that names `what`."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > timeout_s:
+            raise TimeoutError(f"after {timeout_s:g} s still not: {what}")
+        time.sleep(poll_s)
+    return time.monotonic() - started
+
+
+@dataclass
+class Stack:
+    """One running application."""
+
+    url: str
+    admin_key: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    output: list[str] = field(default_factory=list)
+
+    def client(self) -> Client:
+        return Client(self.url, api_key=self.admin_key, timeout_s=60)
+
+    def stats(self) -> dict[str, list[dict[str, Any]]]:
+        """`/disagg/v1/stats` of every replica, by pool."""
+        import httpx
+
+        with self.client() as client:
+            pools = client.pools()
+        return {
+            pool.name: [httpx.get(f"{r.url}/disagg/v1/stats", timeout=10).json() for r in pool.replicas if r.url]
+            for pool in pools
+        }
+
+    def engine_metric(self, pool: str, name: str) -> float:
+        """Sum of one of vLLM's own Prometheus metrics over a pool's replicas."""
+        import httpx
+
+        total = 0.0
+        with self.client() as client:
+            replicas = client.pool(pool).status().replicas
+        for replica in replicas:
+            for line in httpx.get(f"{replica.url}/metrics", timeout=10).text.splitlines():
+                if line.startswith(name) and line[len(name)] in "{ ":
+                    total += float(line.rsplit(" ", 1)[1])
+        return total
+
+    def stop(self, timeout_s: float = 120) -> tuple[int, float]:
+        """Exit code of `disagg serve` after Ctrl-C, and the seconds it took."""
+        started = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(timeout_s)
+        return code, time.monotonic() - started
+
+
+def write_config(source: Path, *, name: str, port: int, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """A copy of a shipped config with another port, the tiny model's absolute path and `change` applied."""
+    config = yaml.safe_load(source.read_text())
+    config.setdefault("http_options", {})["port"] = port
+    args = config["applications"][0]["args"]
+    args["model"]["source"] = str(tiny_model())
+    args["model"]["engine_kwargs"] = {**args["model"].get("engine_kwargs", {}), **ENGINE_KWARGS}
+    args["gateway"] = {**args.get("gateway", {}), "admin": {"key_file": str(ROOT / ".cache" / "admin-key")}}
+    if change is not None:
+        change(config)
+    path = BUILD / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@contextlib.contextmanager
+def running(
+    source: Path, *, name: str, change: Callable[[dict[str, Any]], None] | None = None, timeout_s: float = 300
+) -> Iterator[Stack]:
+    """The application of a config file, ready with every pair warm, and stopped afterwards."""
+    port = free_port()
+    config = write_config(source, name=name, port=port, change=change)
+    log = BUILD / f"{name}.log"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "disagg.cli.main", "serve", str(config), "--log-file", str(log)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )
+    stack = Stack(f"http://127.0.0.1:{port}", "", process, log)
+    reader = threading.Thread(target=_collect, args=(process, stack.output), daemon=True)
+    reader.start()
+    try:
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError("disagg serve ended:\n" + "\n".join(stack.output[-30:]))
+            return _is_warm(stack.url)
+
+        wait_until(ready, timeout_s, f"{name} serves with every pair warm; see {log}", 0.25)
+        stack.admin_key = (ROOT / ".cache" / "admin-key").read_text().strip()
+        yield stack
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stack.stop()
+        if process.poll() is None:
+            process.kill()
+
+
+def _collect(process: subprocess.Popen[bytes], lines: list[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line.decode(errors="replace").rstrip("\n"))
+
+
+def _is_warm(url: str) -> bool:
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url}/health", timeout=5)
+        body = answer.json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return answer.status_code == 200 and body.get("status") == "ok" and body.get("num_cold_pairs") == 0
+
+
+@contextlib.contextmanager
+def aggregated_engine(*, name: str = "aggregated", timeout_s: float = 300) -> Iterator[str]:
+    """URL of one ordinary vLLM engine with the settings of the pools."""
+    arguments = {
+        **ENGINE_KWARGS,
+        "enforce_eager": True,
+        "dtype": "bfloat16",
+        "model": str(tiny_model()),
+        "served_model_name": ["tiny"],
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": HOST_WORKER_EXTENSION,
+    }
+    with engine_process(arguments, {}, role="decode", name=name, timeout_s=timeout_s) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def engine_process(
+    arguments: dict[str, Any], env: dict[str, str], *, role: str, name: str, timeout_s: float = 300
+) -> Iterator[str]:
+    """URL of one real engine in a process of its own, with vLLM's `arguments`."""
+    settings = {"arguments": arguments, "env": engine_env("cpu", CpuConfig(), host="127.0.0.1") | env, "role": role}
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.engine_process", json.dumps(settings)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        lines: list[str] = []
+        threading.Thread(target=_collect, args=(process, lines), daemon=True).start()
+        try:
+
+            def up() -> bool:
+                if process.poll() is not None:
+                    raise RuntimeError(f"the engine {name} ended; see build/{name}.log")
+                return any(line.startswith("http://") for line in lines)
+
+            wait_until(up, timeout_s, f"the engine {name} is up")
+            yield next(line for line in lines if line.startswith("http://"))
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`disagg serve` without Ray: refusing, the key file, reading logs, finding processes and shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+from pathlib import Path
+
+import pytest
+
+from disagg.cli import serve
+from disagg.cli.main import main
+from disagg.cli.processes import Process, belonging_to, mapped_by, parse_stat, process_table, remove_shared
+from disagg.cli.supervise import child_env, is_fatal, reason
+
+LOG = """\
+(ServeController pid=9) INFO 2026-11-21 22:57:48 controller 9 -- Adding 1 replica to Deployment(name='prefill').
+(ServeController pid=9) ray.exceptions.RayTaskError(RuntimeError): ray::ServeReplica:disagg:prefill (pid=5, ip=1)
+(ServeController pid=9) RuntimeError: Traceback (most recent call last):
+(ServeController pid=9)   File "app.py", line 11, in __init__
+(ServeController pid=9)     raise RuntimeError("weights not found")
+(ServeController pid=9) RuntimeError: weights not found
+(ServeController pid=9) ERROR 2026-11-21 22:57:51 controller 9 -- Failed to update the deployments ['prefill'].
+""".splitlines()
+
+
+def test_refuses_before_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file with problems starts nothing and leaves no log."""
+    log = tmp_path / "serve.log"
+    assert main(["serve", str(tmp_path / "none.yaml"), "--log-file", str(log)]) == 1
+    assert "cannot read" in capsys.readouterr().err
+    assert not log.exists()
+
+
+def test_key_file(tmp_path: Path) -> None:
+    """A missing key file is made, private and random; an existing one is kept."""
+    file = tmp_path / "new" / "key"
+    assert serve.ensure_key(file)
+    key = file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert len(key.strip()) >= 32
+    assert not serve.ensure_key(file)
+    assert file.read_text() == key
+
+
+def test_curl_survives_the_shell() -> None:
+    """The command is one argument each, whatever the model is called."""
+    words = shlex.split(serve.curl("http://127.0.0.1:8000", "it's $HOME"))
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert json.loads(words[-1])["model"] == "it's $HOME"
+
+
+def test_progress() -> None:
+    """Ready and wanted replicas of both pools."""
+    assert serve.progress({"prefill": 1}, {"prefill": 2, "gateway": 1}) == "prefill 1/2 ready, decode 0 ready"
+
+
+def test_reads_the_log() -> None:
+    """The line after which Serve gives up, and the innermost error before it."""
+    assert [is_fatal(line) for line in LOG] == [False] * 6 + [True]
+    assert is_fatal("-- Deploying app 'disagg' failed with exception:")
+    assert not is_fatal("-- Deploying app 'disagg'.")
+    assert reason(LOG) == "RuntimeError: weights not found"
+    assert reason(LOG[:1]) is None
+
+
+def test_environment() -> None:
+    """Telemetry is off unless asked for; the interpreter's own commands come first."""
+    env = child_env({"PATH": "/usr/bin", "DO_NOT_TRACK": "0"})
+    assert env["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert env["DO_NOT_TRACK"] == "0"
+    assert env["PATH"].endswith(":/usr/bin")
+
+
+def test_whose_processes() -> None:
+    """Session members, adopted orphans and all descendants belong; others and ended ones do not."""
+    me, root = 10, 20
+    rows = [
+        Process(10, 1, 10, "S", "disagg"),
+        Process(20, 10, 20, "S", "serve"),
+        Process(21, 20, 20, "S", "raylet"),
+        Process(22, 21, 22, "S", "own session"),
+        Process(23, 10, 23, "S", "orphan"),
+        Process(24, 1, 20, "S", "same session"),
+        Process(25, 20, 20, "Z", "ended"),
+        Process(30, 1, 30, "S", "other cluster"),
+    ]
+    found = belonging_to(root, {row.pid: row for row in rows}, me=me)
+    assert sorted(process.pid for process in found) == [20, 21, 22, 23, 24]
+
+
+def test_stat_line() -> None:
+    """Names may hold spaces and brackets."""
+    assert parse_stat("7 (a) b (c) S 1 7 5 0") == Process(7, 1, 5, "S", "a) b (c")
+    assert os.getpid() in process_table()
+
+
+def test_shared_memory(tmp_path: Path) -> None:
+    """Only new, unused files that the run was seen using go; what may be another's stays and is named."""
+    old, ours, busy, unknown = (tmp_path / name for name in ("old", "ours", "busy", "unknown"))
+    for file in (old, ours, busy, unknown):
+        file.write_text("x")
+    with busy.open() as held:
+        assert held.name in {str(file) for file in mapped_by([os.getpid()], tmp_path)}
+        kept = remove_shared(frozenset({old}), frozenset({old, ours, busy}), tmp_path)
+    assert kept == [unknown]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["busy", "old", "unknown"]
