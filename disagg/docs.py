@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated pages, `docs/configuration.md` and `docs/metrics.md`: `python -m disagg.docs`; `--check` compares.
+"""Writes the generated pages of docs/, of the config and of the metrics: `python -m disagg.docs`; `--check` compares.
 
 Names, types, defaults and descriptions have their home on the config models' fields and on the metrics, so the pages
 cannot drift. The page of the metrics is `disagg.metrics_page`.

@@ -23,8 +23,7 @@ LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "not_rendered": "vLLM's renderer took the request for invalid or unusual; the decode engine answers it, mostly "
     "with a 400",
     "prefill_lost": "every prefill replica with a warm pair was lost or failed",
-    "prefill_offered_nothing": "the prefill engine answered 200 without hand-off parameters, as for a prompt shorter "
-    "than a KV block",
+    "prefill_offered_nothing": "the prefill engine answered 200 without hand-off parameters",
     "prefill_refused": "the prefill engine answered with a status from 400 to 499",
     "prefill_timeout": "the prefill leg took longer than `gateway.prefill_timeout_s`",
     "prompt_list": "the request has more than eight prompts",
@@ -59,6 +58,11 @@ tables are in `disagg/metrics_page.py`.
 `GET /metrics`, Prometheus text format. The counts are those of one gateway replica, and they start at 0 with it. With
 more than one, a scrape through Serve's HTTP port reaches any of them; behind HAProxy scrape each gateway replica's own
 port instead ([operations](operations.md#ports)). No label ever holds the id of a request.
+"""
+
+_COUNTED = """`disagg_requests_total` counts completions that were answered, and refusals. A refusal before the request
+is prepared (a wrong field, route, key or size) has `endpoint="other"` and `mode="none"`, whatever its path. A client
+that leaves before the first byte is counted in `disagg_client_disconnects_total` alone.
 """
 
 _REASONS_HEAD = """### Reasons of a local prefill
@@ -144,7 +148,7 @@ def page() -> str:
     lines += [f"| `{m.name}` | {m.type} | {_labels(m)} | {_cell(m.help)} |" for m in metrics()]
     reasons = ["| reason | the decode engine computed the prompt because |", "|---|---|"]
     reasons += [f"| `{word}` | {_cell(meaning)} |" for word, meaning in sorted(LOCAL_PREFILL_REASONS.items())]
-    return "\n".join([_HEAD, *lines, "", _REASONS_HEAD, *reasons, "", _HANDOFFS, _VLLM])
+    return "\n".join([_HEAD, *lines, "", _COUNTED, _REASONS_HEAD, *reasons, "", _HANDOFFS, _VLLM])
 
 
 def _labels(metric: MetricInfo) -> str:

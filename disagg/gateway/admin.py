@@ -52,9 +52,10 @@ class AdminKey:
             raise PermissionDeniedError("the admin API is off; set gateway.admin.key_file in the application's args")
         try:
             key = self._path.read_text().strip()
-        except OSError as exc:
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
             raise PermissionDeniedError(
-                f"the admin key file cannot be read ({exc.strerror}); write a key to gateway.admin.key_file"
+                f"the admin key file cannot be read ({reason}); write a key to gateway.admin.key_file"
             ) from exc
         if not key:
             raise PermissionDeniedError("the admin key file is empty; write a key to gateway.admin.key_file")

@@ -172,7 +172,12 @@ def create_app(gateway: Gateway) -> FastAPI:
         await gateway.close()
 
     app = FastAPI(
-        title="disagg gateway", version=disagg.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="disagg gateway",
+        version=disagg.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     _add_errors(app, gateway)
     _add_openai(app, gateway)
@@ -229,9 +234,7 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
 
 def _add_openai(app: FastAPI, gateway: Gateway) -> None:
     async def received(request: Request) -> tuple[bytes, dict[str, Any]]:
-        raw = await read_body(
-            request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s
-        )
+        raw = await read_body(request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s)
         body = parse_json(request, raw)
         check_fields(body, model_id=gateway.model_id)
         return raw, body
@@ -302,9 +305,7 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     )
     async def scale(name: str, request: Request) -> JSONResponse:
         gateway.admin_key.check(request)
-        raw = await read_body(
-            request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s
-        )
+        raw = await read_body(request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s)
         body = parse_json(request, raw)
         if not body:
             raise InvalidRequestError("num_replicas is missing", param="num_replicas")

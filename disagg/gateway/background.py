@@ -18,6 +18,7 @@ class Background:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._loops: set[asyncio.Task[None]] = set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         loop = asyncio.get_running_loop()
@@ -32,11 +33,15 @@ class Background:
     def forever(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A loop of the gateway; its failure is logged with a traceback."""
         task = self.spawn(coroutine)
+        self._loops.add(task)
+        task.add_done_callback(self._loops.discard)
         task.add_done_callback(_report)
         return task
 
     async def close(self, timeout_s: float) -> None:
-        """Let what is running finish for `timeout_s`, then cancel it."""
+        """End the loops, let the rest finish for `timeout_s`, then cancel it."""
+        for loop in self._loops:
+            loop.cancel()
         if not self._tasks:
             return
         _, pending = await asyncio.wait(self._tasks, timeout=timeout_s)

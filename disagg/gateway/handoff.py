@@ -32,6 +32,15 @@ _CLEANUP_TIMEOUT_S = 10.0
 _decode_json = msgspec.json.Decoder().decode
 
 
+def _object(payload: bytes) -> dict[str, Any]:
+    """An engine's JSON object; empty when it is none."""
+    try:
+        decoded = _decode_json(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return decoded if isinstance(decoded, dict) else {}
+
+
 @dataclass(frozen=True)
 class Call:
     """One request, parsed and rendered."""
@@ -45,10 +54,6 @@ class Call:
     request_id: str
     headers: Mapping[str, str] = field(default_factory=dict)
     """Further headers of the decode leg, e.g. trace context."""
-
-    @property
-    def stream(self) -> bool:
-        return self.body.get("stream") is True
 
 
 @dataclass
@@ -124,7 +129,12 @@ class Handoff:
             raise
         except ReplicaLostError as exc:
             self._lost(pair.decode, exc)
-            self._metrics.handoffs.labels("lost").inc()
+            other = None if exc.sent else self._membership.pick_decode(without={pair.decode.info.replica_id})
+            if other is not None:
+                # Nobody has seen the parameters, so another decode engine can give them back.
+                self._background.spawn(self._release(other, params))
+            else:
+                self._metrics.handoffs.labels("lost").inc()
             self._metrics.retries.labels("decode").inc()
             return await self._local(call, "decode_lost", without={pair.decode.info.replica_id})
         self._metrics.handoffs.labels("released" if 400 <= answer.status < 500 else "accepted").inc()
@@ -223,7 +233,7 @@ class Handoff:
                 {"x-request-id": leg_id},
                 timeout_s=self._config.prefill_timeout_s + _CLEANUP_TIMEOUT_S,
             )
-        return status, transfer_params(_decode_json(payload)) if status == 200 else None
+        return status, transfer_params(_object(payload)) if status == 200 else None
 
     async def _prefill_and_prime(self, pair: Pair, call: Call, prompt: Sequence[int]) -> None:
         prefilled = await self._prefill(call, prompt)
@@ -259,7 +269,8 @@ class Handoff:
                 "POST", PATHS[call.endpoint], body, {"x-request-id": call.request_id, **call.headers}
             )
             status = await exchange.head()
-            streaming = call.stream and status == 200
+            # Not the body's `stream`: vLLM takes "yes" and 1 for true.
+            streaming = status == 200 and (exchange.header(b"content-type") or b"").startswith(b"text/event-stream")
             content = (await exchange.next_chunk() or b"") if streaming else await exchange.read()
         except BaseException:
             if exchange is not None:
@@ -311,7 +322,7 @@ class Handoff:
             self._metrics.handoffs.labels("lost").inc()
             return
         # `released` is false when the engine had admitted the request before the client left; then it was consumed.
-        released = status == 200 and _decode_json(payload).get("released") is True
+        released = status == 200 and _object(payload).get("released") is True
         self._metrics.handoffs.labels("released" if released else "accepted").inc()
 
     def _lost(self, member: Member, error: ReplicaLostError) -> None:

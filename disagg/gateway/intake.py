@@ -68,6 +68,9 @@ def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
     for name in FORBIDDEN_FIELDS:
         if name in body:
             raise InvalidRequestError(f"Unrecognized request argument supplied: {name}", param=name)
+        # vLLM merges these into the same arguments that the fields above end in.
+        if isinstance(extra := body.get("vllm_xargs"), dict) and name in extra:
+            raise InvalidRequestError(f"vllm_xargs must not hold {name}", param=f"vllm_xargs.{name}")
     model = body.get("model")
     if model is None:
         raise InvalidRequestError(f"you must provide a model parameter; this server has {model_id!r}", param="model")
@@ -75,6 +78,9 @@ def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
         raise InvalidRequestError(f"model must be a string, not {type(model).__name__}", param="model")
     if model != model_id:
         raise ModelNotFoundError(f"The model {model!r} does not exist; this server has {model_id!r}.", param="model")
+    # vLLM 0.32 answers 500 to anything it cannot iterate here.
+    if "messages" in body and not isinstance(body["messages"], list):
+        raise InvalidRequestError("messages must be an array", param="messages")
 
 
 def request_id_of(request: Request) -> str:

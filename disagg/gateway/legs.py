@@ -67,7 +67,10 @@ def route_for(
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 1
+    """A count as vLLM may take it: "2" and 2.0 become 2 there, so whatever is no whole number counts as several."""
+    if value is None:
+        return 1
+    return value if isinstance(value, int) else 2
 
 
 def prefill_body(model: str, prompt_token_ids: Sequence[int], *, cache_salt: str | None) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ class Metrics:
     """One gateway replica's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
+        # The time a series was made says nothing here and doubles their number.
+        disable_created_metrics()
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "disagg_requests",

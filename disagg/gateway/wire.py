@@ -49,6 +49,11 @@ class Exchange:
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.headers if key == name), None)
 
+    @property
+    def over(self) -> bool:
+        """Nothing more can come: complete, failed or given up."""
+        return self.complete or self._error is not None or self._connection is None
+
     async def head(self) -> int:
         """The status, once the response's head is here. Raises ReplicaLostError."""
         while not self.has_head:
@@ -104,8 +109,9 @@ class Exchange:
 
     def close(self) -> None:
         """Give up: an unfinished response closes its connection, which stops the request in the engine."""
-        if self._connection is not None:
-            self._connection.abandon()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
 
     def fail(self, error: ReplicaLostError) -> None:
         if not self.complete and self._error is None:
@@ -299,7 +305,7 @@ class Upstream:
     def sweep(self, now: float, *, first_byte_timeout_s: float, idle_timeout_s: float, stall_timeout_s: float) -> None:
         """Fail exchanges that have stood still too long, and close connections nobody has used."""
         for exchange in list(self._active):
-            if exchange.complete or exchange._error is not None:
+            if exchange.over:
                 self._active.discard(exchange)
             elif exchange.paused_at is not None:
                 if now - exchange.paused_at > stall_timeout_s:

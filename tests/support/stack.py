@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -161,9 +161,12 @@ def running(
             process.kill()
 
 
-def _collect(process: subprocess.Popen[bytes], lines: list[str]) -> None:
+def _collect(process: subprocess.Popen[bytes], lines: list[str], log: BinaryIO | None = None) -> None:
     assert process.stdout is not None
     for line in process.stdout:
+        if log is not None:
+            log.write(line)
+            log.flush()
         lines.append(line.decode(errors="replace").rstrip("\n"))
 
 
@@ -211,7 +214,7 @@ def engine_process(
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         lines: list[str] = []
-        threading.Thread(target=_collect, args=(process, lines), daemon=True).start()
+        threading.Thread(target=_collect, args=(process, lines, log), daemon=True).start()
         try:
 
             def up() -> bool:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Line 5: clients that leave at random moments leave nothing behind in either engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import statistics
+import time
+from collections import Counter
+
+import httpx
+
+from tests.prove.report import ROOT, Row
+from tests.support.answers import Case, ask, difference
+from tests.support.stack import Stack, running
+
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+NUM_CLIENTS = 100
+AT_ONCE = 4
+IDLE_S = 2.0
+LEASE_S = 30
+
+
+def leaving() -> list[Row]:
+    with running(CONFIG, name="prove-leaving") as stack:
+        return leave(stack, NUM_CLIENTS)
+
+
+def leave(stack: Stack, num_clients: int) -> list[Row]:
+    """Rows for `num_clients` that leave, `AT_ONCE` at a time; after each wave both engines have to be idle."""
+    chooser = random.Random(5)
+    healthy = Case(
+        "healthy", "/v1/completions", {"model": "tiny", "prompt": [30] * 300, "max_tokens": 8, "temperature": 0}
+    )
+    first = asyncio.run(_once(stack, healthy))
+    base = {pool: [s["kv_cache_usage"] for s in stats] for pool, stats in stack.stats().items()}
+    engines = {pool: [s["incarnation"] for s in stats] for pool, stats in stack.stats().items()}
+    phases: Counter[str] = Counter()
+    waits: list[float] = []
+    for start in range(0, num_clients, AT_ONCE):
+        wave = [(start + i, chooser.choice((0.002, 0.02, 0.1, 0.25, 0.6)) * chooser.random()) for i in range(AT_ONCE)]
+        for phase in asyncio.run(_wave(stack.url, wave, chooser)):
+            phases[phase] += 1
+        waits.append(_idle_after(stack, base))
+    last = asyncio.run(_once(stack, healthy))
+    stats = stack.stats()
+    expired = sum(s["num_kv_expired_reqs_total"] for s in stats["prefill"])
+    same = {pool: [s["incarnation"] for s in pool_stats] for pool, pool_stats in stats.items()} == engines
+    print(f"    phases when the client left: {dict(phases)}; idle after p50 {statistics.median(waits):.2f} s")
+    return [
+        Row(5, "clients that left", str(sum(phases.values())), str(num_clients), sum(phases.values()) == num_clients),
+        Row(5, "longest wait until both engines were idle", f"{max(waits):.2f} s", f"{IDLE_S:g} s", max(waits) <= IDLE_S),
+        Row(5, "hand-offs that only the lease ended", str(expired), "0", expired == 0),
+        Row(5, "both engines live on, same answer as before", "yes" if same else "no", "yes", same and difference(first, last) is None),
+    ]
+
+
+async def _once(stack: Stack, case: Case):  # type: ignore[no-untyped-def]
+    async with httpx.AsyncClient(timeout=60) as client:
+        return await ask(client, stack.url, case)
+
+
+async def _wave(url: str, wave: list[tuple[int, float]], chooser: random.Random) -> list[str]:
+    return await asyncio.gather(*(_leave_one(url, number, delay, chooser.random() < 0.7) for number, delay in wave))
+
+
+async def _leave_one(url: str, number: int, delay: float, stream: bool) -> str:
+    """One client: sends a long prompt and closes its connection `delay` seconds later. Returns what it had seen."""
+    prompt = [20 + (number * 31 + i * 7) % 1400 for i in range(400 + 37 * (number % 60))]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": stream}
+    seen = "nothing"
+
+    async def talk() -> None:
+        nonlocal seen
+        async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", f"{url}/v1/completions", json=body) as r:
+            seen = "head"
+            async for _ in r.aiter_bytes():
+                seen = "tokens"
+
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(talk(), delay)
+        seen = "whole answer"
+    return seen
+
+
+def _idle_after(stack: Stack, base: dict[str, list[float]]) -> float:
+    """Seconds until both engines report nothing running and the KV use they began with; at most the lease."""
+    started = time.monotonic()
+    while time.monotonic() - started < LEASE_S:
+        stats = stack.stats()
+        asked = time.monotonic()
+        busy = [
+            s
+            for pool, pool_stats in stats.items()
+            for s, usage in zip(pool_stats, base[pool], strict=True)
+            if s["num_requests_running"] or s["num_requests_waiting"] or s["kv_cache_usage"] > usage + 1e-9
+        ]
+        if not busy:
+            return asked - started
+        time.sleep(0.05)
+    return time.monotonic() - started

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that leave: both legs stop, nothing stays held, and unused KV is given back exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from disagg.gateway import wire
+from pools.engine.base import Message, Receive, Scope, Send
+from tests.support.gateway_stack import JSON_HEADERS, MODEL, Stack, connected, request_bytes, running_stack, until
+
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", {"prompt": "long " * 40}),
+    "streamed completion": ("/v1/completions", {"prompt": "long " * 40, "stream": True}),
+    "streamed chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 99}], "stream": True}),
+    "several choices": ("/v1/completions", {"prompt": "long " * 40, "stream": True, "n": 3}),
+    "prompt list": ("/v1/completions", {"prompt": ["long " * 40, "longer " * 40, "longest " * 40]}),
+}
+KINDS = pytest.mark.parametrize("kind", BODIES)
+
+
+async def leave_when(stack: Stack, kind: str, is_time: Any, **fields: Any) -> None:
+    """Send a request and break the connection once `is_time()`."""
+    path, body = BODIES[kind]
+    payload = json.dumps({"model": MODEL, "max_tokens": 1000, **body, **fields}).encode()
+    async with connected(stack.url) as connection:
+        connection.writer.write(request_bytes("POST", path, JSON_HEADERS, payload))
+        await until(is_time)
+        connection.leave()
+    await until(lambda: stack.gateway.num_in_flight == 0)
+
+
+async def check_settled(stack: Stack) -> None:
+    """Nothing runs, nothing is held, the gateway counts nothing, and no hand-off was released twice."""
+    await until(lambda: len(stack.gateway.background._tasks) == len(stack.gateway._loops))
+    await stack.settled()
+    for member in stack.gateway.membership.members("prefill") + stack.gateway.membership.members("decode"):
+        assert member.num_in_flight == 0
+    released = [p["remote_request_id"] for r in stack.decode for p, _ in r.engine.releases]
+    assert len(released) == len(set(released))
+    produced = stack.metric("disagg_handoffs_total", outcome="produced")
+    ends = [stack.metric("disagg_handoffs_total", outcome=outcome) for outcome in ("accepted", "released", "lost")]
+    assert sum(ends) == produced
+
+
+def num_released(stack: Stack) -> int:
+    return sum(released for r in stack.decode for _, released in r.engine.releases)
+
+
+@KINDS
+async def test_before_the_legs(kind: str) -> None:
+    """While the prompt is rendered: no leg starts."""
+    async with running_stack() as stack:
+
+        async def never() -> None:
+            await asyncio.Event().wait()
+
+        stack.renderer.before = never
+        await leave_when(stack, kind, lambda: stack.gateway.num_in_flight == 1)
+        await check_settled(stack)
+        assert not stack.prefill[0].engine.seen and not stack.decode[0].engine.seen
+
+
+@KINDS
+async def test_during_prefill(kind: str) -> None:
+    """The prefill engine is told to stop, and decode never hears of the request."""
+    async with running_stack(prefill_ms_per_1k_tokens=20_000, warm=False) as stack:
+        await stack.warmed()
+        await leave_when(stack, kind, lambda: stack.prefill[0].engine.seen)
+        await check_settled(stack)
+        assert stack.prefill[0].engine.aborts
+        assert not stack.decode[0].engine.seen
+        assert stack.metric("disagg_client_disconnects_total", phase="prefill") >= 1
+
+
+async def test_prefill_finishes_as_the_client_leaves() -> None:
+    """KV that was produced for a client who has left is released once."""
+    async with running_stack() as stack:
+        engine = stack.prefill[0].engine
+        go_on = asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> bool:
+            await go_on.wait()
+            return False
+
+        engine.hook = slow
+        await leave_when(stack, "completion", lambda: engine.seen)
+        go_on.set()
+        await check_settled(stack)
+        assert num_released(stack) == 1
+
+
+@pytest.mark.parametrize("kind", ["completion", "streamed completion", "streamed chat"])
+async def test_between_the_legs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the connection for the decode leg is being made: the KV is released once."""
+    async with running_stack() as stack:
+        connect = wire.Upstream._connect
+        decode_url, blocked = stack.decode[0].server.url, asyncio.Event()
+
+        async def held(self: wire.Upstream) -> Any:
+            if self.url == decode_url and not blocked.is_set():
+                blocked.set()
+                await asyncio.Event().wait()
+            return await connect(self)
+
+        stack.gateway.upstreams.get(decode_url).close()
+        stack.gateway.upstreams.get(decode_url)._closed = False
+        monkeypatch.setattr(wire.Upstream, "_connect", held)
+        await leave_when(stack, kind, blocked.is_set)
+        await check_settled(stack)
+        assert num_released(stack) == 1
+        assert stack.metric("disagg_client_disconnects_total", phase="decode") == 1
+
+
+@pytest.mark.parametrize("kind", ["completion", "streamed completion", "streamed chat"])
+async def test_decode_has_not_begun(kind: str) -> None:
+    """The decode engine has the request but has not admitted it: the KV is released once."""
+    async with running_stack() as stack:
+        engine = stack.decode[0].engine
+
+        async def hang(scope: Scope, receive: Receive, send: Send) -> bool:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            return True
+
+        engine.hook = hang
+        await leave_when(stack, kind, lambda: engine.seen)
+        await check_settled(stack)
+        assert num_released(stack) == 1
+
+
+@KINDS
+async def test_during_decode(kind: str) -> None:
+    """Decode has admitted the hand-off and shown nothing: it stops, and there is nothing left to release."""
+    async with running_stack() as stack:
+        engine = stack.decode[0].engine
+
+        async def mute(scope: Scope, receive: Receive, send: Send) -> bool:
+            held: list[Message] = []
+
+            async def keep(message: Message) -> None:
+                held.append(message)
+                await asyncio.sleep(0.005)
+
+            await engine.own_app(scope, receive, keep)
+            return True
+
+        engine.hook = mute
+        await leave_when(stack, kind, lambda: engine.stats().num_requests_running and engine.seen)
+        await check_settled(stack)
+
+
+@pytest.fixture(params=[True, False], ids=["splice", "asgi"])
+async def slow_stack(request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
+    async with running_stack(spliced=request.param, itl_ms=5) as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("kind", ["streamed completion", "streamed chat", "several choices"])
+async def test_mid_stream(slow_stack: Stack, kind: str) -> None:
+    """In the middle of the answer: the decode engine stops soon."""
+    path, body = BODIES[kind]
+    payload = json.dumps({"model": MODEL, "max_tokens": 1000, **body}).encode()
+    async with connected(slow_stack.url) as connection:
+        connection.writer.write(request_bytes("POST", path, JSON_HEADERS, payload))
+        assert (await connection.head())[0] == 200
+        assert all([await connection.chunk() for _ in range(5)])
+        connection.leave()
+    await check_settled(slow_stack)
+    assert slow_stack.decode[0].engine.stats().generation_tokens_total < 500
+    assert slow_stack.metric("disagg_client_disconnects_total", phase="stream") == 1
+    assert slow_stack.gateway.num_in_flight == 0
+
+
+async def test_leaving_while_the_body_is_sent() -> None:
+    """Half a request is no request."""
+    async with running_stack() as stack:
+        async with connected(stack.url) as connection:
+            connection.writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+            await connection.writer.drain()
+            await asyncio.sleep(0.02)
+            connection.leave()
+        await until(lambda: stack.metric("disagg_client_disconnects_total", phase="body") == 1)
+        await check_settled(stack)
+
+
+async def test_many_leave_at_once() -> None:
+    """Forty clients over 2 x 2 that leave at any moment leave nothing behind."""
+    async with running_stack(num_prefill=2, num_decode=2, itl_ms=1, prefill_ms_per_1k_tokens=50) as stack:
+
+        async def one(i: int) -> None:
+            path, body = list(BODIES.values())[i % len(BODIES)]
+            payload = json.dumps({"model": MODEL, "max_tokens": 300, **body}).encode()
+            async with connected(stack.url) as connection:
+                connection.writer.write(request_bytes("POST", path, JSON_HEADERS, payload))
+                await asyncio.sleep(0.004 * i)
+                connection.leave()
+
+        await asyncio.gather(*(one(i) for i in range(40)))
+        await until(lambda: stack.gateway.num_in_flight == 0)
+        await check_settled(stack)

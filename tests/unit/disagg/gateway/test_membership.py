@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is there, who is warm with whom, and who is chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from disagg.gateway.membership import DECODE, POOLS, PREFILL, Membership, Pair
+from disagg.router.views import ReplicaInfo
+
+
+def info(replica_id: str, incarnation: str = "1") -> ReplicaInfo:
+    pool = PREFILL if replica_id.startswith("p") else DECODE
+    return ReplicaInfo(replica_id, pool, f"http://{replica_id}:{incarnation}", "e", incarnation, 16, 1000)
+
+
+@pytest.fixture
+def members() -> Membership:
+    """Two warm prefill and two decode replicas."""
+    membership = Membership()
+    membership.replace(PREFILL, [info("p0"), info("p1")])
+    membership.replace(DECODE, [info("d0"), info("d1")])
+    for pair in membership.cold_pairs():
+        membership.mark_warm(pair)
+    return membership
+
+
+def ids(pairs: list[Pair]) -> set[str]:
+    return {f"{pair.prefill.info.replica_id}-{pair.decode.info.replica_id}" for pair in pairs}
+
+
+def test_new_pairs_are_cold() -> None:
+    """Replicas are usable at once, pairs only after they were warmed."""
+    membership = Membership()
+    membership.replace(DECODE, [info("d0")])
+    assert membership.pick_decode() is not None and membership.num_routable(DECODE) == 1
+    membership.replace(PREFILL, [info("p0"), info("p1")])
+    assert ids(membership.cold_pairs()) == {"p0-d0", "p1-d0"}
+    assert membership.pick_pair() is None
+    assert [membership.num_routable(pool) for pool in POOLS] == [0, 0]
+    membership.mark_warm(membership.cold_pairs()[0])
+    assert ids(membership.cold_pairs()) == {"p1-d0"}
+    assert [membership.num_routable(pool) for pool in POOLS] == [1, 1]
+    assert membership.num_warm_pairs() == 1
+
+
+def test_four_pairs_in_turn(members: Membership) -> None:
+    """Idle replicas share hand-offs over all four pairs."""
+    chosen = Counter(next(iter(ids([pair]))) for _ in range(8) if (pair := members.pick_pair()))
+    assert chosen == {"p0-d0": 2, "p0-d1": 2, "p1-d0": 2, "p1-d1": 2}
+
+
+def test_load_decides_before_turns(members: Membership) -> None:
+    """What this gateway has running somewhere steers the next request away from there."""
+    members.members(PREFILL)[0].num_in_flight = 1
+    members.members(DECODE)[1].num_in_flight = 1
+    assert [ids([pair]) for _ in range(2) if (pair := members.pick_pair())] == [{"p1-d0"}, {"p1-d0"}]
+    decode = members.pick_decode()
+    assert decode is not None and decode.info.replica_id == "d0"
+
+
+def test_without_leaves_replicas_out(members: Membership) -> None:
+    """Replicas that were tried are not chosen again, on either side."""
+    assert all(members.pick_pair(without={"p0", "d1"}).prefill.info.replica_id == "p1" for _ in range(4))  # type: ignore[union-attr]
+    assert members.pick_pair(without={"p0", "p1"}) is None
+    assert members.pick_decode(without={"d0", "d1"}) is None
+
+
+def test_new_incarnation_is_a_new_replica(members: Membership) -> None:
+    """A restarted replica has moved no KV and its old self cannot be marked any more."""
+    old = next(m for m in members.members(PREFILL) if m.info.replica_id == "p0")
+    kept = next(m for m in members.members(PREFILL) if m.info.replica_id == "p1")
+    peer = members.members(DECODE)[0]
+    members.replace(PREFILL, [info("p0", "2"), info("p1")])
+    assert ids(members.cold_pairs()) == {"p0-d0", "p0-d1"}
+    assert kept in members.members(PREFILL) and old not in members.members(PREFILL)
+    assert all(m.warm_peers == {"p1"} for m in members.members(DECODE))
+    members.mark_warm(Pair(old, peer))
+    assert ids(members.cold_pairs()) == {"p0-d0", "p0-d1"}
+
+
+def test_restart_on_the_decode_side(members: Membership) -> None:
+    """A restarted decode replica drops out of its peers' warmth, too."""
+    members.replace(DECODE, [info("d0"), info("d1", "2")])
+    assert ids(members.cold_pairs()) == {"p0-d1", "p1-d1"}
+    assert all(m.warm_peers == {"d0"} for m in members.members(PREFILL))
+
+
+def test_removal(members: Membership) -> None:
+    """A removed replica leaves no trace, and the same list again changes nothing."""
+    changes: list[int] = []
+    members._on_change = lambda: changes.append(1)
+    members.replace(DECODE, [info("d1")])
+    members.replace(DECODE, [info("d1")])
+    assert len(changes) == 1
+    assert members.num_warm_pairs() == 2 and members.urls() == {"http://p0:1", "http://p1:1", "http://d1:1"}
+    assert all(m.warm_peers == {"d1"} for m in members.members(PREFILL))
+    members.replace(PREFILL, [])
+    assert members.pick_pair() is None
+    assert members.num_routable(DECODE) == 1
+
+
+def test_unreachable_until_it_answers(members: Membership) -> None:
+    """A replica that refuses connections is left out and comes back warm."""
+    p0 = members.members(PREFILL)[0]
+    members.mark_unreachable(p0)
+    assert all(members.pick_pair().prefill is not p0 for _ in range(4))  # type: ignore[union-attr]
+    assert members.num_routable(PREFILL) == 1
+    members.mark_reachable(p0)
+    assert p0 in [members.pick_pair().prefill for _ in range(4)]  # type: ignore[union-attr]
+
+
+def test_warming_makes_reachable(members: Membership) -> None:
+    """KV that moved proves both replicas."""
+    pair = members.pick_pair()
+    assert pair is not None
+    members.mark_unreachable(pair.decode)
+    members.mark_warm(pair)
+    assert pair.decode.reachable
+
+
+def test_mark_cold(members: Membership) -> None:
+    """A pair taken out of routing is cold again, its replicas stay warm with others."""
+    pair = members.pick_pair()
+    assert pair is not None
+    members.mark_cold(pair)
+    assert ids(members.cold_pairs()) == ids([pair])
+    assert members.num_warm_pairs() == 3
+
+
+def test_changes_are_told(members: Membership) -> None:
+    """Every change of who can be used is told once."""
+    changes: list[int] = []
+    members._on_change = lambda: changes.append(1)
+    member = members.members(DECODE)[0]
+    members.mark_unreachable(member)
+    members.mark_unreachable(member)
+    members.mark_reachable(member)
+    members.mark_reachable(member)
+    assert len(changes) == 2
