@@ -2,7 +2,7 @@
 """Streams from an OpenAI endpoint at little cost to the measured machine, and checks every token that arrives.
 
 The engines behind the endpoint are fake ones: their answer follows from the prompt, so a lost, repeated or swapped
-token is seen. Reads the sockets as an asyncio protocol under uvloop; prints one JSON object.
+token is seen. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import Any
 
+from benchmarks.connection import BrokenAnswerError, Client
 from pools.engine.fake_text import answer, encode, render_chat, word
 
 
@@ -48,88 +48,18 @@ class Record:
     error: str | None = None
 
 
-class Stream(asyncio.Protocol):
-    """One keep-alive connection that runs one streamed request at a time."""
+class Events:
+    """Splits the body of one streamed answer into events and notes what each brings."""
 
-    def __init__(self, api: str) -> None:
+    def __init__(self, api: str, record: Record) -> None:
         self._marker = b'"content":"' if api == "chat" else b'"text":"'
-        self._buffer = bytearray()
-        self._body = bytearray()
-        self._in_body = False
-        self._close_after = False
-        self._record = Record(0.0, [])
-        self._done: asyncio.Future[None] | None = None
-        self._transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-
-    @property
-    def closed(self) -> bool:
-        """True when the server closed the connection, so that the next request needs another."""
-        return self._transport is None or self._transport.is_closing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._end(f"connection closed: {exc}")
-
-    async def run(self, request: bytes, record: Record) -> None:
-        """Send one request and return when its answer is whole or broken; never raises for either."""
-        assert self._transport is not None
-        self._buffer.clear()
-        self._body.clear()
-        self._in_body = False
         self._record = record
-        self._done = asyncio.get_running_loop().create_future()
-        record.started_at = time.perf_counter()
-        self._transport.write(request)
-        await self._done
+        self._body = bytearray()
 
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
-
-    def _end(self, error: str | None) -> None:
-        if self._done is not None and not self._done.done():
-            self._record.error = self._record.error or error
-            self._done.set_result(None)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        self._buffer += data
-        if not self._in_body and not self._read_head():
-            return
-        self._read_chunks(now)
-
-    def _read_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return False
-        head = bytes(self._buffer[:end]).lower()
-        del self._buffer[: end + 4]
-        if b" 200 " not in head.split(b"\r\n")[0] + b" " or b"transfer-encoding: chunked" not in head:
-            self._end(f"answer: {head[:200]!r} {bytes(self._buffer[:300])!r}")
-            return False
-        self._close_after = b"\r\nconnection: close" in head
-        self._in_body = True
-        return True
-
-    def _read_chunks(self, now: float) -> None:
-        buffer = self._buffer
-        while (line := buffer.find(b"\r\n")) >= 0:
-            size = int(buffer[:line].split(b";")[0], 16)
-            if len(buffer) < line + 4 + size:
-                return
-            self._body += buffer[line + 2 : line + 2 + size]
-            del buffer[: line + 4 + size]
-            self._read_events(now)
-            if size == 0:
-                self._finish()
-                return
-
-    def _read_events(self, now: float) -> None:
+    def feed(self, piece: bytes, now: float) -> None:
+        """Take a piece of the body. A token that is not the expected one is an error of the record."""
         body, record, marker = self._body, self._record, self._marker
+        body += piece
         while (end := body.find(b"\n\n")) >= 0:
             event = bytes(body[:end])
             del body[: end + 2]
@@ -146,15 +76,17 @@ class Stream(asyncio.Protocol):
             if i >= len(record.expected) or text != record.expected[i]:
                 record.error = record.error or f"token {i} is {text!r}"
 
-    def _finish(self) -> None:
-        got, due = len(self._record.arrivals), len(self._record.expected)
-        if self._close_after:
-            self.close()
-        self._end(None if got == due else f"{got} of {due} tokens arrived")
+    def finish(self, status: int) -> None:
+        """The answer is whole: a wrong status and missing tokens are errors of the record."""
+        record = self._record
+        if status != 200:
+            record.error = record.error or f"status {status}: {bytes(self._body[:300])!r}"
+        elif len(record.arrivals) != len(record.expected):
+            record.error = record.error or f"{len(record.arrivals)} of {len(record.expected)} tokens arrived"
 
 
-def request_bytes(load: Load, index: int) -> tuple[bytes, list[bytes]]:
-    """Request `index` as it goes over the wire, and the texts of the tokens it must bring."""
+def request_body(load: Load, index: int) -> tuple[bytes, list[bytes]]:
+    """Body of request `index`, and the texts of the tokens it must bring."""
     letters = random.Random(f"{load.seed}/{index}").choices("abcdefghijklmnopqrstuvwxyz", k=load.prompt_tokens)
     prompt = "".join(letters)
     body: dict[str, Any] = {"model": load.model, "max_tokens": load.max_tokens, "temperature": 0}
@@ -164,41 +96,36 @@ def request_bytes(load: Load, index: int) -> tuple[bytes, list[bytes]]:
         ids = encode(render_chat(body["messages"]))
     else:
         body["prompt"] = ids = encode(prompt)
-    payload = json.dumps(body).encode()
-    parts = urlsplit(load.url)
-    path = "/v1/chat/completions" if load.api == "chat" else "/v1/completions"
-    head = f"POST {path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\n"
-    head += f"content-length: {len(payload)}\r\n\r\n"
-    return head.encode() + payload, [word(token).encode() for token in answer(ids, load.max_tokens)]
+    return json.dumps(body).encode(), [word(token).encode() for token in answer(ids, load.max_tokens)]
 
 
 async def run(load: Load) -> dict[str, Any]:
     """Send the load; the summary. Streams start spread over 100 ms so that their tokens do not come together."""
-    work = [request_bytes(load, index) for index in range(load.requests)]
-    records = [Record(0.0, expected) for _, expected in work]
-    todo = iter(range(load.requests))
-    parts = urlsplit(load.url)
-    host, port = parts.hostname or "", parts.port or 80
-    loop = asyncio.get_running_loop()
+    path = "/v1/chat/completions" if load.api == "chat" else "/v1/completions"
+    clients = [Client(load.url) for _ in range(load.streams)]
+    bodies = [request_body(load, index) for index in range(load.requests)]
+    work = [(clients[0].post(path, body), Record(0.0, expected)) for body, expected in bodies]
+    todo = iter(work)
 
     async def stream(number: int) -> None:
+        client = clients[number]
         await asyncio.sleep(0.1 * number / load.streams)
-        protocol: Stream | None = None
-        for index in todo:
-            if protocol is None or protocol.closed:
-                _, protocol = await loop.create_connection(lambda: Stream(load.api), host, port)
-            await protocol.run(work[index][0], records[index])
-            if records[index].error:
-                protocol.close()
-                protocol = None
-        if protocol is not None:
-            protocol.close()
+        for request, record in todo:
+            events = Events(load.api, record)
+            record.started_at = time.perf_counter()
+            try:
+                events.finish(await client.send(request, events.feed))
+            except BrokenAnswerError as exc:
+                record.error = record.error or str(exc)
+        client.close()
 
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for number in range(load.streams):
             group.create_task(stream(number))
-    return summary(records, time.perf_counter() - began)
+    duration_s = time.perf_counter() - began
+    found = summary([record for _, record in work], duration_s)
+    return found | {"reconnects": sum(client.num_reconnects for client in clients)}
 
 
 def summary(records: Sequence[Record], duration_s: float) -> dict[str, Any]:

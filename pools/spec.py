@@ -41,6 +41,9 @@ class ReplicaSpec(Config):
                 self.engine,
                 model_id=self.model.id,
                 max_model_len=kwargs.get("max_model_len", self.engine.max_model_len),
+                host=facts.host,
+                side_channel_port=facts.side_channel_port,
+                kv_lease_duration_s=self.transport.kv_lease_duration_s,
             )
         os.environ.update(plan.env | engine_env(self.platform, self.cpu, host=facts.host))
         from pools.engine.vllm_engine import VllmEngine

@@ -8,8 +8,9 @@ client that leaves cancels everything that runs for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 from starlette.responses import Response
@@ -31,6 +32,7 @@ class Carrier(Protocol):
     metrics: Metrics
     config: GatewayConfig
     num_in_flight: int
+    echo_request_id: bool
 
 
 class AnsweredCall(Response):
@@ -81,7 +83,7 @@ class AnsweredCall(Response):
         try:
             answer = await self._handoff.answer(await self._prepare())
         except DisaggError as exc:
-            headers = {"x-request-id": self._request_id}
+            headers = {"x-request-id": self._request_id} if self._carrier.echo_request_id else {}
             if isinstance(exc, NoReplicaError):
                 headers["retry-after"] = str(self._carrier.config.retry_after_s)
             self._count(mode, shape_of(exc).status)
@@ -98,10 +100,11 @@ class AnsweredCall(Response):
     async def _send(self, answer: Answer, scope: Scope, send: Send) -> None:
         headers = [
             (b"content-type", answer.content_type.encode("latin-1")),
-            (b"x-request-id", self._request_id.encode()),
             (b"x-disagg-prefill", answer.prefill_id.encode()),
             (b"x-disagg-decode", answer.decode_id.encode()),
         ]
+        if self._carrier.echo_request_id:
+            headers.append((b"x-request-id", self._request_id.encode()))
         if answer.exchange is None:
             headers.append((b"content-length", b"%d" % len(answer.content)))
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -111,11 +114,24 @@ class AnsweredCall(Response):
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.content, "more_body": True})
         self._streaming = True
+        last = await self._stream(answer, scope, send)
+        self._streaming = False
+        with self._limited(scope):
+            await send({"type": "http.response.body", "body": last})
+
+    @contextlib.contextmanager
+    def _limited(self, scope: Scope) -> Iterator[None]:
+        """Cut the connection of a client that takes nothing; otherwise it could hold a request for ever."""
+        protocol = splice_of(scope)
+        if protocol is None:
+            yield
+            return
+        limit = self._carrier.config.client_stall_timeout_s
+        cut = asyncio.get_running_loop().call_later(limit, protocol.transport.abort)
         try:
-            last = await self._stream(answer, scope, send)
+            yield
         finally:
-            self._streaming = False
-        await send({"type": "http.response.body", "body": last})
+            cut.cancel()
 
     async def _stream(self, answer: Answer, scope: Scope, send: Send) -> bytes:
         """Send the rest of the stream; returns what has to follow it."""

@@ -61,11 +61,20 @@ class Gateway:
     """One gateway replica. Create it in the event loop that serves it."""
 
     def __init__(
-        self, *, model_id: str, config: GatewayConfig, renderer: Renderer, scaler: Scaler, max_model_len: int | None
+        self,
+        *,
+        model_id: str,
+        config: GatewayConfig,
+        renderer: Renderer,
+        scaler: Scaler,
+        max_model_len: int | None,
+        echo_request_id: bool = True,
     ) -> None:
+        """`echo_request_id`: put `x-request-id` on responses; False behind a server that does so itself."""
         self.model_id = model_id
         self.config = config
         self.max_model_len = max_model_len
+        self.echo_request_id = echo_request_id
         self.created = int(time.time())
         self.renderer = renderer
         self.metrics = Metrics()
@@ -147,7 +156,7 @@ class Gateway:
 
         return AnsweredCall(prepare, self, endpoint=endpoint, request_id=request_id)
 
-    async def passed_on(self, method: str, path: str, raw: bytes) -> Response:
+    async def passed_on(self, request: Request, method: str, path: str, raw: bytes) -> Response:
         """One decode replica's answer to a route that needs no KV."""
         tried: set[str] = set()
         while (member := self.membership.pick_decode(without=tried)) is not None:
@@ -155,10 +164,13 @@ class Gateway:
                 status, payload = await self.upstreams.get(member.info.url).request(
                     method, path, raw, timeout_s=_PASSED_TIMEOUT_S
                 )
-            except ReplicaLostError:
+            except ReplicaLostError as exc:
+                if not exc.sent:
+                    self.membership.mark_unreachable(member)
                 tried.add(member.info.replica_id)
                 continue
-            return Response(payload, status, media_type="application/json")
+            headers = {"x-request-id": request_id_of(request)} if gateway.echo_request_id else {}
+            return Response(payload, status, headers, media_type="application/json")
         raise NoReplicaError("no decode replica is ready")
 
 
@@ -197,7 +209,7 @@ def create_app(gateway: Gateway) -> FastAPI:
 def _add_errors(app: FastAPI, gateway: Gateway) -> None:
     def answer(request: Request, error: DisaggError) -> Response:
         status = shape_of(error).status
-        headers = {"x-request-id": request_id_of(request)}
+        headers = {"x-request-id": request_id_of(request)} if gateway.echo_request_id else {}
         if status == 503:
             headers["retry-after"] = str(gateway.config.retry_after_s)
         if status == 401:
@@ -254,12 +266,12 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/tokenize", openapi_extra=openapi.operation(openapi.TOKENIZE), responses=refusals)
     async def tokenize(request: Request) -> Response:
         raw, _ = await received(request)
-        return await gateway.passed_on("POST", "/tokenize", raw)
+        return await gateway.passed_on(request, "POST", "/tokenize", raw)
 
     @app.post("/detokenize", openapi_extra=openapi.operation(openapi.DETOKENIZE), responses=refusals)
     async def detokenize(request: Request) -> Response:
         raw, _ = await received(request)
-        return await gateway.passed_on("POST", "/detokenize", raw)
+        return await gateway.passed_on(request, "POST", "/detokenize", raw)
 
     def card() -> dict[str, Any]:
         return {

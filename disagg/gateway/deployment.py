@@ -50,6 +50,7 @@ class GatewayDeployment:
             renderer=self._renderer,
             scaler=ServeScaler(self._app_name),
             max_model_len=self._renderer.max_model_len,
+            echo_request_id=False,  # Serve's own middleware does
         )
 
         def report(pool: str, replicas: list[ReplicaInfo]) -> None:

@@ -51,9 +51,10 @@ def _too_large(max_bytes: int) -> BodyTooLargeError:
 
 def parse_json(request: Request, raw: bytes) -> dict[str, Any]:
     """The body as a JSON object. Raises UnsupportedMediaTypeError or InvalidRequestError."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaTypeError(f"content type {media_type!r} is not supported; send application/json")
+    given = request.headers.get("content-type", "").strip()
+    media_type = given.partition(";")[0].strip().lower()
+    if given and media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaTypeError(f"content type {given[:100]!r} is not supported; send application/json")
     try:
         body = _decode_json(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:

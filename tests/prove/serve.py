@@ -5,26 +5,18 @@ from __future__ import annotations
 
 import sys
 
-from tests.prove.report import Line, main
-from tests.prove.serve_bad_input import bad_input
-from tests.prove.serve_bench import bench
-from tests.prove.serve_clone import clean_clone, clean_clone_test
-from tests.prove.serve_docs import documented
-from tests.prove.serve_leaving import leaving
-from tests.prove.serve_scale import scale
-from tests.prove.serve_tokens import same_tokens
-from tests.prove.serve_xpyd import xpyd
+from tests.prove.report import main
 
-LINES: dict[int, Line] = {
-    1: clean_clone,
-    2: clean_clone_test,
-    3: same_tokens,
-    4: xpyd,
-    5: leaving,
-    6: bad_input,
-    7: bench,
-    8: scale,
-    9: documented,
+LINES = {
+    1: "tests.prove.serve_clone:clean_clone",
+    2: "tests.prove.serve_clone:clean_clone_test",
+    3: "tests.prove.serve_tokens:same_tokens",
+    4: "tests.prove.serve_xpyd:xpyd",
+    5: "tests.prove.serve_leaving:leaving",
+    6: "tests.prove.serve_bad_input:bad_input",
+    7: "tests.prove.serve_bench:bench",
+    8: "tests.prove.serve_scale:scale",
+    9: "tests.prove.serve_docs:documented",
 }
 
 if __name__ == "__main__":

@@ -13,10 +13,17 @@ from tests.support.stack import aggregated_engine, running
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 
 
-def reference(chosen: list[Case]) -> list[Answer]:
-    """The aggregated engine's answers, one request at a time."""
+PASSES = (1, 16)
+
+
+def reference(chosen: list[Case], passes: tuple[int, ...] = PASSES) -> list[list[Answer]]:
+    """The aggregated engine's answers, in as many passes with as many clients as the application is asked in.
+
+    Pass by pass, because the second finds the prompts in the prefix cache, and for a prompt near a tie the last bits of
+    a cached prefix can decide a token (on one engine as on two).
+    """
     with aggregated_engine() as url:
-        return asyncio.run(ask_all(url, chosen, num_clients=1))
+        return [asyncio.run(ask_all(url, chosen, num_clients=n)) for n in passes]
 
 
 def wrong(chosen: list[Case], expected: list[Answer], got: list[Answer]) -> list[str]:
@@ -31,13 +38,13 @@ def wrong(chosen: list[Case], expected: list[Answer], got: list[Answer]) -> list
 def same_tokens() -> list[Row]:
     chosen = cases()
     expected = reference(chosen)
-    refused = [case.name for case, answer in zip(chosen, expected, strict=True) if answer.error]
+    refused = [case.name for case, answer in zip(chosen, expected[0], strict=True) if answer.error]
     with running(CONFIG, name="prove-tokens") as stack:
         before = stack.stats()
         rows = []
-        for num_clients in (1, 16):
+        for num_clients, right in zip(PASSES, expected, strict=True):
             got = asyncio.run(ask_all(stack.url, chosen, num_clients=num_clients))
-            problems = wrong(chosen, expected, got)
+            problems = wrong(chosen, right, got)
             for problem in problems:
                 print(f"    {problem[:300]}")
             rows.append(

@@ -132,7 +132,7 @@ _COMPLETION_ONLY: tuple[tuple[str, dict[str, Any]], ...] = (
     ("logprobs", {"logprobs": 3}),
     ("echo", {"echo": True}),
     ("echo with logprobs", {"echo": True, "logprobs": 2}),
-    ("prompt_logprobs", {"prompt_logprobs": 2}),
+    ("prompt_logprobs", {"prompt_logprobs": 2, "stream": False}),
     ("list of one string", {"prompt": [_words(60, 77)]}),
     ("list of strings", {"prompt": [_words(60, 1), _words(150, 2), "x"]}),
     ("list of ids", {"prompt": [_ids(40, 3), _ids(300, 4)]}),

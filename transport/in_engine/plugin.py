@@ -6,6 +6,7 @@ It acts only where vLLM runs without an accelerator. What the workers alone need
 
 from __future__ import annotations
 
+import inspect
 import time
 
 _SHORTEST_SLEEP_S = 50e-6
@@ -34,6 +35,8 @@ def stop_spinning() -> None:
     if hasattr(SpinCondition, "_disagg_wait"):
         return
     wait = SpinCondition.wait
+    if "current_time <= self.last_read + self.busy_loop_s" not in inspect.getsource(wait):
+        raise RuntimeError("SpinCondition.wait of this vLLM is not the one that stop_spinning replaces; check it again")
 
     def resting_wait(self: SpinCondition, timeout_ms: int | None = None) -> None:
         waited = time.monotonic() - self.last_read

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Line 6: bad requests, bad configs, and 2,000 generated requests against real engines."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+from tests.prove.report import ROOT, Row
+from tests.support.bad_requests import BadRequest, bad_requests, error_fault
+from tests.support.stack import Stack, running
+
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+MIN_HTTP = 40
+MIN_CONFIG = 20
+MIN_EXAMPLES = 2000
+
+
+def bad_input() -> list[Row]:
+    with running(CONFIG, name="prove-bad-input") as stack:
+        return [*http_cases(stack), *config_cases(), *generated(stack, MIN_EXAMPLES), healthy(stack)]
+
+
+def http_cases(stack: Stack) -> list[Row]:
+    """The whole table against real engines."""
+    cases = bad_requests("tiny")
+    faults = [f"{case.name}: {fault}" for case in cases if (fault := send(stack, case)) is not None]
+    for fault in faults:
+        print(f"    {fault}")
+    return [
+        Row(
+            6,
+            "bad requests answered as the OpenAI API would",
+            f"{len(cases) - len(faults)} of {len(cases)}",
+            f"all, of at least {MIN_HTTP}",
+            not faults and len(cases) >= MIN_HTTP,
+        )
+    ]
+
+
+def send(stack: Stack, case: BadRequest) -> str | None:
+    """What is wrong with the answer to one bad request, or None."""
+    headers = dict(case.headers)
+    if case.needs_admin_key:
+        headers["authorization"] = f"Bearer {stack.admin_key}"
+    connection = http.client.HTTPConnection(urlsplit(stack.url).netloc, timeout=60)
+    try:
+        if case.chunk_bytes is None:
+            connection.request(case.method, case.path, case.body or None, headers)
+        else:
+            step = case.chunk_bytes
+            pieces = (case.body[i : i + step] for i in range(0, len(case.body), step))
+            try:
+                connection.request(case.method, case.path, pieces, headers, encode_chunked=True)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+        answer = connection.getresponse()
+        body = answer.read()
+    finally:
+        connection.close()
+    if answer.status not in case.statuses:
+        return f"status {answer.status}, not one of {case.statuses}: {body[:200]!r}"
+    return error_fault(answer.status, body) if case.method != "HEAD" else None
+
+
+def config_cases() -> list[Row]:
+    """The table of bad configs is in the unit tests; here it is run and its cases are counted."""
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/unit/disagg/test_check.py", "tests/unit/disagg/test_config.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/unit/disagg/test_check.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    cases = [line for line in collected.stdout.splitlines() if "[" in line]
+    print("    " + tests.stdout.strip().splitlines()[-1])
+    return [
+        Row(
+            6,
+            "bad configs refused with path, allowed values and advice",
+            f"{len(cases)} cases, exit {tests.returncode}",
+            f"at least {MIN_CONFIG}, exit 0",
+            len(cases) >= MIN_CONFIG and tests.returncode == 0,
+        )
+    ]
+
+
+def generated(stack: Stack, min_examples: int) -> list[Row]:
+    """schemathesis over the gateway's own OpenAPI document; any 5xx is a failure.
+
+    It has no admin key: with one it would scale the pools to a thousand replicas. The table of bad requests has it.
+    """
+    report = ROOT / "build" / "schemathesis.log"
+    command = [
+        str(ROOT / ".venv" / "bin" / "schemathesis"),
+        "run",
+        f"{stack.url}/openapi.json",
+        "--checks",
+        "not_a_server_error",
+        "--max-examples",
+        str(min_examples // 4),
+        "--request-timeout",
+        "60",
+        "--seed",
+        "1",
+        "--phases",
+        "fuzzing,coverage,examples",
+        "--generation-database",
+        "none",
+    ]
+    with report.open("w") as output:
+        done = subprocess.run(command, cwd=ROOT / "build", stdout=output, stderr=subprocess.STDOUT, check=False)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", report.read_text())
+    numbers = [int(n) for n in re.findall(r"(\d+) generated", text)]
+    num_examples = max(numbers, default=0)
+    print("\n".join("    " + line for line in text.strip().splitlines()[-12:]))
+    return [
+        Row(
+            6,
+            "schemathesis: 5xx among the generated requests",
+            f"exit {done.returncode}, {num_examples} generated",
+            f"none of at least {min_examples}",
+            done.returncode == 0 and num_examples >= min_examples,
+        )
+    ]
+
+
+def healthy(stack: Stack) -> Row:
+    """Both engines are the ones that started, and nothing is left running."""
+    stats = stack.stats()
+    running_now = sum(s["num_requests_running"] for pool in stats.values() for s in pool)
+    return Row(6, "requests still running in the engines afterwards", str(running_now), "0", running_now == 0)
+
+
