@@ -3,8 +3,8 @@
 
 Fake engines at a 20 ms cadence, the load generator and each front run as processes of their own. A front's cost is
 the CPU of the processes that carry the stream: proxy or HAProxy plus gateway, or the router. What it burns when
-idle is measured before and taken off; Ray's daemons are reported as background. Prints a table, writes
-build/bench-hop.json.
+idle is measured before and taken off. Answers of several lengths give the cost of a request and of a token as the
+two coefficients of a line. Ray's daemons are no part of it and are reported beside it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sys
 import time
 import urllib.request
 import venv
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,13 @@ FRONTS = ("direct", "vllm-router", "disagg-haproxy", "disagg-proxy")
 BASELINE = "vllm-router"
 HOP = ("gateway", "proxy", "router")
 """Groups of processes that carry a stream."""
+PARTS = {
+    "gateway": "gateway",
+    "proxy": "proxy in front of it",
+    "router": "router",
+    "background": "Ray's daemons, not counted",
+}
 _START_TIMEOUT_S = 180.0
-_IDLE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,16 @@ class Plan:
     streams: tuple[int, ...] = (16, 100)
     repeats: int = 3
     tokens: int = 500
-    """Length of the long answers, from which the cost of a token follows."""
+    """Length of the long answers, one a stream."""
     requests: int = 400
-    """One-token requests, from which the cost of a request follows."""
+    """One-token requests; half as many have 20 tokens."""
     itl_ms: float = 20.0
+    idle_s: float = 4.0
+    """How long the idle cost is looked at before each measurement."""
+
+    def runs(self, streams: int) -> tuple[tuple[int, int], ...]:
+        """Number of requests and length of the answers of each load, from which the line is fitted."""
+        return ((self.requests, 1), (self.requests // 2, 20), (streams, self.tokens))
 
 
 @dataclass(frozen=True)
@@ -232,66 +243,105 @@ def start(name: str, plan: Plan) -> contextlib.AbstractContextManager[Front]:
     raise ValueError(f"unknown front {name!r}; known: {', '.join(FRONTS)}")
 
 
-def load(url: str, plan: Plan, *, streams: int, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
-    """One run of the load generator. Raises RuntimeError when a token was lost, repeated or swapped."""
+def load(url: str, *, streams: int, requests: int, max_tokens: int, seed: int) -> dict[str, Any]:
+    """What one run of the load generator found."""
     argv = [sys.executable, "-m", "benchmarks.load", "--url", url, "--seed", str(seed)]
     argv += ["--streams", str(streams), "--requests", str(requests), "--max-tokens", str(max_tokens)]
-    done = subprocess.run(argv, env=environment(), cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(argv, env=environment(), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
-    if result["errors"]:
-        raise RuntimeError(f"{url}: {result['errors']} of {requests} requests failed: {result['error_sample']}")
     return result
 
 
-def hop(seconds: dict[str, float]) -> float:
-    """CPU of everything between client and engine."""
-    return sum(seconds.get(name, 0.0) for name in HOP)
+def fit(lengths: Sequence[int], costs: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Weighted least squares: cost of a request with one token, and of each token after the first."""
+    points = list(zip((length - 1 for length in lengths), costs, weights, strict=True))
+    total = sum(weight for _, _, weight in points)
+    mean_x = sum(weight * x for x, _, weight in points) / total
+    mean_y = sum(weight * y for _, y, weight in points) / total
+    slope = sum(weight * (x - mean_x) * (y - mean_y) for x, y, weight in points)
+    slope /= sum(weight * (x - mean_x) ** 2 for x, _, weight in points)
+    return mean_y - slope * mean_x, slope
 
 
 def measure(front: Front, plan: Plan, *, streams: int, seed: int) -> dict[str, Any]:
-    """One repeat: idle interval, one-token requests, long answers; microseconds a request and a token."""
+    """One repeat: an idle interval, then answers of each length; microseconds a request and a token, whole and parts."""
     meter = CpuMeter(front.groups)
-    time.sleep(_IDLE_S)
+    time.sleep(plan.idle_s)
     idle = {name: seconds / meter.elapsed_s for name, seconds in meter.read().items()}
 
-    meter = CpuMeter(front.groups)
-    load(front.url, plan, streams=streams, requests=plan.requests, max_tokens=1, seed=seed)
-    request_s = (hop(meter.read()) - hop(idle) * meter.elapsed_s) / plan.requests
+    costs: list[dict[str, float]] = []
+    found: list[dict[str, Any]] = []
+    for number, (requests, tokens) in enumerate(plan.runs(streams)):
+        meter = CpuMeter(front.groups)
+        found.append(load(front.url, streams=streams, requests=requests, max_tokens=tokens, seed=seed + number))
+        elapsed_s, used = meter.elapsed_s, meter.read()
+        costs.append({name: (seconds - idle[name] * elapsed_s) / requests for name, seconds in used.items()})
 
-    meter = CpuMeter(front.groups)
-    long = load(front.url, plan, streams=streams, requests=streams, max_tokens=plan.tokens, seed=seed + 1)
-    used, elapsed_s = meter.read(), meter.elapsed_s
-    num_later_tokens = long["tokens"] - streams
-    token_s = (hop(used) - hop(idle) * elapsed_s - request_s * streams) / num_later_tokens
+    whole = [sum(cost.get(name, 0.0) for name in HOP) for cost in costs]
+    # Relative errors are alike, so that the short answers decide the intercept and the long ones the slope.
+    weights = [1 / max(cost, 1e-6) ** 2 for cost in whole]
+    lengths = [tokens for _, tokens in plan.runs(streams)]
+    request_s, token_s = fit(lengths, whole, weights)
+    parts = {name: fit(lengths, [cost[name] for cost in costs], weights) for name in idle}
+    long = found[-1]
     return {
         "us_per_token": 1e6 * token_s,
         "us_per_request": 1e6 * request_s,
+        "parts": {name: {"us_per_token": 1e6 * t, "us_per_request": 1e6 * r} for name, (r, t) in parts.items()},
+        "us_by_length": {str(tokens): round(1e6 * cost, 1) for tokens, cost in zip(lengths, whole, strict=True)},
         "idle_percent": {name: round(100 * share, 2) for name, share in idle.items()},
-        "busy_percent": {name: round(100 * seconds / elapsed_s, 2) for name, seconds in used.items()},
-        "tokens_per_s": round(long["tokens"] / long["duration_s"]),
-        "ttft_ms": long["ttft_ms"],
-        "itl_ms": long["itl_ms"],
+        "tokens": sum(result["tokens"] for result in found),
+        "errors": sum(result["errors"] for result in found),
+        "error_sample": [sample for result in found for sample in result["error_sample"]][:3],
+        "reconnects": sum(result["reconnects"] for result in found),
+        "tokens_per_s": long["tokens"] / long["duration_s"],
+        "ttft_p50_ms": long["ttft_ms"]["p50"],
+        "itl_p50_ms": long["itl_ms"]["p50"],
+        "itl_p99_ms": long["itl_ms"]["p99"],
+        "machine_load": os.getloadavg()[0],
     }
 
 
-def run(plan: Plan, fronts: tuple[str, ...]) -> dict[str, Any]:
-    """Every front, one at a time; all repeats and their medians."""
-    results: dict[str, Any] = {}
-    for name in fronts:
-        with start(name, plan) as front:
-            load(front.url, plan, streams=max(plan.streams), requests=2 * max(plan.streams), max_tokens=20, seed=0)
-            for streams in plan.streams:
-                repeats = [measure(front, plan, streams=streams, seed=10 * i + 1) for i in range(plan.repeats)]
-                medians = {key: median(repeats, key) for key in ("us_per_token", "us_per_request", "tokens_per_s")}
-                medians |= {f"itl_{p}_ms": statistics.median(r["itl_ms"][p] for r in repeats) for p in ("p50", "p99")}
-                medians["ttft_p50_ms"] = statistics.median(r["ttft_ms"]["p50"] for r in repeats)
-                results.setdefault(name, {})[str(streams)] = {"median": medians, "repeats": repeats}
-                print(f"{name} {streams}: {medians}", file=sys.stderr, flush=True)
-    return results
+def run(plan: Plan, fronts: Sequence[str] = FRONTS) -> dict[str, Any]:
+    """Every front in turn, the whole round again for each repeat; repeats and medians by front and streams."""
+    repeats: dict[str, dict[str, list[dict[str, Any]]]] = {
+        name: {str(streams): [] for streams in plan.streams} for name in fronts
+    }
+    for repeat in range(plan.repeats):
+        for name in _rotated(fronts, repeat):
+            with start(name, plan) as front:
+                load(front.url, streams=max(plan.streams), requests=2 * max(plan.streams), max_tokens=20, seed=0)
+                for streams in plan.streams:
+                    result = measure(front, plan, streams=streams, seed=10 * repeat + 1)
+                    repeats[name][str(streams)].append(result)
+                    print(f"fake engines, {name}, {streams}: {json.dumps(result)}", file=sys.stderr, flush=True)
+    return {
+        name: {streams: {"median": medians(found), "repeats": found} for streams, found in by_streams.items()}
+        for name, by_streams in repeats.items()
+    }
 
 
-def median(repeats: list[dict[str, Any]], key: str) -> float:
-    return round(statistics.median(float(repeat[key]) for repeat in repeats), 1)
+def _rotated(fronts: Sequence[str], by: int) -> list[str]:
+    first = by % len(fronts)
+    return [*fronts[first:], *fronts[:first]]
+
+
+_MEDIANS = ("us_per_token", "us_per_request", "tokens_per_s", "ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")
+
+
+def medians(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure over the repeats; tokens and errors are summed."""
+    result: dict[str, Any] = {key: _median(repeat[key] for repeat in repeats) for key in _MEDIANS}
+    result |= {key: sum(repeat[key] for repeat in repeats) for key in ("tokens", "errors", "reconnects")}
+    result["parts"] = {
+        name: {key: _median(repeat["parts"][name][key] for repeat in repeats) for key in keys}
+        for name, keys in repeats[0]["parts"].items()
+    }
+    return result
+
+
+def _median(values: Iterable[float]) -> float:
+    return round(statistics.median(values), 2)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -305,10 +355,22 @@ def table(results: dict[str, Any]) -> str:
             cells = [name, streams]
             for key in ("us_per_token", "us_per_request"):
                 ratio = f"{row[key] / base[key]:.2f}" if base and name != "direct" else "-"
-                cells += [f"{row[key]:.1f}", ratio]
+                cells += [f"{row[key]:.1f}" if name != "direct" else "-", ratio]
             cells += [f"{row['tokens_per_s']:.0f}"]
             cells += [f"{row[key]:.2f}" for key in ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms")]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parts_table(results: dict[str, Any]) -> str:
+    """Where the microseconds go, as Markdown."""
+    lines = ["| front | streams | part | µs/token | µs/request |", "|---|---:|---|---:|---:|"]
+    for name, by_streams in results.items():
+        for streams, result in by_streams.items():
+            for part, cost in sorted(result["median"]["parts"].items()):
+                if part != "engine":
+                    cells = [name, streams, PARTS[part], f"{cost['us_per_token']:.1f}", f"{cost['us_per_request']:.0f}"]
+                    lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -322,16 +384,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=BUILD / "bench-hop.json")
     args = parser.parse_args(argv)
     BUILD.mkdir(exist_ok=True)
-    plan = Plan(
-        streams=tuple(args.streams),
-        repeats=args.repeats,
-        tokens=args.tokens,
-        requests=args.requests,
-    )
-    results = run(plan, tuple(args.fronts))
-    machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "vllm_router": ROUTER_VERSION}
-    args.output.write_text(json.dumps({"plan": plan.__dict__, "machine": machine, "results": results}, indent=1))
+    plan = Plan(streams=tuple(args.streams), repeats=args.repeats, tokens=args.tokens, requests=args.requests)
+    results = run(plan, args.fronts)
+    args.output.write_text(json.dumps({"plan": asdict(plan), "results": results}, indent=1))
     print(table(results))
+    print(parts_table(results))
 
 
 if __name__ == "__main__":

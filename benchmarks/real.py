@@ -40,7 +40,7 @@ class Plan:
 
     clients: tuple[int, ...] = (1, 4)
     """Requests in flight, one figure each."""
-    requests: int = 72
+    requests: int = 120
     """Requests a side, after the warm-up."""
     warm_up: int = 8
     prompt_tokens: int = 500
@@ -56,8 +56,10 @@ class Sample:
     prefilled_at: float = 0.0
     """When the caller by hand had the hand-off parameters."""
     arrivals: list[float] = field(default_factory=list)
-    """Of each event with a token."""
+    """Of each event that brings tokens."""
     events: list[bytes] = field(default_factory=list)
+    ended: bool = False
+    """`[DONE]` has come."""
     error: str | None = None
     _body: bytearray = field(default_factory=bytearray)
 
@@ -70,15 +72,17 @@ class Sample:
             if _MARKER in event:
                 self.arrivals.append(now)
                 self.events.append(event)
-            elif event != b"data: [DONE]":
+            elif event == b"data: [DONE]":
+                self.ended = True
+            else:
                 self.error = self.error or event.decode(errors="replace")[:300]
 
     def finish(self, status: int, max_tokens: int) -> None:
-        """The answer is whole; anything but 200 and a token for each event is an error."""
+        """The answer is whole. Fewer events than tokens are no error: an engine that falls behind puts two in one."""
         if status != 200:
             self.error = self.error or f"status {status}: {bytes(self._body[:300])!r}"
-        elif len(self.arrivals) != max_tokens:
-            self.error = self.error or f"{len(self.arrivals)} events for {max_tokens} tokens"
+        elif not self.ended or not 1 < len(self.arrivals) <= max_tokens:
+            self.error = self.error or f"{len(self.arrivals)} events for {max_tokens} tokens, ended: {self.ended}"
 
     @property
     def ttft_s(self) -> float:
@@ -206,7 +210,7 @@ def compare(samples: dict[str, list[Sample]]) -> dict[str, Any]:
             "ttft_ms": percentiles([sample.ttft_s for sample in chosen]),
             "itl_ms": percentiles(gaps),
             "shared_reads": sum(gap == 0 for gap in gaps),
-            "tokens": sum(len(sample.arrivals) for sample in chosen),
+            "events": sum(len(sample.arrivals) for sample in chosen),
         }
     result["same_answers"] = sum(a.text() == b.text() for a, b in pairs)
     result["prefill_leg_ms"] = percentiles([a.prefilled_at - a.started_at for a, _ in pairs])

@@ -10,13 +10,15 @@ come from `deployments:` of the same file and override what is set here.
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from disagg.check import parse_args, resolve, validate_app
+from disagg.check import parse_args, resolve, validate_app, validate_machine
 from disagg.config import AppConfig
 from disagg.gateway.deployment import GatewayDeployment
+from disagg.machine import this_machine
 from disagg.router.serve import ReplicaRouter
 from pools.config import PoolConfig
 from pools.launch import merged_engine_kwargs
@@ -42,6 +44,9 @@ def load(args: dict[str, Any]) -> AppConfig:
     if config is not None:
         config = resolve(config, Path.cwd())
         problems = [*problems, *validate_app(config)]
+        if ray.is_initialized() and len(ray.nodes()) == 1:
+            # The sizes are in `deployments:`, which a builder does not see; one replica of each has to fit.
+            problems += validate_machine(config, dict.fromkeys(("gateway", "prefill", "decode"), 1), this_machine())
     errors = [problem for problem in problems if problem.severity == "error"]
     if config is None or errors:
         raise ConfigError("the config cannot work:\n" + "\n".join(f"  {problem}" for problem in errors))

@@ -121,10 +121,8 @@ def check_file(
     config = resolve(config, base_dir)
     problems += validate_app(config, prefix=prefix, require_model=require_model, known_kwargs=known_kwargs)
     problems += _check_drain(config, data, application)
-    if single_host and _is_real_cpu(config) and not any(_blocks_machine_check(problem) for problem in problems):
-        checkpoint = _checkpoint(config)
-        sizes = serve_file.num_replicas(application)
-        problems += check_machine(config, sizes, machine, checkpoint, prefix)
+    if single_host and not any(_blocks_machine_check(problem) for problem in problems):
+        problems += validate_machine(config, serve_file.num_replicas(application), machine, prefix=prefix)
     planned: tuple[Deployment, ...] = ()
     if not any(problem.severity == "error" and "parallel_size" in problem.path for problem in problems):
         planned = deployments(config, serve_file.deployment_overrides(application))
@@ -173,6 +171,17 @@ def validate_app(
     if not any(problem.severity == "error" for problem in wrong_kwargs):
         problems += check_model(config, checkpoint, prefix)
     return problems
+
+
+def validate_machine(
+    config: AppConfig, sizes: Mapping[str, int], machine: Machine, *, prefix: str = "args"
+) -> list[Problem]:
+    """Problems of running all replicas on one machine: its cores and memory. Nothing to say about GPUs.
+
+    Args:
+        sizes: number of replicas of `gateway`, `prefill` and `decode`.
+    """
+    return check_machine(config, sizes, machine, _checkpoint(config), prefix) if _is_real_cpu(config) else []
 
 
 def resolve(config: AppConfig, base_dir: Path) -> AppConfig:

@@ -36,7 +36,7 @@ class _Replica:
 
     role: Role
 
-    async def __init__(self, spec: Mapping[str, Any]) -> None:
+    async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = ReplicaSpec.model_validate(spec)
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
@@ -49,9 +49,7 @@ class _Replica:
             await self._engine.start()
         self._health = HealthProbe(self._engine, timeout_s=self._spec.pool.health_probe_timeout_s)
         await self._health.check()
-        self._server = EngineServer(
-            self._engine, role=self.role, host=self._host, incarnation=self._incarnation
-        )
+        self._server = EngineServer(self._engine, role=self.role, host=self._host, incarnation=self._incarnation)
         url = await self._server.start()
         self._watch = asyncio.create_task(self._exit_with_engine())
         logger.info(

@@ -169,7 +169,7 @@ class Gateway:
                     self.membership.mark_unreachable(member)
                 tried.add(member.info.replica_id)
                 continue
-            headers = {"x-request-id": request_id_of(request)} if gateway.echo_request_id else {}
+            headers = {"x-request-id": request_id_of(request)} if self.echo_request_id else {}
             return Response(payload, status, headers, media_type="application/json")
         raise NoReplicaError("no decode replica is ready")
 

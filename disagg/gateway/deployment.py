@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 class GatewayDeployment:
     """One gateway replica."""
 
-    async def __init__(self, config: Mapping[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits a coroutine of a constructor
+        self, config: Mapping[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle
+    ) -> None:
         splice.install()
         self._config = AppConfig.model_validate(config)
         self._renderer = await asyncio.to_thread(make_renderer, self._config)

@@ -20,7 +20,16 @@ import msgspec
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
-from disagg.gateway.legs import PATHS, Endpoint, Route, decode_body, prefill_body, probe_body, route_for, transfer_params
+from disagg.gateway.legs import (
+    PATHS,
+    Endpoint,
+    Route,
+    decode_body,
+    prefill_body,
+    probe_body,
+    route_for,
+    transfer_params,
+)
 from disagg.gateway.membership import Member, Membership, Pair
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.wire import Exchange, Upstreams
@@ -122,7 +131,9 @@ class Handoff:
         pair, params = prefilled
         body = decode_body(call.endpoint, call.body, call.prompts[0], params)
         try:
-            answer = await self._decode(pair.decode, call, body, mode="handoff", prefill_id=pair.prefill.info.replica_id)
+            answer = await self._decode(
+                pair.decode, call, body, mode="handoff", prefill_id=pair.prefill.info.replica_id
+            )
         except asyncio.CancelledError:
             self._metrics.disconnects.labels("decode").inc()
             self._background.spawn(self._release(pair.decode, params))

@@ -16,7 +16,7 @@ Endpoint = Literal["chat", "completions"]
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
-"""Body fields that only the gateway may send: they can crash an engine, leak another prompt's KV or name other hosts."""
+"""Body fields that only the gateway may send: they can crash an engine, leak other prompts' KV or name other hosts."""
 
 MAX_PRIMED_PROMPTS = 8
 """A longer list of prompts is prefilled on decode: more legs at once would starve other requests."""

@@ -21,7 +21,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # The time a series was made says nothing here and doubles their number.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "disagg_requests",

@@ -160,6 +160,4 @@ def operation(schema: dict[str, Any]) -> dict[str, Any]:
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: the error shape under each status it may answer."""
-    return {
-        status: {"description": "Error", "content": {"application/json": {"schema": ERROR}}} for status in statuses
-    }
+    return {status: {"description": "Error", "content": {"application/json": {"schema": ERROR}}} for status in statuses}

@@ -24,7 +24,6 @@ class Renderer(Protocol):
         ...
 
 
-
 class VllmRenderer:
     """vLLM's `OnlineRenderer` over a model's tokeniser.
 
@@ -89,5 +88,6 @@ class VllmRenderer:
             return None
         if isinstance(inputs, self._error):
             return None
-        prompts = [item.get("prompt_token_ids") if item.get("type") == "token" else None for item in inputs]
-        return None if any(ids is None for ids in prompts) else [list(ids) for ids in prompts]
+        if any(item.get("type") != "token" for item in inputs):
+            return None
+        return [list(item["prompt_token_ids"]) for item in inputs]

@@ -10,7 +10,7 @@ anything is not as expected, which sends the response over plain ASGI.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import uvicorn.protocols.http.auto as uvicorn_auto
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -27,7 +27,7 @@ class SplicingProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {_EXTENSION: self}  # type: ignore[typeddict-item]
+        cast(dict[str, Any], self.scope)["extensions"] = {_EXTENSION: self}
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -35,9 +35,7 @@ _RECHECK_S = 1.0
 class PairWarmer:
     """Warms cold pairs in the background, for as long as both replicas live."""
 
-    def __init__(
-        self, membership: Membership, upstreams: Upstreams, metrics: Metrics, background: Background
-    ) -> None:
+    def __init__(self, membership: Membership, upstreams: Upstreams, metrics: Metrics, background: Background) -> None:
         self._membership = membership
         self._upstreams = upstreams
         self._metrics = metrics

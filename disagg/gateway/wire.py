@@ -271,7 +271,7 @@ class Upstream:
     async def open(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Exchange:
-        """Send a request; the response is the exchange's. Raises ReplicaLostError (`sent` False) if it cannot connect."""
+        """Send a request; the response is the exchange's. Raises ReplicaLostError, unsent, when it cannot connect."""
         connection = self._pop_idle() or await self._connect()
         exchange = Exchange(self.url, asyncio.get_running_loop())
         lines = [b"%s %s HTTP/1.1\r\nhost: %s\r\n" % (method.encode(), path.encode(), self._authority)]

@@ -17,7 +17,6 @@ from disagg.router.views import ReplicaInfo
 logger = logging.getLogger(__name__)
 
 
-
 class ReplicaRouter(RequestRouter):
     """Reports the replicas of its deployment to `disagg.router.feed`."""
 

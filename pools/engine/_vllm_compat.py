@@ -28,8 +28,8 @@ __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
     "StatLoggerBase",
-    "VllmConfig",
     "VLLMValidationError",
+    "VllmConfig",
     "VllmEngineDeadError",
     "split_args",
     "vllm_app",
@@ -44,7 +44,7 @@ def split_args(arguments: Mapping[str, Any]) -> tuple[AsyncEngineArgs, argparse.
     Raises:
         TypeError: for a name that neither knows.
     """
-    frontend_names = {field.name for field in dataclasses.fields(FrontendArgs)}  # type: ignore[arg-type]
+    frontend_names = {field.name for field in dataclasses.fields(FrontendArgs)}
     frontend = FrontendArgs(**{k: v for k, v in arguments.items() if k in frontend_names})
     engine_args = AsyncEngineArgs(**{k: v for k, v in arguments.items() if k not in frontend_names})
     return engine_args, argparse.Namespace(**(vars(frontend) | vars(engine_args)))

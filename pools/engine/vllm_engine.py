@@ -13,6 +13,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+
 from pools.engine._vllm_compat import (
     AsyncLLM,
     StatLoggerBase,
@@ -24,8 +27,6 @@ from pools.engine._vllm_compat import (
 )
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
-from vllm import SamplingParams, TokensPrompt
-from vllm.sampling_params import RequestOutputKind
 
 _REMEMBERED_HANDOFFS = 65_536
 """Hand-off ids kept to tell an admission from a release; far beyond what a lease lets live at once."""
@@ -104,8 +105,8 @@ class VllmEngine:
             if handoff is not None and self._handoffs.release(handoff):
                 await notify_rejected(request_id, kv_transfer_params, **kwargs)
 
-        llm.add_request = admitting  # type: ignore[method-assign]
-        llm.notify_kv_transfer_request_rejected = releasing  # type: ignore[method-assign]
+        llm.add_request = admitting
+        llm.notify_kv_transfer_request_rejected = releasing
 
     async def abort(self, request_id: str) -> bool:
         llm = self._running()
@@ -138,10 +139,10 @@ class VllmEngine:
             extra_args={"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None,
         )
         prompt = TokensPrompt(prompt_token_ids=list(prompt_token_ids))
-        output = None
+        output: Any = None
         try:
-            async for output in self._running().generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
-                pass
+            async for latest in self._running().generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
+                output = latest
         except VllmEngineDeadError as exc:
             raise EngineDeadError("EngineCore died during a probe") from exc
         except VLLMValidationError as exc:

@@ -51,14 +51,16 @@ def engines() -> Iterator[Engines]:
         yield Engines(prefill, decode, "tiny", PROMPTS)
 
 
-@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ != "a_lost_prefill_engine_costs_a_recompute"], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "check", [c for c in CHECKS if c.__name__ != "a_lost_prefill_engine_costs_a_recompute"], ids=lambda c: c.__name__
+)
 def test_vllm_engines_keep_the_contract(check: Check, engines: Engines) -> None:
     """Two vLLM engines over NIXL pass every check that the fake ones pass."""
     asyncio.run(check(engines))
 
 
 def test_seeded_chunked_prefill_lives(engines: Engines) -> None:
-    """A sampled request with a seed whose prefill is chunked answers the same twice; without the fix it kills a CPU engine."""
+    """A seeded request whose prefill is chunked answers the same twice; unmended, it kills a CPU engine."""
     body = {
         "model": "tiny",
         "prompt": [20 + i * 11 % 1400 for i in range(3500)],
@@ -76,6 +78,6 @@ def test_seeded_chunked_prefill_lives(engines: Engines) -> None:
 
 
 def test_a_lost_prefill_engine_costs_a_recompute(engines: Engines) -> None:
-    """Hand-off parameters of an engine that is not there are answered by recomputation. The last test: it waits for NIXL."""
+    """Hand-off parameters of an engine that is not there cost a recomputation. Last, because it waits for NIXL."""
     check = next(c for c in CHECKS if c.__name__ == "a_lost_prefill_engine_costs_a_recompute")
     asyncio.run(check(engines))

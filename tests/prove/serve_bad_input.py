@@ -140,5 +140,3 @@ def healthy(stack: Stack) -> Row:
     stats = stack.stats()
     running_now = sum(s["num_requests_running"] for pool in stats.values() for s in pool)
     return Row(6, "requests still running in the engines afterwards", str(running_now), "0", running_now == 0)
-
-

@@ -56,7 +56,12 @@ def _serve_once(where: Path, bound_s: float, what: str) -> list[Row]:
     processes, shared = _processes(), set(os.listdir("/dev/shm"))
     started = time.monotonic()
     serving = subprocess.Popen(
-        ["make", "serve"], cwd=where, env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        ["make", "serve"],
+        cwd=where,
+        env=_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     lines: list[str] = []
 
@@ -82,18 +87,24 @@ def _serve_once(where: Path, bound_s: float, what: str) -> list[Row]:
     code = serving.wait(180)
     stop_s = time.monotonic() - stopped
     deadline = time.monotonic() + 5
-    while (left := {p for p in _processes() - processes if Path(f"/proc/{p[0]}").exists()}) and time.monotonic() < deadline:
+    while (
+        left := {p for p in _processes() - processes if Path(f"/proc/{p[0]}").exists()}
+    ) and time.monotonic() < deadline:
         time.sleep(0.2)
     files = set(os.listdir("/dev/shm")) - shared
     for process in left:
         print(f"    left: {process}")
     return [
         Row(1, f"{what}: answering after", f"{took:.0f} s", f"{bound_s:g} s", answered and took <= bound_s),
-        Row(1, f"{what}: the printed curl, pasted", "answers" if answered else pasted.stderr[-80:], "answers", answered),
+        Row(
+            1, f"{what}: the printed curl, pasted", "answers" if answered else pasted.stderr[-80:], "answers", answered
+        ),
         Row(
             1,
             f"{what}: the last lines are URL and curl",
-            "yes" if len(last_two) == 2 and last_two[0].startswith("http://") and last_two[1] == command else str(last_two)[:60],
+            "yes"
+            if len(last_two) == 2 and last_two[0].startswith("http://") and last_two[1] == command
+            else str(last_two)[:60],
             "yes",
             len(last_two) == 2 and last_two[0].startswith("http://") and last_two[1] == command,
         ),
@@ -113,5 +124,11 @@ def clean_clone_test() -> list[Row]:
         tests = subprocess.run(["make", "test"], cwd=where, env=_env(), check=False)
         took = time.monotonic() - started
     return [
-        Row(2, "make test in a clean clone", f"exit {tests.returncode} after {took / 60:.1f} min", "exit 0 within 30 min", tests.returncode == 0 and took <= TEST_S)
+        Row(
+            2,
+            "make test in a clean clone",
+            f"exit {tests.returncode} after {took / 60:.1f} min",
+            "exit 0 within 30 min",
+            tests.returncode == 0 and took <= TEST_S,
+        )
     ]

@@ -8,13 +8,25 @@ import sys
 
 from tests.prove.report import ROOT, Row
 
-TESTS = ("tests/unit/disagg/test_metrics_page.py", "tests/unit/disagg/test_config.py", "tests/unit/test_architecture.py")
+TESTS = (
+    "tests/unit/disagg/test_metrics_page.py",
+    "tests/unit/disagg/test_config.py",
+    "tests/unit/test_architecture.py",
+)
 
 
 def documented() -> list[Row]:
     check = subprocess.run([sys.executable, "-m", "disagg.docs", "--check"], cwd=ROOT, check=False)
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, check=False)
     return [
-        Row(9, "docs/configuration.md and docs/metrics.md are current", f"exit {check.returncode}", "exit 0", check.returncode == 0),
-        Row(9, "tests that every metric and field is named", f"exit {tests.returncode}", "exit 0", tests.returncode == 0),
+        Row(
+            9,
+            "docs/configuration.md and docs/metrics.md are current",
+            f"exit {check.returncode}",
+            "exit 0",
+            check.returncode == 0,
+        ),
+        Row(
+            9, "tests that every metric and field is named", f"exit {tests.returncode}", "exit 0", tests.returncode == 0
+        ),
     ]

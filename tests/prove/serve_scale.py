@@ -93,7 +93,15 @@ def scale() -> list[Row]:
             load.stop()
     for problem in load.failed:
         print(f"    {problem}")
-    rows.append(Row(8, "answers failed or cut meanwhile", f"{len(load.failed)} of {load.finished + len(load.failed)}", "0", not load.failed))
+    rows.append(
+        Row(
+            8,
+            "answers failed or cut meanwhile",
+            f"{len(load.failed)} of {load.finished + len(load.failed)}",
+            "0",
+            not load.failed,
+        )
+    )
     return rows
 
 

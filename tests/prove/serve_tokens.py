@@ -62,7 +62,13 @@ def same_tokens() -> list[Row]:
     handed = [c for c, a in zip(chosen, got, strict=True) if mode_of(a) == "prefill pool"]
     rows.append(Row(3, "requests that the reference engine refuses", str(len(refused)), "0", not refused))
     rows.append(
-        Row(3, "requests whose prompt the prefill pool computed", f"{len(handed)} of {len(chosen)}", "at least 150", len(handed) >= 150)
+        Row(
+            3,
+            "requests whose prompt the prefill pool computed",
+            f"{len(handed)} of {len(chosen)}",
+            "at least 150",
+            len(handed) >= 150,
+        )
     )
     rows.append(
         Row(3, "vllm:nixl_bytes_transferred on decode", f"{num_bytes / 2**20:.1f} MiB", "more than 0", num_bytes > 0)

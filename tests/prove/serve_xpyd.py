@@ -42,9 +42,7 @@ def xpyd() -> list[Row]:
         got = asyncio.run(ask_all(stack.url, chosen, num_clients=4))
         problems = wrong(chosen, cached, got)
         rows.append(Row(4, "wrong answers after both kills", f"{len(problems)} of {len(chosen)}", "0", not problems))
-        rows.append(
-            Row(4, "pairs used after both kills", str(len(pairs_of(got))), "4", len(pairs_of(got)) == 4)
-        )
+        rows.append(Row(4, "pairs used after both kills", str(len(pairs_of(got))), "4", len(pairs_of(got)) == 4))
     return rows
 
 

@@ -36,7 +36,9 @@ def cases() -> list[Case]:
 
 def _words(number: int, seed: int) -> str:
     chooser = random.Random(seed)
-    vocabulary = "river stone cloud engine paper lamp seven north garden quiet signal copper window letter march".split()
+    vocabulary = (
+        "river stone cloud engine paper lamp seven north garden quiet signal copper window letter march".split()
+    )
     return " ".join(chooser.choice(vocabulary) for _ in range(number))
 
 
@@ -108,7 +110,10 @@ _BOTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one token", {"max_tokens": 1}),
     ("long answer", {"max_tokens": 120, "ignore_eos": True}),
     ("usage in stream", {"stream_options": {"include_usage": True}, "stream": True}),
-    ("usage in every chunk", {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "stream": True}),
+    (
+        "usage in every chunk",
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}, "stream": True},
+    ),
     ("cache_salt", {"cache_salt": "tenant-a"}),
     ("truncated prompt", {"truncate_prompt_tokens": 100}),
 )
@@ -222,7 +227,14 @@ def _joined(events: Sequence[dict[str, Any]], headers: dict[str, str]) -> Answer
         for piece in event["choices"]:
             choice = by_index.setdefault(
                 piece["index"],
-                {"index": piece["index"], "text": "", "tool_calls": {}, "token_ids": [], "finish": None, "logprobs": []},
+                {
+                    "index": piece["index"],
+                    "text": "",
+                    "tool_calls": {},
+                    "token_ids": [],
+                    "finish": None,
+                    "logprobs": [],
+                },
             )
             delta = piece.get("delta") or {}
             choice["text"] += piece.get("text") or delta.get("content") or ""

@@ -179,7 +179,7 @@ class Replica:
         uv = self.server._server
         assert uv is not None
         for connection in list(uv.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
 
     def kill(self) -> None:
         """Die: nothing listens any more and every connection breaks."""

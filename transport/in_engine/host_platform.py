@@ -76,9 +76,7 @@ def keep_seeded_generators() -> None:
     """
     if hasattr(GPUModelRunner._sample, _MARK):
         return
-    _require(
-        GPUModelRunner._bookkeeping_sync, "gen.set_offset(gen.get_offset() - 4)", "keep_seeded_generators"
-    )
+    _require(GPUModelRunner._bookkeeping_sync, "gen.set_offset(gen.get_offset() - 4)", "keep_seeded_generators")
     GPUModelRunner._sample = _remembering(GPUModelRunner._sample)
     GPUModelRunner._bookkeeping_sync = _restoring(GPUModelRunner._bookkeeping_sync)
 

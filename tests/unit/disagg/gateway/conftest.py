@@ -7,7 +7,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 
-def pytest_asyncio_loop_factories(config: object, item: object) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+def pytest_asyncio_loop_factories(
+    config: object, item: object
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     try:
         import uvloop
     except ImportError:

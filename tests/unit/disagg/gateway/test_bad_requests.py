@@ -22,11 +22,16 @@ JUDGED = [case for case in CASES if not case.needs_real_engine]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("admin") / "key"
+    path.write_text(KEY + "\n")
+    return path
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+async def stack(key_file: Path) -> AsyncIterator[Stack]:
     """One gateway for all cases: none of them may harm it."""
-    key_file: Path = tmp_path_factory.mktemp("admin") / "key"
-    key_file.write_text(KEY + "\n")
     config = GatewayConfig(admin=AdminConfig(key_file=str(key_file)))
     async with running_stack(config=config) as running:
         yield running

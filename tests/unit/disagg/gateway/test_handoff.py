@@ -114,7 +114,10 @@ async def test_handed_off_prompts_are_not_computed_twice() -> None:
     """A hand-off and a primed list leave decode all but the last token of each prompt."""
     async with running_stack() as stack:
         decode_engine = stack.decode[0].engine
-        for reply in (await stack.complete(PROMPT * 3), await stack.complete(["one " * 20, "two " * 20, "three " * 20])):
+        for reply in (
+            await stack.complete(PROMPT * 3),
+            await stack.complete(["one " * 20, "two " * 20, "three " * 20]),
+        ):
             assert reply.status == 200
         before = decode_engine.stats()
         assert before.num_handoffs_admitted_total == 5
@@ -362,7 +365,7 @@ async def test_new_replica_is_warmed_before_it_is_used() -> None:
             await go_on.wait()
             return await probe(*args)
 
-        new.engine.probe = held  # type: ignore[method-assign]
+        new.engine.probe = held  # type: ignore[method-assign,assignment]
         stack.decode.append(new)
         stack.announce()
         replies = [await stack.complete(PROMPT) for _ in range(3)]
@@ -401,7 +404,7 @@ async def test_failed_warming_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
                 raise failures.pop()
             return await probe(*args)
 
-        new.engine.probe = failing  # type: ignore[method-assign]
+        new.engine.probe = failing  # type: ignore[method-assign,assignment]
         stack.decode.append(new)
         stack.announce()
         await stack.warmed()

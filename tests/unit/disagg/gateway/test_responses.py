@@ -61,7 +61,7 @@ def test_response_is_openai_shaped() -> None:
     """Status, headers and body of one error."""
     response = error_response(InvalidRequestError("no", param="n"), {"x-request-id": "r"})
     assert (response.status_code, response.headers["x-request-id"]) == (400, "r")
-    assert json.loads(response.body) == {
+    assert json.loads(bytes(response.body)) == {
         "error": {"message": "no", "type": "invalid_request_error", "param": "n", "code": None}
     }
     assert error_body(ModelNotFoundError("x"))["error"]["code"] == "model_not_found"  # type: ignore[index]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagg.gateway import wire
 from disagg.gateway.wire import Exchange, Upstream, Upstreams
 from pools.errors import ReplicaLostError
 from tests.support.gateway_stack import until
@@ -111,7 +110,7 @@ BODIES = {
     "cut in a header": (b"HTTP/1.1 200 OK\r\ncontent-le", b"ngth: 11\r\n\r", b"\nhello", b" world"),
     "chunked": (CHUNKED + chunk(b"hello") + chunk(b" world") + b"0\r\n\r\n",),
     "cut in a chunk": (CHUNKED + b"5\r\nhe", b"llo\r", b"\n6\r\n world\r\n", b"0\r\n", b"\r\n"),
-    "byte by byte": tuple(bytes([b]) for b in CHUNKED[:20]) + (CHUNKED[20:] + chunk(b"hello world"), b"0\r\n\r\n"),
+    "byte by byte": (*(bytes([b]) for b in CHUNKED[:20]), CHUNKED[20:] + chunk(b"hello world"), b"0\r\n\r\n"),
     "trailers": (CHUNKED + chunk(b"hello world") + b"0\r\nx-a: b\r\n\r\n",),
 }
 
@@ -234,7 +233,7 @@ async def test_connection_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         create_connection = never
 
     with monkeypatch.context() as patched:
-        patched.setattr(wire.asyncio, "get_running_loop", Loop)
+        patched.setattr(asyncio, "get_running_loop", Loop)
         with pytest.raises(ReplicaLostError, match=r"no answer within 0\.02 s") as caught:
             await Upstream("http://127.0.0.1:1", connect_timeout_s=0.02)._connect()
     assert caught.value.sent is False
@@ -284,7 +283,10 @@ async def test_connection_close_is_honoured() -> None:
 
 async def test_idle_connection_that_was_closed_is_not_used() -> None:
     """A server that closed its side in the meantime costs no request."""
-    async with upstream_of(writes(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", then="close")) as (upstream, served):
+    async with upstream_of(writes(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", then="close")) as (
+        upstream,
+        served,
+    ):
         assert (await upstream.request("POST", "/", b"{}", timeout_s=1))[0] == 200
         await until(lambda: not upstream._connections)
         assert (await upstream.request("POST", "/", b"{}", timeout_s=1))[0] == 200

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,11 +12,10 @@ from disagg.router.views import ReplicaInfo
 
 
 @pytest.fixture(autouse=True)
-def _empty_feed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _empty_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A feed that nobody else of this process uses."""
     monkeypatch.setattr(feed, "_latest", {})
     monkeypatch.setattr(feed, "_listeners", [])
-    yield
 
 
 def info(replica_id: str, pool: str = "decode") -> ReplicaInfo:
