@@ -264,7 +264,7 @@ def fit(lengths: Sequence[int], costs: Sequence[float], weights: Sequence[float]
 
 
 def measure(front: Front, plan: Plan, *, streams: int, seed: int) -> dict[str, Any]:
-    """One repeat: an idle interval, then answers of each length; microseconds a request and a token, whole and parts."""
+    """One repeat: an idle interval, then answers of each length; microseconds a request and a token, by part."""
     meter = CpuMeter(front.groups)
     time.sleep(plan.idle_s)
     idle = {name: seconds / meter.elapsed_s for name, seconds in meter.read().items()}

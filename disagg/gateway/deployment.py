@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gateway as Serve's ingress deployment: feeds it replicas, gives it a way to scale, hands Serve its app.
 
-The one module where the gateway meets Ray. The controller call behind `scale` is not public; the contract test
-`tests/e2e/test_ray_contract.py` fails when it changes.
+The one module where the gateway meets Ray. The controller call behind `scale` is not public;
+`tests/e2e/test_serve.py` fails when it changes.
 """
 
 from __future__ import annotations

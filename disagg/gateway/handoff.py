@@ -37,6 +37,7 @@ from pools.errors import NoReplicaError, ReplicaLostError
 
 logger = logging.getLogger(__name__)
 
+_ERROR_EVENT = b'data: {"error"'
 _CLEANUP_TIMEOUT_S = 10.0
 _decode_json = msgspec.json.Decoder().decode
 
@@ -85,6 +86,15 @@ class Answer:
         if self.exchange is not None:
             self.exchange.close()
         self._counted.close()
+
+
+def is_server_fault(event: bytes) -> bool:
+    """True for an SSE error event whose code is a 5xx: the engine's fault, so that another one may answer."""
+    try:
+        code = _decode_json(event.removeprefix(b"data: ").split(b"\n", 1)[0])["error"]["code"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return False
+    return isinstance(code, int) and code >= 500
 
 
 class Handoff:
@@ -198,12 +208,14 @@ class Handoff:
 
     # Legs
 
-    async def _prefill(self, call: Call, prompt: Sequence[int]) -> tuple[Pair, dict[str, Any]] | str:
-        """Hand-off parameters and the pair they belong to, or the reason why there are none."""
+    async def _prefill(
+        self, call: Call, prompt: Sequence[int], decode: Member | None = None
+    ) -> tuple[Pair, dict[str, Any]] | str:
+        """Hand-off parameters and the pair they belong to, for `decode` if given, or the reason why there are none."""
         tried: set[str] = set()
         deadline = asyncio.get_running_loop().time() + self._config.prefill_timeout_s
         while True:
-            pair = self._membership.pick_pair(without=tried)
+            pair = self._membership.pick_pair(without=tried, decode=decode)
             if pair is None:
                 return "prefill_lost" if tried else "no_warm_pair"
             leg_id = f"{self._incarnation}-{next(self._leg_ids)}"
@@ -247,13 +259,9 @@ class Handoff:
         return status, transfer_params(_object(payload)) if status == 200 else None
 
     async def _prefill_and_prime(self, pair: Pair, call: Call, prompt: Sequence[int]) -> None:
-        prefilled = await self._prefill(call, prompt)
+        prefilled = await self._prefill(call, prompt, pair.decode)
         if not isinstance(prefilled, str):
-            other, params = prefilled
-            if other.decode is pair.decode:
-                await self._prime(pair, prompt, params)
-            else:
-                self._background.spawn(self._release(other.decode, params))
+            await self._prime(prefilled[0], prompt, prefilled[1])
 
     async def _prime(self, pair: Pair, prompt: Sequence[int], params: dict[str, Any]) -> None:
         """Make the decode engine pull one prompt's KV. A failure costs a recomputation and nothing else."""
@@ -283,6 +291,8 @@ class Handoff:
             # Not the body's `stream`: vLLM takes "yes" and 1 for true.
             streaming = status == 200 and (exchange.header(b"content-type") or b"").startswith(b"text/event-stream")
             content = (await exchange.next_chunk() or b"") if streaming else await exchange.read()
+            if streaming and content.startswith(_ERROR_EVENT) and is_server_fault(content):
+                raise ReplicaLostError(f"the engine at {member.info.url} failed before its first token", sent=True)
         except BaseException:
             if exchange is not None:
                 exchange.close()

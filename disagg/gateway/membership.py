@@ -109,13 +109,16 @@ class Membership:
             member.reachable = True
             self._on_change()
 
-    def pick_pair(self, *, without: Collection[str] = ()) -> Pair | None:
-        """The warm pair for the next hand-off, its replicas not in `without`; None when there is none."""
+    def pick_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
+        """The warm pair for the next hand-off, its replicas not in `without`; None when there is none.
+
+        `decode` fixes the decode replica, so that only the prefill replica is chosen.
+        """
         views = []
         by_ids: dict[tuple[str, str], Pair] = {}
         for p in self._usable(PREFILL, without):
             for d in self._usable(DECODE, without):
-                if d.info.replica_id in p.warm_peers:
+                if d.info.replica_id in p.warm_peers and decode in (None, d):
                     key = (p.info.replica_id, d.info.replica_id)
                     by_ids[key] = Pair(p, d)
                     views.append(PairView(p.view(), d.view(), self._pair_chosen.get(key, 0)))

@@ -41,10 +41,12 @@ class SplicingProtocol(HttpToolsProtocol):
 
     async def splice(self, exchange: Exchange) -> None:
         """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError."""
-        write = self.transport.write
+        write, is_closing = self.transport.write, self.transport.is_closing
 
         def to_client(data: bytes) -> None:
-            write(b"%x\r\n%b\r\n" % (len(data), data))
+            # uvloop raises on a closed transport, and the engine would be blamed for a client that left.
+            if not is_closing():
+                write(b"%x\r\n%b\r\n" % (len(data), data))
 
         self._exchange = exchange
         try:

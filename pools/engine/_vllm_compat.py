@@ -31,6 +31,7 @@ __all__ = [
     "VLLMValidationError",
     "VllmConfig",
     "VllmEngineDeadError",
+    "init_app_state",
     "split_args",
     "vllm_app",
 ]

@@ -16,13 +16,15 @@ CONFIG = ROOT / "configs" / "quickstart.yaml"
 PASSES = (1, 16)
 
 
-def reference(chosen: list[Case], passes: tuple[int, ...] = PASSES) -> list[list[Answer]]:
+def reference(
+    chosen: list[Case], passes: tuple[int, ...] = PASSES, engine_kwargs: dict[str, object] | None = None
+) -> list[list[Answer]]:
     """The aggregated engine's answers, in as many passes with as many clients as the application is asked in.
 
     Pass by pass, because the second finds the prompts in the prefix cache, and for a prompt near a tie the last bits of
     a cached prefix can decide a token (on one engine as on two).
     """
-    with aggregated_engine() as url:
+    with aggregated_engine(engine_kwargs=engine_kwargs) as url:
         return [asyncio.run(ask_all(url, chosen, num_clients=n)) for n in passes]
 
 

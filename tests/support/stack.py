@@ -182,10 +182,13 @@ def _is_warm(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def aggregated_engine(*, name: str = "aggregated", timeout_s: float = 300) -> Iterator[str]:
-    """URL of one ordinary vLLM engine with the settings of the pools."""
+def aggregated_engine(
+    *, name: str = "aggregated", engine_kwargs: dict[str, Any] | None = None, timeout_s: float = 300
+) -> Iterator[str]:
+    """URL of one ordinary vLLM engine with the settings of the pools, and `engine_kwargs` on top."""
     arguments = {
         **ENGINE_KWARGS,
+        **(engine_kwargs or {}),
         "enforce_eager": True,
         "dtype": "bfloat16",
         "model": str(tiny_model()),

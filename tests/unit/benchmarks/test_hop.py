@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks.hop import group_of, table
-from benchmarks.load import Load, Record, Stream, percentiles, request_bytes
+from benchmarks.connection import BrokenAnswerError, Connection, StaleConnectionError
+from benchmarks.hop import fit, group_of, table
+from benchmarks.load import Events, Load, Record, percentiles, request_body
 
 
 @pytest.mark.parametrize(
@@ -29,20 +30,34 @@ def test_processes_fall_into_groups(command_line: str, group: str) -> None:
     assert group_of(command_line) == group
 
 
+class Transport:
+    """Takes what is written and can be closed."""
+
+    def __init__(self) -> None:
+        self.closing = False
+
+    def write(self, data: bytes) -> None: ...
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+
 def receive(expected: list[bytes], data: bytes, *, step: int = 7) -> Record:
     """What a record says after `data` came in pieces of `step` bytes."""
 
-    class Transport:
-        def write(self, data: bytes) -> None: ...
-
     async def run() -> Record:
-        stream, record = Stream("completions"), Record(0.0, expected)
-        stream.connection_made(cast("Any", Transport()))
-        request = asyncio.create_task(stream.run(b"", record))
+        connection, record = Connection(), Record(0.0, expected)
+        events = Events("completions", record)
+        connection.connection_made(cast("Any", Transport()))
+        request = asyncio.create_task(connection.send(b"", events.feed))
         await asyncio.sleep(0)
         for start in range(0, len(data), step):
-            stream.data_received(data[start : start + step])
+            connection.data_received(data[start : start + step])
         await request
+        events.finish(connection.status)
         return record
 
     return asyncio.run(run())
@@ -69,6 +84,43 @@ def test_a_lost_or_repeated_token_is_seen(texts: tuple[str, ...], error: str | N
     assert receive([b"a", b"b"], answer(*texts)).error == error
 
 
+@pytest.mark.parametrize(("served_before", "error"), [(True, StaleConnectionError), (False, BrokenAnswerError)])
+def test_only_an_idle_connection_is_stale(served_before: bool, error: type[Exception]) -> None:
+    """A close before any byte of an answer may be retried on a connection that has served, and on no other."""
+
+    async def run() -> None:
+        connection = Connection()
+        connection.connection_made(cast("Any", Transport()))
+        if served_before:
+            first = asyncio.create_task(connection.send(b"", lambda piece, at: None))
+            await asyncio.sleep(0)
+            connection.data_received(answer("a"))
+            await first
+        request = asyncio.create_task(connection.send(b"", lambda piece, at: None))
+        await asyncio.sleep(0)
+        connection.connection_lost(None)
+        with pytest.raises(error):
+            await request
+
+    asyncio.run(run())
+
+
+def test_a_broken_answer_is_never_stale() -> None:
+    """A connection that ends in the middle of an answer breaks the request."""
+
+    async def run() -> None:
+        connection = Connection()
+        connection.connection_made(cast("Any", Transport()))
+        request = asyncio.create_task(connection.send(b"", lambda piece, at: None))
+        await asyncio.sleep(0)
+        connection.data_received(answer("a")[:-9])
+        connection.connection_lost(None)
+        with pytest.raises(BrokenAnswerError):
+            await request
+
+    asyncio.run(run())
+
+
 def test_an_error_answer_is_an_error() -> None:
     """An answer that is not a 200 stream ends the request with its text."""
     record = receive([b"a"], b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{}")
@@ -78,8 +130,8 @@ def test_an_error_answer_is_an_error() -> None:
 def test_requests_are_repeatable_and_different() -> None:
     """A request follows from seed and index, and so do its expected tokens."""
     load = Load("http://host:1", requests=2, max_tokens=5)
-    assert request_bytes(load, 0) == request_bytes(load, 0) != request_bytes(load, 1)
-    assert len(request_bytes(load, 0)[1]) == 5
+    assert request_body(load, 0) == request_body(load, 0) != request_body(load, 1)
+    assert len(request_body(load, 0)[1]) == 5
 
 
 def test_percentiles_are_milliseconds() -> None:
@@ -95,3 +147,9 @@ def test_the_table_shows_ratios_to_the_router() -> None:
         name: {"16": {"median": row | {"us_per_token": cost}}} for name, cost in (("vllm-router", 40.0), ("x", 30.0))
     }
     assert "| x | 16 | 30.0 | 0.75 | 100.0 | 1.00 |" in table(results)
+
+
+def test_a_line_gives_request_and_token() -> None:
+    """The intercept is a request with its first token, the slope each further token."""
+    request, token = fit((1, 20, 500), [100 + 3 * (n - 1) for n in (1, 20, 500)], (1.0, 0.5, 0.01))
+    assert (round(request, 6), round(token, 6)) == (100, 3)

@@ -12,6 +12,7 @@ import pytest
 
 from disagg.config import GatewayConfig
 from disagg.gateway import warm
+from disagg.gateway.handoff import is_server_fault
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.engine.fake_text import answer, decode, encode
 from tests.support.gateway_stack import FAST, Hook, Replica, Stack, running_stack, until
@@ -446,3 +447,22 @@ async def test_text_prompts_reach_the_engine_as_tokens() -> None:
         assert completion["prompt"] == encode(PROMPT)
         assert chat["messages"] == [{"role": "user", "content": "hello"}]
         assert decode(chat["kv_transfer_params"]["prompt_token_ids"]) == "<|user|>hello\n<|assistant|>"
+
+
+async def test_prompt_lists_are_primed_on_one_decode_replica() -> None:
+    """Every prompt of a list is pulled by the replica that answers; none is prefilled for another."""
+    async with running_stack(num_prefill=2, num_decode=2) as stack:
+        reply = await stack.complete([f"prompt {i} " * 8 for i in range(4)])
+        assert (reply.status, len(reply.json()["choices"])) == (200, 4)
+        await stack.settled()
+        assert not [params for r in stack.decode for params in r.engine.releases]
+        assert stack.metric("disagg_handoffs_total", outcome="accepted") == 4
+        assert all(r.engine.seen for r in stack.prefill)
+
+
+def test_an_error_event_is_the_engines_fault_only_with_a_5xx() -> None:
+    """A stream that begins with a 5xx error event is tried elsewhere; one that refuses the request is passed on."""
+    assert is_server_fault(b'data: {"error": {"message": "dead", "code": 500}}\n\ndata: [DONE]\n\n')
+    assert not is_server_fault(b'data: {"error": {"message": "too long", "code": 400}}\n\n')
+    assert not is_server_fault(b'data: {"error": "text"}\n\n')
+    assert not is_server_fault(b"data: {broken\n\n")

@@ -174,6 +174,7 @@ async def test_mid_stream(slow_stack: Stack, kind: str) -> None:
     await check_settled(slow_stack)
     assert slow_stack.decode[0].engine.stats().generation_tokens_total < 500
     assert slow_stack.metric("disagg_client_disconnects_total", phase="stream") == 1
+    assert slow_stack.metric("disagg_broken_streams_total") == 0
     assert slow_stack.gateway.num_in_flight == 0
 
 

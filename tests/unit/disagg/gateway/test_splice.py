@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -195,6 +196,26 @@ async def test_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
             assert (await connection.head())[0] == 200
             await until(lambda: stack.gateway.num_in_flight == 0)
         assert stack.metric("disagg_broken_streams_total") == 1
+
+
+async def test_chunks_after_the_client_left_are_dropped() -> None:
+    """The engine is not blamed when its next chunk meets a closed connection."""
+
+    class Closed(Transport):
+        def is_closing(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("the handler is closed")
+
+    class Chunks:
+        """An exchange that gives two chunks."""
+
+        async def forward(self, sink: Callable[[bytes], None]) -> None:
+            sink(b"a")
+            sink(b"b")
+
+    await protocol_over(Closed()).splice(cast(Any, Chunks()))
 
 
 async def _at_rest(sent: list[int]) -> None:

@@ -321,7 +321,6 @@ async def test_slow_reader_stops_the_engine() -> None:
         await asyncio.sleep(0.05)
         assert num_sent < 400
         assert len(await exchange.read()) == 400 * 65_536
-        assert exchange.paused_at is None
 
 
 async def test_pause_and_resume_while_forwarding() -> None:
