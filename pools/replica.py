@@ -14,12 +14,13 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import serve
 
 from pools.engine.base import Engine, Role
+from pools.errors import EngineDeadError
 from pools.health import HealthProbe
 from pools.http import EngineServer
 from pools.spec import ReplicaSpec
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_S = 0.2
 _EXIT_CODE = 70
+_MAX_FAILED_PROBES = 2
 
 
 class _Replica:
@@ -43,6 +45,7 @@ class _Replica:
         self._incarnation = uuid.uuid4().hex
         self._host = ray.util.get_node_ip_address()
         self._stopping = False
+        self._num_failed_probes = 0
         started = time.monotonic()
         self._engine = self._make_engine()
         async with asyncio.timeout(self._spec.pool.startup_timeout_s):
@@ -79,19 +82,40 @@ class _Replica:
         }
 
     async def check_health(self) -> None:
-        """Called by Serve. Raises when the engine does not answer a token of real work in time."""
-        if not self._stopping:
+        """Called by Serve. Raises when the engine does not answer a token of real work in time.
+
+        The second time in a row it ends the process: Serve would wait for a third, and then drain an engine that
+        finishes nothing.
+        """
+        if self._stopping:
+            return
+        try:
             await self._health.check()
+        except EngineDeadError as exc:
+            self._num_failed_probes += 1
+            if self._num_failed_probes >= _MAX_FAILED_PROBES:
+                self._exit(f"it failed {self._num_failed_probes} health probes: {exc}")
+            raise
+        self._num_failed_probes = 0
 
     async def _exit_with_engine(self) -> None:
         """End the process with its engine, so that nothing reaches a replica that cannot answer."""
         while (reason := self._engine.dead) is None:
             await asyncio.sleep(_WATCH_S)
         if not self._stopping:
-            logger.error("the engine of %s is dead, so the replica exits: %s", self._replica_id, reason)
-            for handler in logging.getLogger().handlers:
-                handler.flush()
-            os._exit(_EXIT_CODE)
+            self._exit(f"its engine is dead: {reason}")
+
+    def _exit(self, why: str) -> NoReturn:
+        logger.error("replica %s exits, because %s", self._replica_id, why)
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        os._exit(_EXIT_CODE)
+
+    async def _wait_for_pulls(self) -> None:
+        """Let decode engines fetch what this prefill engine still holds for them, at most for a lease."""
+        deadline = time.monotonic() + self._spec.transport.kv_lease_duration_s
+        while self._engine.dead is None and self._engine.stats().kv_cache_usage > 0 and time.monotonic() < deadline:
+            await asyncio.sleep(_WATCH_S)
 
     async def __del__(self) -> None:
         """Awaited by Serve when it stops the replica, after its routers have dropped it."""
@@ -107,6 +131,8 @@ class _Replica:
                     self._replica_id,
                     self._spec.pool.drain_timeout_s,
                 )
+            if self.role == "prefill":
+                await self._wait_for_pulls()
             self._watch.cancel()
             await self._server.stop()
         await self._engine.shutdown()
