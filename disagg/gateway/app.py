@@ -251,24 +251,27 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
         check_fields(body, model_id=gateway.model_id)
         return raw, body
 
+    def operation(schema: dict[str, Any]) -> dict[str, Any]:
+        return openapi.operation(openapi.for_model(schema, gateway.model_id))
+
     refusals = openapi.errors(400, 404, 405, 408, 413, 415, 503)
 
-    @app.post("/v1/chat/completions", openapi_extra=openapi.operation(openapi.CHAT), responses=refusals)
+    @app.post("/v1/chat/completions", openapi_extra=operation(openapi.CHAT), responses=refusals)
     async def chat_completions(request: Request) -> Response:
         raw, body = await received(request)
         return gateway.answered(request, "chat", body, raw)
 
-    @app.post("/v1/completions", openapi_extra=openapi.operation(openapi.COMPLETIONS), responses=refusals)
+    @app.post("/v1/completions", openapi_extra=operation(openapi.COMPLETIONS), responses=refusals)
     async def completions(request: Request) -> Response:
         raw, body = await received(request)
         return gateway.answered(request, "completions", body, raw)
 
-    @app.post("/tokenize", openapi_extra=openapi.operation(openapi.TOKENIZE), responses=refusals)
+    @app.post("/tokenize", openapi_extra=operation(openapi.TOKENIZE), responses=refusals)
     async def tokenize(request: Request) -> Response:
         raw, _ = await received(request)
         return await gateway.passed_on(request, "POST", "/tokenize", raw)
 
-    @app.post("/detokenize", openapi_extra=openapi.operation(openapi.DETOKENIZE), responses=refusals)
+    @app.post("/detokenize", openapi_extra=operation(openapi.DETOKENIZE), responses=refusals)
     async def detokenize(request: Request) -> Response:
         raw, _ = await received(request)
         return await gateway.passed_on(request, "POST", "/detokenize", raw)

@@ -153,6 +153,11 @@ ERROR: dict[str, Any] = {
 }
 
 
+def for_model(schema: dict[str, Any], model_id: str) -> dict[str, Any]:
+    """A request schema that names the one model of this server."""
+    return {**schema, "properties": {**schema["properties"], "model": {"type": "string", "enum": [model_id]}}}
+
+
 def operation(schema: dict[str, Any]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads its own JSON body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
