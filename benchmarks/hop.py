@@ -22,7 +22,7 @@ import time
 import urllib.request
 import venv
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ ROUTER_VERSION = "0.1.17"
 TINY_MODEL = BUILD / "bench-tiny-model"
 """The gateway tokenises with a real tokenizer, also in front of fake engines."""
 FRONTS = ("direct", "vllm-router", "disagg-haproxy", "disagg-proxy")
+OWN_STEPS = ", tokens one by one"
+"""Marks a front over engines that give every token alone. For comparison: an engine's batch has steps."""
 BASELINE = "vllm-router"
 HOP = ("gateway", "proxy", "router")
 """Groups of processes that carry a stream."""
@@ -56,11 +58,13 @@ class Plan:
 
     streams: tuple[int, ...] = (16, 100)
     repeats: int = 3
-    tokens: int = 500
+    tokens: int = 300
     """Length of the long answers, one a stream."""
-    requests: int = 400
+    requests: int = 240
     """One-token requests; half as many have 20 tokens."""
     itl_ms: float = 20.0
+    shared_steps: bool = True
+    """Whether an engine gives a token to all of its streams in one step, as a real one does."""
     idle_s: float = 4.0
     """How long the idle cost is looked at before each measurement."""
 
@@ -126,6 +130,7 @@ def wait_healthy(url: str, process: subprocess.Popen[str], log: Path) -> None:
 def fake_engine(role: str, plan: Plan) -> Iterator[str]:
     """One fake engine as a process; its URL."""
     argv = [sys.executable, "-m", "pools.engine.fake", "--role", role, "--itl-ms", str(plan.itl_ms), "--port", "0"]
+    argv += [] if plan.shared_steps else ["--own-steps"]
     with child(argv, BUILD / f"bench-{role}.log") as process:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
@@ -171,6 +176,7 @@ def serve_config(plan: Plan, port: int, *, haproxy: bool) -> dict[str, Any]:
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         }
         config["controller_options"] = {"runtime_env": {"env_vars": variables}}
     application = {
@@ -181,7 +187,7 @@ def serve_config(plan: Plan, port: int, *, haproxy: bool) -> dict[str, Any]:
         "args": {
             "model": {"id": "tiny", "source": str(TINY_MODEL)},
             "platform": "cpu",
-            "engine": {"type": "fake", "itl_ms": plan.itl_ms},
+            "engine": {"type": "fake", "itl_ms": plan.itl_ms, "shared_steps": plan.shared_steps},
         },
         "deployments": [{"name": name, "num_replicas": 1} for name in ("gateway", "prefill", "decode")],
     }
@@ -302,6 +308,13 @@ def measure(front: Front, plan: Plan, *, streams: int, seed: int) -> dict[str, A
     }
 
 
+def run_with_own_steps(plan: Plan) -> dict[str, Any]:
+    """`run`, and beside it the router and HAProxy at the smallest number of streams with every token alone."""
+    alone = replace(plan, streams=(min(plan.streams),), shared_steps=False)
+    extra = run(alone, (BASELINE, "disagg-haproxy"))
+    return run(plan) | {name + OWN_STEPS: by_streams for name, by_streams in extra.items()}
+
+
 def run(plan: Plan, fronts: Sequence[str] = FRONTS) -> dict[str, Any]:
     """Every front in turn, the whole round again for each repeat; repeats and medians by front and streams."""
     repeats: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -344,6 +357,11 @@ def _median(values: Iterable[float]) -> float:
     return round(statistics.median(values), 2)
 
 
+def baseline_of(front: str) -> str:
+    """The row that a front is compared with: the router over the same kind of engines."""
+    return BASELINE + OWN_STEPS if front.endswith(OWN_STEPS) else BASELINE
+
+
 def table(results: dict[str, Any]) -> str:
     """The medians as Markdown, with the ratio to vllm-router."""
     columns = ("front", "streams", "µs/token", "ratio", "µs/request", "ratio", "tokens/s", "TTFT p50", "ITL p50", "p99")
@@ -351,7 +369,7 @@ def table(results: dict[str, Any]) -> str:
     for name, by_streams in results.items():
         for streams, result in by_streams.items():
             row = result["median"]
-            base = results.get(BASELINE, {}).get(streams, {}).get("median")
+            base = results.get(baseline_of(name), {}).get(streams, {}).get("median")
             cells = [name, streams]
             for key in ("us_per_token", "us_per_request"):
                 ratio = f"{row[key] / base[key]:.2f}" if base and name != "direct" else "-"
@@ -383,6 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=Plan.requests, help="one-token requests")
     parser.add_argument("--output", type=Path, default=BUILD / "bench-hop.json")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is ended
     BUILD.mkdir(exist_ok=True)
     plan = Plan(streams=tuple(args.streams), repeats=args.repeats, tokens=args.tokens, requests=args.requests)
     results = run(plan, args.fronts)

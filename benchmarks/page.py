@@ -144,7 +144,7 @@ the client. An engine that falls behind puts two tokens into one event; two even
 _HOP = """
 ## CPU between client and engine
 
-Fake engines that give a token every {itl_ms:.0f} ms, so that all CPU counted is that of the hop. Counted are the
+Fake engines that step every {itl_ms:.0f} ms, so that all CPU counted is that of the hop. Counted are the
 processes that carry the stream: gateway and proxy, or the router; user and system time from the scheduler's
 accounting, less what the same processes use when idle. {repeats} repeats, all fronts in each, and the median of the
 repeats. The cost of a request and of a token are the two coefficients of a line through answers of 1, 20 and {tokens}
@@ -160,13 +160,17 @@ _REMARKS = """
 ## What to make of it
 
 - The bounds are judged behind HAProxy and, for latency, with one client. Rows without a bound are for comparison.
-- The router is given the same prompts and forwards JSON: it neither applies a chat template nor tokenises, nor checks
-  that a pair of engines has exchanged KV. The gateway does, which is most of the difference a request.
+- Prompts are token ids in the CPU part, so no text is tokenised on either side and that cost is in no figure a request
+  there. In the latency part they are text: the gateway tokenises once, by hand each engine does.
+- What Ray's daemons burn swings by more than the figure itself and is not taken as a cost of the hop.
 - The per-token figure falls with the number of streams, because one wake-up then serves several tokens. For the same
   reason a machine that falls behind shows too low a cost: compare ITL p50 with the engines' cadence first.
 - The fake engine checks every token: its answer follows from the prompt, so a lost, doubled or swapped one is seen.
-- On two cores an engine and the gateway compete for the CPU. With a core of its own the gateway adds less.
-- The tiny model makes engines look fast: on a large model the same microseconds are a smaller share.
+- An engine gives a token to all of its streams in one step, and so do the fake ones. In the rows "tokens one by one"
+  they do not: each stream has a timer of its own, so that every token costs each process a wake-up, a read and a write.
+  No bound is judged there; they show what a hop costs at worst.
+- With few cores, engines and gateway compete for them. An interval that holds both sides of a bound says that the
+  machine was too busy to tell; run it again on a quiet one.
 
 Again: `make bench`, or one part: `python -m benchmarks.real --help`, `python -m benchmarks.hop --help`.
 """

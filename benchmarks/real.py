@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -270,6 +271,7 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=list(Plan.clients))
     parser.add_argument("--requests", type=int, default=Plan.requests, help="a side")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is ended
     plan = Plan(clients=tuple(args.clients), requests=args.requests)
     print(json.dumps({"plan": asdict(plan), "results": run(plan, args.fronts)}, indent=1))
 

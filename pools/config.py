@@ -133,6 +133,9 @@ class FakeEngineConfig(Config):
     """Milliseconds of prefill for 1,000 prompt tokens that no cache holds."""
     transfer_ms_per_1k_tokens: Milliseconds = 2.0
     """Milliseconds to move the KV of 1,000 prompt tokens."""
+    shared_steps: bool = True
+    """Streams that run together get their tokens in one step, as from a real engine's batch. False gives each stream
+    steps of its own, from when it started: every token then comes alone."""
     startup_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Seconds from start to ready. Zero, because tests start many engines."""
     kv_tokens: PositiveInt = 262_144

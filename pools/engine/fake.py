@@ -361,7 +361,10 @@ class FakeEngine:
     async def _stream_tokens(self, answers: Sequence[Answer], framing: Framing, running: _Running, send: Send) -> int:
         """Send the tokens on an absolute schedule, so that a late one does not delay the next; how many were sent."""
         loop = asyncio.get_running_loop()
-        begin, itl_s, num_sent = loop.time(), self._config.itl_ms / 1e3, 0
+        itl_s, num_sent = self._config.itl_ms / 1e3, 0
+        begin = loop.time()
+        if self._config.shared_steps and itl_s:
+            begin -= begin % itl_s
         for i in range(max(len(choice.tokens) for choice in answers)):
             if i:
                 delay = begin + i * itl_s - loop.time()
@@ -492,6 +495,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("itl_ms", "prefill_ms_per_1k_tokens", "kv_tokens", "max_model_len", "max_num_seqs"):
         default = getattr(config, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--own-steps", dest="shared_steps", action="store_false", help="no step shared by all streams")
     args = vars(parser.parse_args(argv))
     fields = {name: value for name, value in args.items() if name in FakeEngineConfig.model_fields}
     engine = FakeEngine(

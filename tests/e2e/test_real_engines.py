@@ -42,7 +42,7 @@ def test_same_tokens_as_one_engine(expected: list[list[Answer]], chosen: list[Ca
         pool: after[pool][0]["prompt_tokens_computed_total"] - before[pool][0]["prompt_tokens_computed_total"]
         for pool in after
     }
-    assert computed["decode"] <= 0.1 * computed["prefill"]
+    assert computed["decode"] <= 0.2 * computed["prefill"]
 
 
 def test_leaving_clients_leave_nothing(real_stack: Stack) -> None:
