@@ -37,23 +37,25 @@ def _env() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "MAKEFLAGS")}
 
 
-def _processes() -> set[tuple[int, str]]:
-    """Process ids and names, kernel threads and this process's own children aside."""
+def _processes(where: Path) -> set[tuple[int, str]]:
+    """Process ids and names of what runs in the clone or was started from it; others on the machine come and go."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+                directory = str((entry / "cwd").resolve())
             except OSError:
                 continue
-            if command:
+            if any(str(where) in text for text in (command, environment, directory)):
                 found.add((int(entry.name), command[:120]))
     return found
 
 
 def _serve_once(where: Path, bound_s: float, what: str) -> list[Row]:
     """`make serve`, the curl it prints, Ctrl-C, and what is left."""
-    processes, shared = _processes(), set(os.listdir("/dev/shm"))
+    processes, shared = _processes(where), set(os.listdir("/dev/shm"))
     started = time.monotonic()
     serving = subprocess.Popen(
         ["make", "serve"],
@@ -88,7 +90,7 @@ def _serve_once(where: Path, bound_s: float, what: str) -> list[Row]:
     stop_s = time.monotonic() - stopped
     deadline = time.monotonic() + 5
     while (
-        left := {p for p in _processes() - processes if Path(f"/proc/{p[0]}").exists()}
+        left := {p for p in _processes(where) - processes if Path(f"/proc/{p[0]}").exists()}
     ) and time.monotonic() < deadline:
         time.sleep(0.2)
     files = set(os.listdir("/dev/shm")) - shared
