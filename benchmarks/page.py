@@ -149,7 +149,7 @@ processes that carry the stream: gateway and proxy, or the router; user and syst
 accounting, less what the same processes use when idle. {repeats} repeats, all fronts in each, and the median of the
 repeats. The cost of a request and of a token are the two coefficients of a line through answers of 1, 20 and {tokens}
 tokens; a request includes its first token. `direct` is no front at all, for the latencies. Ratios are to vllm-router,
-in P/D mode with NIXL parameters, from PyPI in an environment of its own. Milliseconds for TTFT and ITL.
+in P/D mode with NIXL parameters, as published, in an environment of its own. Milliseconds for TTFT and ITL.
 """
 
 _PARTS = """
