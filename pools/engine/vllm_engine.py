@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams, TokensPrompt
@@ -28,6 +29,8 @@ from pools.engine._vllm_compat import (
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
+logger = logging.getLogger(__name__)
+
 _REMEMBERED_HANDOFFS = 65_536
 """Hand-off ids kept to tell an admission from a release; far beyond what a lease lets live at once."""
 
@@ -42,6 +45,7 @@ class VllmEngine:
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._stopped = False
+        self._cleanups: set[asyncio.Task[None]] = set()
 
     @property
     def engine_id(self) -> str:
@@ -94,8 +98,14 @@ class VllmEngine:
             except HandoffRefusedError as exc:
                 # A class that vLLM's routes answer with 400.
                 raise VLLMValidationError(str(exc), parameter="kv_transfer_params") from exc
+            adding = asyncio.ensure_future(add_request(request_id, prompt, params, *args, **kwargs))
             try:
-                return await add_request(request_id, prompt, params, *args, **kwargs)
+                return await asyncio.shield(adding)
+            except asyncio.CancelledError:
+                # vLLM aborts only what it has a queue for. Cut off in between, the request would never be aborted and
+                # its KV never fetched, so let it reach the engine and abort it there.
+                self._keep(self._abort_added(llm, adding, extra["kv_transfer_params"]))
+                raise
             except Exception:
                 self._handoffs.forget(handoff)
                 raise
@@ -107,6 +117,22 @@ class VllmEngine:
 
         llm.add_request = admitting
         llm.notify_kv_transfer_request_rejected = releasing
+
+    async def _abort_added(self, llm: AsyncLLM, adding: asyncio.Future[Any], params: KVTransferParams) -> None:
+        try:
+            queue = await adding
+        except Exception:
+            logger.info("a hand-off was refused after its caller had left", exc_info=True)
+            self._handoffs.forget(str(_handoff_id(params)))
+            await self.release(params)
+        else:
+            await llm.abort(queue.request_id, internal=True)
+
+    def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a clean-up that outlives its request."""
+        task = asyncio.create_task(coroutine)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
 
     async def abort(self, request_id: str) -> bool:
         llm = self._running()

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -18,6 +20,7 @@ from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_m
 from transport.config import NixlConfig
 from transport.launch import EngineFacts, launch
 
+REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 PROMPTS = (
     "The river runs past the old mill and the stone bridge, and the letters arrive in the morning. " * 4,
     "Seven copper lamps hang in the quiet window of the paper house beside the northern garden. " * 4,
@@ -75,6 +78,37 @@ def test_seeded_chunked_prefill_lives(engines: Engines) -> None:
             for i in range(2)
         )
     assert first["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
+
+
+def test_callers_that_leave_at_any_moment_release_the_kv(engines: Engines) -> None:
+    """A decode leg cut off at any of many moments leaves no KV pinned on the prefill engine for the lease to end."""
+    asyncio.run(_cut_off(engines))
+
+
+async def _cut_off(engines: Engines) -> None:
+    decode = urlsplit(engines.decode)
+    async with httpx.AsyncClient(timeout=60) as client:
+        before = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
+        for step in range(40):
+            ids = [20 + (step * 37 + i * 7) % 1400 for i in range(300)]
+            body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+            params = (await client.post(f"{engines.prefill}/v1/completions", json=body)).json()["kv_transfer_params"]
+            asked = {"model": "tiny", "prompt": ids, "max_tokens": 200, "stream": True, "kv_transfer_params": params}
+            raw = json.dumps(asked).encode()
+            _, writer = await asyncio.open_connection(decode.hostname, decode.port)
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            writer.write(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+            await writer.drain()
+            await asyncio.sleep(step * 0.0005)
+            writer.transport.abort()
+            await client.post(f"{engines.decode}/disagg/v1/release", json={"kv_transfer_params": params})
+        for _ in range(50):
+            now = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
+            if now["kv_cache_usage"] <= before["kv_cache_usage"]:
+                break
+            await asyncio.sleep(0.1)
+        assert now["kv_cache_usage"] <= before["kv_cache_usage"]
+        assert now["num_kv_expired_reqs_total"] == before["num_kv_expired_reqs_total"]
 
 
 def test_a_lost_prefill_engine_costs_a_recompute(engines: Engines) -> None:
