@@ -133,7 +133,8 @@ class EngineServer:
             await _respond(send, 200, answer)
 
     async def _abort(self, body: Any) -> dict[str, Any]:
-        return {"aborted": await self._engine.abort(str(body["request_id"]))}
+        aborted = await self._engine.abort(str(body["request_id"]))
+        return {"aborted": aborted.found, "kv_transfer_params": aborted.kv_transfer_params}
 
     async def _release(self, body: Any) -> dict[str, Any]:
         return {"released": await self._engine.release(dict(body["kv_transfer_params"]))}

@@ -316,15 +316,18 @@ class Handoff:
 
     async def _abandon(self, pair: Pair, leg_id: str, leg: asyncio.Task[tuple[int, dict[str, Any] | None]]) -> None:
         """Stop a prefill leg nobody waits for; if it has finished all the same, give its KV back."""
+        late: dict[str, Any] | None = None
         with contextlib.suppress(ReplicaLostError):
-            await self._upstreams.get(pair.prefill.info.url).request(
+            _, payload = await self._upstreams.get(pair.prefill.info.url).request(
                 "POST",
                 "/disagg/v1/abort",
                 msgspec.json.encode({"request_id": leg_id}),
                 timeout_s=_CLEANUP_TIMEOUT_S,
             )
+            late = transfer_params(_object(payload))
         with contextlib.suppress(ReplicaLostError):
             _, params = await leg
+            params = params or late
             if params is not None:
                 self._metrics.handoffs.labels("produced").inc()
                 await self._release(pair.decode, params)

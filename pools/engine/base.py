@@ -34,6 +34,17 @@ class ProbeResult:
 
 
 @dataclass(frozen=True)
+class Aborted:
+    """What became of an abort."""
+
+    found: bool
+    """Whether the request was running."""
+    kv_transfer_params: KVTransferParams | None = None
+    """Hand-off parameters of a request that finished in the engine while it was being aborted. Its own answer does not
+    carry them any more, so whoever aborted has to release them."""
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """One snapshot of an engine. Counters (`*_total`) start at 0 with the incarnation."""
 
@@ -92,8 +103,8 @@ class Engine(Protocol):
         """Return when the engine answers requests. Raises EngineStartError when it cannot."""
         ...
 
-    async def abort(self, request_id: str) -> bool:
-        """Stop the request that carried this `X-Request-Id`; True if one was running. Idempotent."""
+    async def abort(self, request_id: str) -> Aborted:
+        """Stop the request that carried this `X-Request-Id`. Idempotent."""
         ...
 
     async def release(self, kv_transfer_params: KVTransferParams) -> bool:

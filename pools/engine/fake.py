@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from pools.config import FakeEngineConfig
 from pools.engine import fake_wire as wire
-from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
+from pools.engine.base import Aborted, ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.fake_kv import FakeKV, SideChannel, end_handoff, handoff_id, num_blocks_of
 from pools.engine.fake_text import NUM_WORDS, WORD_BASE, answer, decode, fold, word
 from pools.engine.fake_wire import Answer, Framing, Generation, WireError
@@ -125,11 +125,11 @@ class FakeEngine:
         """Die as an engine core does: running requests end with an error, new ones are refused."""
         self._dead = error
 
-    async def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> Aborted:
         found = [running for running in self._requests if running.request_id == request_id]
         for running in found:
             running.aborted = True
-        return bool(found)
+        return Aborted(bool(found))
 
     async def release(self, kv_transfer_params: KVTransferParams) -> bool:
         named = handoff_id(kv_transfer_params)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -102,6 +103,46 @@ async def _cut_off(engines: Engines) -> None:
             await asyncio.sleep(step * 0.0005)
             writer.transport.abort()
             await client.post(f"{engines.decode}/disagg/v1/release", json={"kv_transfer_params": params})
+        for _ in range(50):
+            now = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
+            if now["kv_cache_usage"] <= before["kv_cache_usage"]:
+                break
+            await asyncio.sleep(0.1)
+        assert now["kv_cache_usage"] <= before["kv_cache_usage"]
+        assert now["num_kv_expired_reqs_total"] == before["num_kv_expired_reqs_total"]
+
+
+def test_an_abort_never_loses_hand_off_parameters(engines: Engines) -> None:
+    """A prefill leg aborted at any moment, its last step included, offers its parameters somewhere or pins nothing."""
+    asyncio.run(_abort_around_the_end(engines))
+
+
+async def _abort_around_the_end(engines: Engines) -> None:
+    async with httpx.AsyncClient(timeout=60) as client:
+
+        async def leg(number: int) -> dict[str, Any]:
+            ids = [20 + (number * 41 + i * 11) % 1400 for i in range(300)]
+            body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+            headers = {"x-request-id": f"abort-{number}"}
+            answer = await client.post(f"{engines.prefill}/v1/completions", json=body, headers=headers)
+            return answer.json()
+
+        async def release(params: dict[str, Any]) -> None:
+            await client.post(f"{engines.decode}/disagg/v1/release", json={"kv_transfer_params": params})
+
+        before = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await release((await leg(0))["kv_transfer_params"])
+        usual = loop.time() - started
+        for number in range(1, 61):
+            running = asyncio.create_task(leg(number))
+            await asyncio.sleep(usual * (0.4 + number / 75))
+            body = {"request_id": f"abort-{number}"}
+            aborted = (await client.post(f"{engines.prefill}/disagg/v1/abort", json=body)).json()
+            offered = (await running)["kv_transfer_params"] or aborted["kv_transfer_params"]
+            if offered:
+                await release(offered)
         for _ in range(50):
             now = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
             if now["kv_cache_usage"] <= before["kv_cache_usage"]:

@@ -190,10 +190,10 @@ def test_an_abort_ends_a_running_stream() -> None:
         body = {"prompt": PROMPT, "max_tokens": 1000, "stream": True}
         stream = asyncio.create_task(post(target, "/v1/completions", body))
         await asyncio.sleep(0.02)
-        aborted = await target.abort("r1")
+        aborted = (await target.abort("r1")).found
         _, writes = await stream
         assert target.stats().num_requests_running == 0
-        return aborted, await target.abort("r1"), writes
+        return aborted, (await target.abort("r1")).found, writes
 
     aborted, again, writes = asyncio.run(run())
     assert (aborted, again, writes[-1]) == (True, False, b"data: [DONE]\n\n")
