@@ -248,7 +248,7 @@ async def abort_stops_the_request(engines: Engines) -> None:
     async with asyncio.timeout(60), open_request("POST", url, body, headers={"x-request-id": request_id}) as reply:
         await _first_event(reply)
         aborted = await _post(engines.decode, "/disagg/v1/abort", {"request_id": request_id})
-        _expect(aborted == {"aborted": True}, f"abort said {aborted}")
+        _expect(aborted["aborted"] is True, f"abort said {aborted}")
         num_events = 0
         with contextlib.suppress(asyncio.IncompleteReadError, ValueError):
             async for _ in reply.frames():
