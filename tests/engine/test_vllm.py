@@ -86,6 +86,17 @@ def test_callers_that_leave_at_any_moment_release_the_kv(engines: Engines) -> No
     asyncio.run(_cut_off(engines))
 
 
+async def _assert_unpinned(client: httpx.AsyncClient, engines: Engines, before: dict[str, Any]) -> None:
+    """Within five seconds the prefill engine holds no more KV than `before`, and no lease had to end for it."""
+    for _ in range(50):
+        now = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
+        if now["kv_cache_usage"] <= before["kv_cache_usage"]:
+            break
+        await asyncio.sleep(0.1)
+    assert now["kv_cache_usage"] <= before["kv_cache_usage"]
+    assert now["num_kv_expired_reqs_total"] == before["num_kv_expired_reqs_total"]
+
+
 async def _cut_off(engines: Engines) -> None:
     decode = urlsplit(engines.decode)
     async with httpx.AsyncClient(timeout=60) as client:
@@ -103,13 +114,7 @@ async def _cut_off(engines: Engines) -> None:
             await asyncio.sleep(step * 0.0005)
             writer.transport.abort()
             await client.post(f"{engines.decode}/disagg/v1/release", json={"kv_transfer_params": params})
-        for _ in range(50):
-            now = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
-            if now["kv_cache_usage"] <= before["kv_cache_usage"]:
-                break
-            await asyncio.sleep(0.1)
-        assert now["kv_cache_usage"] <= before["kv_cache_usage"]
-        assert now["num_kv_expired_reqs_total"] == before["num_kv_expired_reqs_total"]
+        await _assert_unpinned(client, engines, before)
 
 
 def test_an_abort_never_loses_hand_off_parameters(engines: Engines) -> None:
@@ -143,13 +148,7 @@ async def _abort_around_the_end(engines: Engines) -> None:
             offered = (await running)["kv_transfer_params"] or aborted["kv_transfer_params"]
             if offered:
                 await release(offered)
-        for _ in range(50):
-            now = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
-            if now["kv_cache_usage"] <= before["kv_cache_usage"]:
-                break
-            await asyncio.sleep(0.1)
-        assert now["kv_cache_usage"] <= before["kv_cache_usage"]
-        assert now["num_kv_expired_reqs_total"] == before["num_kv_expired_reqs_total"]
+        await _assert_unpinned(client, engines, before)
 
 
 def test_a_lost_prefill_engine_costs_a_recompute(engines: Engines) -> None:
