@@ -15,10 +15,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from disagg.check import parse_args, resolve, validate_app, validate_machine
+from disagg.check import parse_args, validate_app, validate_machine
 from disagg.config import AppConfig
 from disagg.gateway.deployment import GatewayDeployment
 from disagg.machine import this_machine
+from disagg.paths import resolve
 from disagg.router.serve import ReplicaRouter
 from pools.config import PoolConfig
 from pools.launch import merged_engine_kwargs
@@ -86,6 +87,8 @@ def _pool(cls: type, name: str, config: AppConfig, pool: PoolConfig) -> Applicat
         engine=config.engine,
         cpu=config.cpu,
         transport=config.transport,
+        offload=config.offload,
+        shared_cache=config.shared_cache,
         pool=pool,
     )
     placed = placement(config.platform, merged_engine_kwargs(config.model, pool, config.platform), config.cpu)

@@ -7,7 +7,8 @@ application builder refuses the same configs with the same words. Neither import
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,21 +18,17 @@ from pydantic import ValidationError
 from disagg import serve_file
 from disagg.config import AppConfig
 from disagg.fit import check_engine_kwargs, check_machine, check_model
-from disagg.machine import Machine, this_machine
+from disagg.fit_tiers import check_directories, check_gpu_node, check_packages, check_tier_layout, check_tiers
+from disagg.machine import Machine, is_installed, this_machine
+from disagg.paths import resolve
 from disagg.problems import Problem, problems_of, shown
 from disagg.resolved import Deployment, deployments, render
+from disagg.resolved_tiers import Tier, render_tier, tiers
 from pools.checkpoint import Checkpoint, local_directory, read_checkpoint
 from pools.engine_kwargs import known_engine_kwargs
 from transport.errors import ConfigError
+from transport.tiers import ManagedServerConfig
 
-_PATH_KWARGS = (
-    "tokenizer",
-    "chat_template",
-    "tool_parser_plugin",
-    "reasoning_parser_plugin",
-    "hf_config_path",
-    "download_dir",
-)
 _HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404", "RAY_SERVE_HAPROXY_METRICS_PORT": "9101"}
 
 
@@ -46,6 +43,8 @@ class CheckReport:
     deployments: tuple[Deployment, ...] = ()
     url: str | None = None
     """Where the application will answer; None when no HTTP proxy runs."""
+    tiers: tuple[Tier, ...] = ()
+    """Where KV is kept beside the engines' own memory."""
 
     @property
     def ok(self) -> bool:
@@ -61,6 +60,7 @@ class CheckReport:
             "problems": [problem.as_dict() for problem in self.problems],
             "args": self.config.model_dump(mode="json") if self.config else None,
             "deployments": [deployment.as_dict() for deployment in self.deployments],
+            "tiers": [tier.as_dict() for tier in self.tiers],
         }
 
     def render(self) -> str:
@@ -73,6 +73,7 @@ class CheckReport:
         errors = sum(problem.severity == "error" for problem in self.problems)
         warnings = len(self.problems) - errors
         lines += [render(deployment) for deployment in self.deployments]
+        lines += [render_tier(tier) for tier in self.tiers]
         lines.append(f"{self.file}: {'ok' if self.ok else 'cannot start'}, {errors} error(s), {warnings} warning(s)")
         return "\n".join(lines)
 
@@ -85,6 +86,8 @@ def check_file(
     single_host: bool = True,
     require_model: bool = True,
     known_kwargs: Collection[str] | None = None,
+    installed: Callable[[str], bool] = is_installed,
+    environment: Mapping[str, str] = os.environ,
 ) -> CheckReport:
     """Check the Serve config file at `path`. Reads files and tries to bind its HTTP port; starts nothing.
 
@@ -94,6 +97,8 @@ def check_file(
         single_host: all replicas run on this machine, so its cores and memory bound them.
         require_model: a model directory that does not exist is an error, else a warning.
         known_kwargs: vLLM's argument names; read from the installed vLLM when absent.
+        installed: whether a Python module is there; asked only where vLLM itself is.
+        environment: where the variables that `password_env` names are looked for.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -119,14 +124,24 @@ def check_file(
         return CheckReport(str(path), (*problems, *invalid), url=url)
     base_dir = base_dir or Path.cwd()
     config = resolve(config, base_dir)
-    problems += validate_app(config, prefix=prefix, require_model=require_model, known_kwargs=known_kwargs)
+    problems += validate_app(
+        config,
+        prefix=prefix,
+        require_model=require_model,
+        known_kwargs=known_kwargs,
+        installed=installed,
+        environment=environment,
+    )
     problems += _check_drain(config, data, application)
-    if single_host and not any(_blocks_machine_check(problem) for problem in problems):
-        problems += validate_machine(config, serve_file.num_replicas(application), machine, prefix=prefix)
+    sizes = serve_file.num_replicas(application)
+    if single_host:
+        problems += validate_machine(config, sizes, machine, prefix=prefix)
+        problems += _check_server_ports(config, machine, prefix)
     planned: tuple[Deployment, ...] = ()
     if not any(problem.severity == "error" and "parallel_size" in problem.path for problem in problems):
         planned = deployments(config, serve_file.deployment_overrides(application))
-    return CheckReport(str(path), tuple(problems), config, planned, url)
+    kept = tiers(config, sizes, _checkpoint(config)) if planned else ()
+    return CheckReport(str(path), tuple(problems), config, planned, url, kept)
 
 
 def parse_args(args: object, *, prefix: str = "args") -> tuple[AppConfig | None, list[Problem]]:
@@ -145,18 +160,25 @@ def validate_app(
     prefix: str = "args",
     require_model: bool = True,
     known_kwargs: Collection[str] | None = None,
+    installed: Callable[[str], bool] = is_installed,
+    environment: Mapping[str, str] = os.environ,
 ) -> list[Problem]:
-    """Problems that `args` alone show: model files, vLLM's argument names, sizes that cannot work.
+    """Problems that `args` alone show: model files, vLLM's argument names, packages, sizes that cannot work.
 
     Reads the model's `config.json` and vLLM's source; relative paths start at the working directory, so
-    `resolve` first. Replica counts, ports and this machine are left to `check_file`.
+    `resolve` first. Replica counts, ports and this machine are left to `check_file`. A fake engine keeps KV only in
+    name, so nothing is asked of its tiers. Packages are looked for where vLLM is installed: elsewhere no replica runs.
     """
     problems = _check_key_file(config, prefix)
     if config.engine.type == "fake":
         return problems
     if known_kwargs is None:
         known_kwargs = known_engine_kwargs()
+    if known_kwargs is not None:
+        problems += check_packages(config, installed, prefix)
     wrong_kwargs = check_engine_kwargs(config, known_kwargs, prefix)
+    if not any(problem.severity == "error" for problem in wrong_kwargs):
+        wrong_kwargs = [*wrong_kwargs, *check_tiers(config, environment, prefix)]
     problems += wrong_kwargs
     directory = local_directory(config.model.source, Path.cwd())
     if directory is None:
@@ -170,47 +192,29 @@ def validate_app(
         return problems
     if not any(problem.severity == "error" for problem in wrong_kwargs):
         problems += check_model(config, checkpoint, prefix)
+        problems += check_tier_layout(config, checkpoint, prefix)
     return problems
 
 
 def validate_machine(
     config: AppConfig, sizes: Mapping[str, int], machine: Machine, *, prefix: str = "args"
 ) -> list[Problem]:
-    """Problems of running all replicas on one machine: its cores and memory. Nothing to say about GPUs.
+    """Problems of running all replicas on one machine: its cores, memory and directories. Nothing about GPUs.
+
+    A config for GPUs is compared only with a machine that has some: another one only checks it.
 
     Args:
         sizes: number of replicas of `gateway`, `prefill` and `decode`.
     """
-    return check_machine(config, sizes, machine, _checkpoint(config), prefix) if _is_real_cpu(config) else []
-
-
-def resolve(config: AppConfig, base_dir: Path) -> AppConfig:
-    """The same config with local paths made absolute, so that replicas with other working directories find them.
-
-    Paths among `engine_kwargs` are those that exist below `base_dir`; other values stay as they are.
-    """
-    directory = local_directory(config.model.source, base_dir)
-    model = config.model.model_copy(
-        update={
-            "source": str(directory) if directory else config.model.source,
-            "engine_kwargs": _absolute(config.model.engine_kwargs, base_dir),
-        }
-    )
-    gateway = config.gateway
-    if gateway.admin.key_file is not None:
-        key_file = (base_dir / Path(gateway.admin.key_file).expanduser()).absolute()
-        gateway = gateway.model_copy(update={"admin": gateway.admin.model_copy(update={"key_file": str(key_file)})})
-    return config.model_copy(update={"model": model, "gateway": gateway})
-
-
-def _absolute(kwargs: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
-    def absolute(value: Any) -> Any:
-        if not isinstance(value, str) or "\n" in value or len(value) > 1024:
-            return value
-        path = base_dir / Path(value).expanduser()
-        return str(path.absolute()) if path.exists() else value
-
-    return {key: absolute(value) if key in _PATH_KWARGS else value for key, value in kwargs.items()}
+    if config.engine.type == "fake" or (config.platform == "cuda" and not machine.num_gpus):
+        return []
+    problems = check_directories(config, machine.directory_trouble, prefix)
+    try:
+        if config.platform == "cuda":
+            return [*problems, *check_gpu_node(config, sizes, machine, prefix)]
+        return [*problems, *check_machine(config, sizes, machine, _checkpoint(config), prefix)]
+    except ConfigError:  # a parallel size that is none, which `validate_app` reports
+        return problems
 
 
 def _first_application(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -250,6 +254,20 @@ def _check_ports(data: Mapping[str, Any], machine: Machine) -> tuple[str | None,
     return f"http://{shown_host}:{port}{prefix if isinstance(prefix, str) else ''}".rstrip("/"), problems
 
 
+def _check_server_ports(config: AppConfig, machine: Machine, prefix: str) -> list[Problem]:
+    server = config.shared_cache.server if config.shared_cache else None
+    if not isinstance(server, ManagedServerConfig) or (config.platform == "cuda" and not machine.num_gpus):
+        return []
+    action = "stop what listens there, set another, or leave it to the kernel"
+    return [
+        Problem(
+            f"{prefix}.shared_cache.server.{name}", f"cannot listen on port {port}: {trouble}", "a free port", action
+        )
+        for name, port in (("port", server.port), ("http_port", server.http_port))
+        if port is not None and (trouble := machine.port_trouble("0.0.0.0", port))
+    ]
+
+
 def _check_drain(config: AppConfig, data: Mapping[str, Any], application: Mapping[str, Any]) -> list[Problem]:
     """Time limits of Serve and HAProxy that would cut streams before the pools' own limit."""
     problems = []
@@ -286,14 +304,6 @@ def _check_key_file(config: AppConfig, prefix: str) -> list[Problem]:
     if not key:
         return [Problem(path, f"{key_file!r} is empty", "one line with a key", "write a random key into that file")]
     return []
-
-
-def _is_real_cpu(config: AppConfig) -> bool:
-    return config.platform == "cpu" and config.engine.type == "vllm"
-
-
-def _blocks_machine_check(problem: Problem) -> bool:
-    return problem.severity == "error" and "parallel_size" in problem.path
 
 
 def _checkpoint(config: AppConfig) -> Checkpoint | None:

@@ -13,7 +13,17 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pools.config import CpuConfig, EngineConfig, ModelConfig, Platform, PoolConfig, VllmEngineConfig
-from transport.config import Config, Name, NixlConfig, NonNegativeInt, PositiveInt, Seconds, TransportConfig
+from transport.config import (
+    Config,
+    Name,
+    NixlConfig,
+    NonNegativeInt,
+    PositiveInt,
+    Seconds,
+    TransportConfig,
+    refusal,
+)
+from transport.tiers import FsL2Config, ManagedServerConfig, OffloadConfig, SharedCacheConfig
 
 
 class AdminConfig(Config):
@@ -47,6 +57,9 @@ class GatewayConfig(Config):
     """Seconds that a client may take nothing of its stream, with its buffers full, before the stream is ended."""
     retry_after_s: PositiveInt = 5
     """Whole seconds a client is told to wait, in Retry-After, when no replica is ready."""
+    ledger_records: PositiveInt = 10_000
+    """Consumed hand-offs that one gateway replica remembers for `/admin/v1/handoffs`, and as many others. The totals
+    hold for all."""
     num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Ray CPUs that one gateway replica reserves. Unset means 1 on cuda and 0.1 on cpu, where cores are few."""
     admin: AdminConfig = AdminConfig()
@@ -66,6 +79,10 @@ class AppConfig(Config):
     """What one engine takes of a machine without an accelerator."""
     transport: TransportConfig = NixlConfig()
     """How KV moves from prefill to decode."""
+    offload: OffloadConfig | None = None
+    """Host memory that keeps KV which falls out of an engine's own memory. Unset means none."""
+    shared_cache: SharedCacheConfig | None = None
+    """Cache that all replicas share and that outlives them. Unset means none."""
     prefill: PoolConfig = PoolConfig()
     """The prefill pool."""
     decode: PoolConfig = PoolConfig()
@@ -86,6 +103,17 @@ class AppConfig(Config):
                     "worker_extension_on_cpu",
                     "{where} sets worker_extension_cls, which platform: cpu needs for its own; remove it",
                     {"where": where},
+                )
+        disk = self.offload.disk.path if self.offload and self.offload.disk else None
+        server = self.shared_cache.server if self.shared_cache else None
+        for index, l2 in enumerate(server.l2 if isinstance(server, ManagedServerConfig) else ()):
+            if isinstance(l2, FsL2Config) and l2.path == disk:
+                raise refusal(
+                    "same_directory",
+                    f"{disk!r} is the directory of offload.disk already",
+                    field=f"shared_cache.server.l2[{index}].path",
+                    allowed="a directory of its own",
+                    action="change one of them",
                 )
         if self.gateway.connect_timeout_s >= self.transport.kv_lease_duration_s:
             raise PydanticCustomError(

@@ -108,7 +108,8 @@ def _models(path: str, model: type[BaseModel]) -> list[tuple[str, type[BaseModel
         inner = _models_in(field.annotation)
         for child in inner:
             suffix = f" (`type: {get_args(child.model_fields['type'].annotation)[0]}`)" if len(inner) > 1 else ""
-            found += [(f"{child_path}{suffix}", m) for child_path, m in _models(f"{path}.{name}", child)]
+            (_, _), *below = _models(f"{path}.{name}", child)
+            found += [(f"{path}.{name}{suffix}", child), *below]
     return found
 
 
@@ -144,7 +145,7 @@ def _bounds(constraints: Sequence[Any]) -> str:
 def _type_name(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if _models_in(annotation):
-        return "mapping"
+        return "list of mappings" if origin is tuple else "mapping"
     if annotation is type(None):
         return "null"
     if hasattr(annotation, "__metadata__"):

@@ -10,6 +10,16 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 from disagg.config import AppConfig
+from disagg.fit_tiers import (
+    GIB,
+    Demand,
+    block_tokens,
+    check_memory,
+    check_shm,
+    kv_bytes_per_token,
+    memory_demands,
+    shm_demands,
+)
 from disagg.machine import Machine
 from disagg.problems import Problem, shown
 from pools.checkpoint import Checkpoint
@@ -19,15 +29,12 @@ from pools.launch import merged_engine_kwargs
 from pools.placement import parallel_size
 from transport.errors import ConfigError
 
-GIB = 1024**3
 ENGINE_PROCESSES_GIB = 2.6
 """API server, EngineCore and one worker of vLLM's CPU build, without weights and KV cache; measured on 0.32."""
 EXTRA_RANK_GIB = 0.9
 """Each further worker."""
 
 _POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override")
-_KV_DTYPE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
-_DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 
 
 def pools_of(config: AppConfig) -> dict[str, PoolConfig]:
@@ -105,7 +112,7 @@ def check_machine(
 ) -> list[Problem]:
     """Cores and memory of one machine against what all replicas take. Only for real engines on `platform: cpu`."""
     problems: list[Problem] = []
-    total_gib, parts = 0.0, []
+    engines_gib, parts = 0.0, []
     for name, pool in pools_of(config).items():
         kwargs = merged_engine_kwargs(config.model, pool, config.platform)
         tp = parallel_size(kwargs, "tensor_parallel_size")
@@ -120,17 +127,13 @@ def check_machine(
                 )
             )
         one = engine_memory_gib(config, tp, checkpoint)
-        total_gib += sizes[name] * one
+        engines_gib += sizes[name] * one
         parts.append(f"{sizes[name]} {name} x {one:.1f} GiB")
-    have_gib = machine.memory_bytes / GIB
-    if total_gib > have_gib:
-        problems.append(
-            Problem(
-                f"{prefix}.cpu.kv_cache_gib",
-                f"the engines need {total_gib:.1f} GiB ({', '.join(parts)}), this machine has {have_gib:.1f} GiB",
-                action="lower cpu.kv_cache_gib or num_replicas, or use a smaller model",
-            )
-        )
+    action = "lower cpu.kv_cache_gib or num_replicas, or use a smaller model"
+    engines = Demand(f"{prefix}.cpu.kv_cache_gib", engines_gib, ", ".join(parts), action)
+    replicas = {name: sizes[name] for name in pools_of(config)}
+    problems += check_memory([engines, *memory_demands(config, replicas, prefix)], machine.memory_bytes)
+    problems += check_shm(shm_demands(config, replicas, prefix), machine.shm_bytes, f"{prefix}.platform")
     num_cpus = sum(sizes[name] for name in pools_of(config)) * config.cpu.num_cpus
     num_cpus += sizes["gateway"] * config.gateway_num_cpus
     if num_cpus > machine.num_cpus:
@@ -170,18 +173,7 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
         kwargs = merged_engine_kwargs(config.model, pool, config.platform)
         tps[name] = parallel_size(kwargs, "tensor_parallel_size")
         if parallel_size(kwargs, "pipeline_parallel_size") > 1:
-            decode = name == "decode"
-            problems.append(
-                Problem(
-                    _place(config, name, "pipeline_parallel_size", prefix),
-                    "a NIXL decode engine cannot be split into pipeline stages"
-                    if decode
-                    else "NIXL hand-off from an engine in pipeline stages is untested, and refused for hybrid models",
-                    "1",
-                    "use tensor_parallel_size",
-                    severity="error" if decode else "warning",
-                )
-            )
+            problems.append(_pipeline(config, name, _place(config, name, "pipeline_parallel_size", prefix)))
         tokens, seqs = kwargs.get("max_num_batched_tokens"), kwargs.get("max_num_seqs")
         if tokens is not None and seqs is not None and tokens < seqs:
             problems.append(
@@ -216,6 +208,17 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
     return problems
 
 
+def _pipeline(config: AppConfig, name: str, path: str) -> Problem:
+    refused = config.transport.type == "nixl" and name == "decode"
+    if refused:
+        message = "a NIXL decode engine cannot be split into pipeline stages"
+    elif config.transport.type == "nixl":
+        message = "NIXL hand-off from an engine in pipeline stages is untested, and refused for hybrid models"
+    else:
+        message = "Mooncake hand-off with an engine in pipeline stages is untested"
+    return Problem(path, message, "1", "use tensor_parallel_size", severity="error" if refused else "warning")
+
+
 def _check_kv_space(
     config: AppConfig, name: str, kwargs: Mapping[str, Any], checkpoint: Checkpoint, prefix: str
 ) -> list[Problem]:
@@ -238,16 +241,13 @@ def kv_tokens(
     config: AppConfig, kwargs: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> tuple[int | None, str | None]:
     """KV space of one engine in tokens and the setting that fixes it; (None, None) where only vLLM knows."""
-    blocks, on_cpu = kwargs.get("num_gpu_blocks_override"), config.platform == "cpu"
-    block_size = kwargs.get("block_size") or (128 if on_cpu else None)
-    if _is_count(blocks) and _is_count(block_size):
-        return blocks * block_size, "num_gpu_blocks_override"
-    if not on_cpu or checkpoint is None or checkpoint.kv_elements_per_token is None:
+    blocks = kwargs.get("num_gpu_blocks_override")
+    if _is_count(blocks) and (config.platform == "cpu" or "block_size" in kwargs):
+        return blocks * block_tokens(config), "num_gpu_blocks_override"
+    per_token = kv_bytes_per_token(kwargs, checkpoint)
+    if config.platform != "cpu" or per_token is None:
         return None, None
-    kv_dtype = str(kwargs.get("kv_cache_dtype", "auto"))
-    element = _KV_DTYPE_BYTES.get(kv_dtype) or _DTYPE_BYTES.get(str(kwargs.get("dtype")), 2)
-    ranks = parallel_size(kwargs, "tensor_parallel_size")
-    return config.cpu.kv_cache_gib * GIB * ranks // (checkpoint.kv_elements_per_token * element), "kv_cache_gib"
+    return config.cpu.kv_cache_gib * GIB * parallel_size(kwargs, "tensor_parallel_size") // per_token, "kv_cache_gib"
 
 
 def _place(config: AppConfig, pool: str, key: str, prefix: str) -> str:

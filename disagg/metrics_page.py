@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`docs/metrics.md` as text: the gateway's metrics as `disagg.gateway.metrics` declares them, and what to alert on.
+"""`docs/metrics.md` as text: the metrics as `disagg.gateway` declares them, and what to alert on.
 
 Names, types and help have their home there. Only the values of labels, which code sets one by one, are listed here;
 `tests/unit/disagg/test_metrics_page.py` compares them with the code.
@@ -7,12 +7,15 @@ Names, types and help have their home there. Only the values of labels, which co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from disagg.gateway.metrics import Metrics
+from disagg.gateway.engine_metrics import ENGINE_METRICS, LABELS, EngineMetric
+from disagg.gateway.ledger import TOTALS
+from disagg.gateway.membership import POOLS
+from disagg.gateway.metrics import AMOUNTS, TIERS, Metrics
 
 LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "beam_search": "the request uses beam search",
@@ -39,19 +42,24 @@ LABEL_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "code": (),
     },
     "disagg_local_prefills": {"reason": tuple(LOCAL_PREFILL_REASONS)},
-    "disagg_handoffs": {"outcome": ("produced", "accepted", "released", "lost")},
+    "disagg_handoffs": {"outcome": TOTALS},
+    "disagg_handoff_tokens": {"outcome": AMOUNTS},
+    "disagg_handoff_bytes": {"outcome": AMOUNTS},
+    "disagg_stores": {"store": ("never", "always")},
+    "disagg_tier_degraded": {"tier": (*TIERS, "other")},
     "disagg_leg_retries": {"leg": ("prefill", "decode")},
     "disagg_client_disconnects": {"phase": ("body", "prefill", "decode", "stream")},
     "disagg_streams": {"path": ("splice", "asgi")},
     "disagg_pair_warm_attempts": {"outcome": ("ok", "failed")},
-    "disagg_replicas": {"pool": ("prefill", "decode"), "state": ("routable", "other")},
+    "disagg_replicas": {"pool": POOLS, "state": ("routable", "other")},
+    **{metric.family: {"pool": POOLS, "replica": ()} for metric in ENGINE_METRICS},
 }
 """Label values by metric and label, in the order of the labels; empty where they are not fixed."""
 
 _HEAD = """# Metrics
 
-Written by `python -m disagg.docs` from `disagg/gateway/metrics.py`. Do not edit it by hand; the sections after the
-tables are in `disagg/metrics_page.py`.
+Written by `python -m disagg.docs` from `disagg/gateway/metrics.py` and `disagg/gateway/engine_metrics.py`. Do not edit
+it by hand; the text around the tables is in `disagg/metrics_page.py`.
 
 ## The gateway
 
@@ -72,11 +80,37 @@ _REASONS_HEAD = """### Reasons of a local prefill
 
 _HANDOFFS = """### Hand-offs add up
 
-`produced` counts hand-off parameters that a prefill engine offered. Each of them ends in exactly one of `accepted` (a
-decode engine took the request), `released` (given back unused, the prefill engine freed its blocks at once) and `lost`
-(nobody could be told; the lease frees the blocks). The difference is what is under way.
+`disagg_handoffs_total` is the gateway's ledger. What is counted comes from the engines, not from what the gateway
+believes:
 
-### Worth an alert
+    produced = consumed + released + rescued + expired + failed + disagg_open_handoffs
+
+| outcome | the KV of a hand-off |
+|---|---|
+| `produced` | was computed and is held by a prefill engine |
+| `consumed` | was read by a decode engine |
+| `released` | was not needed and was freed at once: the client left, or the decode leg failed or was refused |
+| `rescued` | was not needed or expired, and was handed to the shared cache instead of being lost |
+| `expired` | was freed because nobody asked for it within its lease |
+| `failed` | went with its prefill replica, or its end is among lost events (`disagg_ledger_events_lost_total`) |
+| `stored` | was taken by the shared cache: all that was rescued, and what was consumed of requests that asked for it |
+| `reused` | is among what was stored, and was loaded again by some request, once a hand-off |
+
+In `disagg_handoff_tokens_total` and `disagg_handoff_bytes_total`, `orphaned` is released, rescued, expired and failed
+together. `stored` and `reused` count full chunks of the cache, so they are a little less than `rescued`. A chunk that
+several hand-offs have in common counts for the one that stored it first. What the sinks `write_through` and `evicted`
+store is not counted here: the cache takes it from the engine's memory and knows no hand-off. A gateway counts the
+hand-offs that it made itself; sum over gateway replicas. The records are in `GET /admin/v1/handoffs` and
+`disagg handoffs`.
+"""
+
+_ENGINES = """## The engines, as the gateway sees them
+
+Read from each replica every 5 seconds, and gone with it. Each gateway replica shows all replicas, so take the maximum
+over gateways: `max by (pool, replica) (...)`. Counters start at 0 with the engine.
+"""
+
+_ALERTS = """## Worth an alert
 
 | expression | means |
 |---|---|
@@ -85,11 +119,20 @@ decode engine took the request), `released` (given back unused, the prefill engi
 | `rate(disagg_local_prefills_total{reason=~"prefill_.*\\|no_warm_pair\\|decode_.*"}[5m])` above a few percent of \
 `rate(disagg_requests_total[5m])` | the prefill pool is lost, too slow, or too small |
 | `rate(disagg_broken_streams_total[5m]) > 0` | decode replicas die or hang in the middle of answers |
-| `rate(disagg_handoffs_total{outcome="lost"}[5m]) > 0` | KV waits for its lease on prefill engines |
+| `rate(disagg_handoffs_total{outcome="expired"}[5m]) > 0` | KV waits for its lease, computed for nothing; with sink \
+`unused` it is `rescued` |
+| `histogram_quantile(0.01, rate(disagg_handoff_lease_left_seconds_bucket[5m])) < 2` | hand-offs nearly expire before \
+they are read: the decode pool is too small, or raise `transport.kv_lease_duration_s` |
+| `increase(disagg_tier_degraded_total[10m]) > 0` | a tier stopped working; engines go on without it |
+| `rate(disagg_ledger_events_lost_total[10m]) > 0` | the gateway is too slow to read events; outcomes become `failed` |
 | `increase(disagg_pair_warm_attempts_total{outcome="failed"}[10m]) > 5` | a pair of replicas cannot move KV |
+| `increase(disagg_engine_num_notifications_after_expiry_total[10m]) > 0` | page: KV was read after its lease, so an \
+answer may be wrong. Raise `transport.kv_lease_duration_s` |
+| `rate(disagg_engine_nixl_num_failed_transfers_total[5m]) > 0` | handshakes or reads fail, each costs a recomputation |
+| `rate(disagg_engine_num_preemptions_total[5m]) > 0` | KV space is too small for `max_num_seqs` |
 """
 
-_VLLM = """## The engines
+_VLLM = """## vLLM's own metrics
 
 Every replica serves vLLM's own `/metrics` on its private port, which is another one after each start. The URLs are in
 `GET /admin/v1/pools` (`pools[].replicas[].url`; `disagg status --json` prints the same), so a scraper needs a service
@@ -131,7 +174,8 @@ class MetricInfo:
 
 def metrics() -> list[MetricInfo]:
     """Every metric of a gateway replica, in the order of its declaration."""
-    return [_info(value) for value in vars(Metrics()).values() if isinstance(value, MetricWrapperBase)]
+    own = [_info(value) for value in vars(Metrics()).values() if isinstance(value, MetricWrapperBase)]
+    return [*own, *(_engine_info(metric) for metric in ENGINE_METRICS)]
 
 
 def _info(metric: MetricWrapperBase) -> MetricInfo:
@@ -142,13 +186,25 @@ def _info(metric: MetricWrapperBase) -> MetricInfo:
     return MetricInfo(family.name, name, family.type, family.documentation, labels)
 
 
+def _engine_info(metric: EngineMetric) -> MetricInfo:
+    name = f"{metric.family}_total" if metric.type == "counter" else metric.family
+    return MetricInfo(metric.family, name, metric.type, metric.help, LABELS)
+
+
 def page() -> str:
     """The whole page as Markdown."""
-    lines = ["| name | type | labels | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{m.name}` | {m.type} | {_labels(m)} | {_cell(m.help)} |" for m in metrics()]
+    engines = {metric.family for metric in ENGINE_METRICS}
+    own_table = _table([metric for metric in metrics() if metric.family not in engines])
+    engine_table = _table([metric for metric in metrics() if metric.family in engines])
     reasons = ["| reason | the decode engine computed the prompt because |", "|---|---|"]
     reasons += [f"| `{word}` | {_cell(meaning)} |" for word, meaning in sorted(LOCAL_PREFILL_REASONS.items())]
-    return "\n".join([_HEAD, *lines, "", _COUNTED, _REASONS_HEAD, *reasons, "", _HANDOFFS, _VLLM])
+    parts = [_HEAD, *own_table, "", _COUNTED, _REASONS_HEAD, *reasons, "", _HANDOFFS, _ENGINES, *engine_table, ""]
+    return "\n".join([*parts, _ALERTS, _VLLM])
+
+
+def _table(shown: Sequence[MetricInfo]) -> list[str]:
+    lines = ["| name | type | labels | meaning |", "|---|---|---|---|"]
+    return lines + [f"| `{m.name}` | {m.type} | {_labels(m)} | {_cell(m.help)} |" for m in shown]
 
 
 def _labels(metric: MetricInfo) -> str:

@@ -66,7 +66,9 @@ def problems_of(exc: ValidationError, root: type[BaseModel], data: object, prefi
         elif error["type"] == "extra_forbidden":
             problems.append(_extra(path, loc, _model_at(root, error["loc"][:-1])))
         else:
-            problems.append(_plain(path, error["type"], error["msg"], error["input"], error.get("ctx", {})))
+            ctx = error.get("ctx", {})
+            path = join(path, [ctx["field"]]) if ctx.get("field") else path
+            problems.append(_plain(path, error["type"], error["msg"], error["input"], ctx))
     return problems
 
 
@@ -135,12 +137,14 @@ def _plain(path: str, kind: str, message: str, value: object, ctx: Mapping[str, 
             return Problem(path, f"{got} is too large", f"at most {ctx['le']}", "lower it")
         case "finite_number":
             return Problem(path, f"{got} is not finite", "a number", "write a number")
+        case "string_pattern_mismatch":
+            return Problem(path, f"{got} is not possible here", f"text like {ctx['pattern']}", "change it")
         case "string_too_short" | "too_short":
             return Problem(path, "is empty", "at least one entry" if kind == "too_short" else "a non-empty string")
     expected = _EXPECTED.get(kind.split("_")[0])
     if expected and kind.split("_")[-1] in {"type", "parsing", "float"}:
         return Problem(path, f"expected {expected}, not {got}", expected, "change the value")
-    return Problem(path, message)
+    return Problem(path, message, ctx.get("allowed"), ctx.get("action"))
 
 
 def shown(value: object) -> str:
@@ -166,7 +170,7 @@ def _without_tags(loc: tuple[int | str, ...], data: object) -> tuple[int | str, 
     kept: list[int | str] = []
     here: Any = data
     for index, part in enumerate(loc):
-        if isinstance(here, dict) and part not in here and index < len(loc) - 1:
+        if isinstance(here, dict) and part not in here and (index < len(loc) - 1 or part == here.get("type")):
             continue
         kept.append(part)
         if isinstance(here, dict):

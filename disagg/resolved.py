@@ -54,7 +54,7 @@ def _pool(config: AppConfig, role: Literal["prefill", "decode"]) -> Deployment:
     args, env = None, None
     if config.engine.type == "vllm":
         facts = EngineFacts(role=role, platform=config.platform, host=HOST, side_channel_port=0, engine_id=ENGINE_ID)
-        engine = launch(config.transport, facts)
+        engine = launch(config.transport, facts, offload=config.offload, shared_cache=config.shared_cache)
         args = engine_args(
             config.model,
             pool,
@@ -62,6 +62,10 @@ def _pool(config: AppConfig, role: Literal["prefill", "decode"]) -> Deployment:
             kv_transfer_config=engine.kv_transfer_config,
             placement=place,
         )
+        for child in args["kv_transfer_config"]["kv_connector_extra_config"]["connectors"]:
+            extra = child.get("kv_connector_extra_config", {})
+            if extra.get("lmcache.mp.port") == 0:
+                extra["lmcache.mp.port"] = PORT
         env = {**engine_env(config.platform, config.cpu, host=HOST), **engine.env}
         env = {key: PORT if key.endswith("_PORT") else value for key, value in env.items()}
     return Deployment(role, 1, place.actor_options, place.bundles, place.strategy, args, env)

@@ -18,6 +18,22 @@ from transport.errors import ConfigError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+_RECURRENT_LAYER = re.compile(r"mamba|linear|conv|recurrent|ssm|delta|rwkv|hybrid", re.IGNORECASE)
+_RECURRENT_KEYS = (
+    "mamba_d_state",
+    "mamba_d_ssm",
+    "mamba_n_heads",
+    "mamba_num_heads",
+    "ssm_state_size",
+    "ssm_cfg",
+    "state_size",
+    "attn_layer_period",
+    "full_attention_interval",
+    "linear_attn_config",
+    "linear_num_key_heads",
+    "conv_L_cache",
+)
+_RECURRENT_MODELS = re.compile(r"mamba|jamba|bamba|rwkv|nemotron_h|falcon_h1|plamo2|minimax_text_01|minimax_m1|lfm2")
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,12 @@ class Checkpoint:
     weight_bytes: int
     """Size of the weight files."""
     has_tokenizer: bool
+    recurrent: bool = False
+    """Some layers keep a state (Mamba, linear attention, short convolution) instead of keys and values per token."""
+    cross_attention: bool = False
+    """An encoder-decoder: the decoder also attends to what the encoder made."""
+    windowed: bool = False
+    """Some layers, not all, see a sliding window only, so vLLM keeps KV in more than one group."""
 
 
 def local_directory(source: str, base_dir: Path) -> Path | None:
@@ -75,7 +97,35 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         kv_elements_per_token=_kv_elements(text),
         weight_bytes=sum(file.stat().st_size for file in directory.iterdir() if file.suffix in _WEIGHT_SUFFIXES),
         has_tokenizer=any((directory / name).is_file() for name in _TOKENIZER_FILES),
+        recurrent=_is_recurrent(text),
+        cross_attention=bool(config.get("is_encoder_decoder")),
+        windowed=any("sliding" in kind or "chunked" in kind for kind in _layer_types(text)),
     )
+
+
+def _layer_types(config: Mapping[str, Any]) -> list[str]:
+    types = config.get("layer_types") or config.get("layers_block_type") or []
+    return [str(kind) for kind in types] if isinstance(types, list) else []
+
+
+def _is_recurrent(config: Mapping[str, Any]) -> bool:
+    """Whether any layer keeps a state. A list of the layers decides; without one, the names that such models use.
+
+    Source:
+        config.json of Jamba, Bamba, Zamba2, Falcon-H1, Nemotron-H, Granite 4, LFM2, Qwen3-Next, Kimi-Linear and
+        MiniMax-01.
+    """
+    pattern = config.get("hybrid_override_pattern")
+    if isinstance(pattern, str):
+        return "M" in pattern
+    types = _layer_types(config)
+    if types:
+        return any(_RECURRENT_LAYER.search(kind) for kind in types)
+    attention_types = config.get("attn_type_list")
+    if isinstance(attention_types, list):  # MiniMax-01: 0 is linear attention
+        return 0 in attention_types
+    model_type = str(config.get("model_type", ""))
+    return bool(_RECURRENT_MODELS.search(model_type)) or any(config.get(key) for key in _RECURRENT_KEYS)
 
 
 def _kv_elements(config: Mapping[str, Any]) -> int | None:
@@ -84,7 +134,7 @@ def _kv_elements(config: Mapping[str, Any]) -> int | None:
     kv_heads = _number(config, "num_key_value_heads") or heads
     head_dim = _number(config, "head_dim") or (hidden // heads if hidden and heads else None)
     uniform = {"full_attention"}.issuperset(config.get("layer_types") or ["full_attention"])
-    if not (layers and kv_heads and head_dim and uniform) or _number(config, "kv_lora_rank"):
+    if not (layers and kv_heads and head_dim and uniform) or _number(config, "kv_lora_rank") or _is_recurrent(config):
         return None
     return 2 * layers * kv_heads * head_dim
 

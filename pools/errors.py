@@ -19,19 +19,22 @@ class EngineDeadError(PoolError):
 
 
 class HandoffRefusedError(PoolError):
-    """Hand-off parameters were released before they reached the engine. Never replay them; prefill again."""
+    """Hand-off parameters reached the engine a second time. Never replay them; prefill again."""
 
 
 class ReplicaLostError(PoolError):
     """A replica cannot be reached, or left in the middle of an answer. Use another replica.
 
     Attributes:
-        sent: whether the request may have reached the engine. If not, its hand-off parameters are still unused.
+        sent: whether the request may have reached the engine. If not, its hand-off is still unread.
+        gone: whether the replica has ended the request itself: it refused or closed the connection, or its engine
+            failed. False when it is only late, and may still be at work on the request.
     """
 
-    def __init__(self, message: str, *, sent: bool = True) -> None:
+    def __init__(self, message: str, *, sent: bool = True, gone: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.gone = gone
 
 
 class NoReplicaError(PoolError):

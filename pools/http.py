@@ -16,16 +16,20 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import parse_qsl
 
 import uvicorn
 
 from pools.engine.base import Engine, Message, Receive, Role, Scope, Send
+from pools.engine.events import Batch
 from pools.errors import EngineDeadError, HandoffRefusedError
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "/disagg/v1/"
 _MAX_BODY_BYTES = 64 * 2**20
+_MAX_WAIT_S = 30.0
+"""Longest wait of one read of events."""
 _KEEP_ALIVE_S = 120
 """Longer than the gateway keeps an idle connection, so that the server is never the one who closes it first."""
 
@@ -44,6 +48,8 @@ class EngineServer:
         self._idle.set()
         self._server: uvicorn.Server | None = None
         self._task: asyncio.Task[None] | None = None
+        self._polls: set[asyncio.Future[Batch]] = set()
+        self._stopping = False
         self.url = ""
 
     @property
@@ -87,6 +93,9 @@ class EngineServer:
         if self._server is None or self._task is None:
             return
         self._server.should_exit = True
+        self._stopping = True
+        for poll in self._polls:
+            poll.cancel()
         try:
             await asyncio.wait_for(self._task, 10)
         except TimeoutError:
@@ -112,8 +121,10 @@ class EngineServer:
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         handlers: dict[tuple[str, str], Callable[[Any], Awaitable[dict[str, Any]]]] = {
             ("POST", "abort"): self._abort,
-            ("POST", "release"): self._release,
+            ("POST", "settle"): self._settle,
             ("POST", "probe"): self._probe,
+            ("POST", "reset_prefix_cache"): self._reset_prefix_cache,
+            ("GET", "events"): self._events,
             ("GET", "stats"): self._stats,
         }
         handler = handlers.get((scope["method"], scope["path"].removeprefix(PREFIX)))
@@ -121,8 +132,14 @@ class EngineServer:
             await _respond(send, 404, _error("no such control route", "NotFoundError", 404))
             return
         try:
-            body = await _read(receive) if scope["method"] == "POST" else None
-            answer = await handler(body)
+            given = await _read(receive) if scope["method"] == "POST" else _query(scope)
+            if handler in (self._probe, self._events):
+                # They may wait long, and a probe has an engine work for it.
+                answer = await _while_connected(receive, handler(given))
+            else:
+                answer = await handler(given)
+        except _CallerLeftError:
+            return
         except (ValueError, KeyError, TypeError) as exc:
             await _respond(send, 400, _error(f"bad control request: {exc}", "BadRequestError", 400))
         except HandoffRefusedError as exc:
@@ -136,8 +153,33 @@ class EngineServer:
         aborted = await self._engine.abort(str(body["request_id"]))
         return {"aborted": aborted.found, "kv_transfer_params": aborted.kv_transfer_params}
 
-    async def _release(self, body: Any) -> dict[str, Any]:
-        return {"released": await self._engine.release(dict(body["kv_transfer_params"]))}
+    async def _settle(self, body: Any) -> dict[str, Any]:
+        ids = body["handoff_ids"]
+        if not isinstance(ids, list) or not all(isinstance(item, str) and item for item in ids):
+            raise ValueError("handoff_ids must be a list of ids")
+        if ids:
+            await self._engine.settle(ids)
+        return {"settled": len(ids)}
+
+    async def _reset_prefix_cache(self, body: Any) -> dict[str, Any]:
+        return {"reset": await self._engine.reset_prefix_cache()}
+
+    async def _events(self, query: dict[str, str]) -> dict[str, Any]:
+        """A long poll: answers at once when there is something after `after`, else when `wait_s` is over or the server
+        stops."""
+        after, wait_s = int(query.get("after", "0")), float(query.get("wait_s", "0"))
+        if after < 0 or not 0 <= wait_s <= _MAX_WAIT_S:
+            raise ValueError(f"after must be at least 0 and wait_s between 0 and {_MAX_WAIT_S:g}")
+        if wait_s and not self._stopping:
+            reading = asyncio.ensure_future(self._engine.events.read(after, wait_s))
+            self._polls.add(reading)
+            reading.add_done_callback(self._polls.discard)
+            try:
+                await asyncio.wait({reading})
+            finally:
+                reading.cancel()
+        batch = await self._engine.events.read(after, 0)
+        return {"incarnation": self._incarnation, "next": batch.next, "lost": batch.lost, "events": batch.events}
 
     async def _probe(self, body: Any) -> dict[str, Any]:
         ids = [int(token) for token in body["prompt_token_ids"]]
@@ -148,7 +190,7 @@ class EngineServer:
             "finish_reason": result.finish_reason,
         }
 
-    async def _stats(self, body: Any) -> dict[str, Any]:
+    async def _stats(self, query: dict[str, str]) -> dict[str, Any]:
         return {
             "engine_id": self._engine.engine_id,
             "role": self._role,
@@ -174,6 +216,10 @@ def _error(message: str, kind: str, code: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
+def _query(scope: Scope) -> dict[str, str]:
+    return dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+
+
 async def _read(receive: Receive) -> Any:
     chunks: list[bytes] = []
     size = 0
@@ -188,6 +234,29 @@ async def _read(receive: Receive) -> Any:
         chunks.append(chunk)
         if not message.get("more_body"):
             return json.loads(b"".join(chunks))
+
+
+class _CallerLeftError(Exception):
+    """The caller closed the connection before it was answered."""
+
+
+async def _while_connected(receive: Receive, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, which is cancelled when the caller leaves. Raises _CallerLeftError."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _CallerLeftError
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:

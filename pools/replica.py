@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,12 +18,17 @@ from typing import Any, NoReturn
 import ray
 from ray import serve
 
+from pools.cache_server_actor import NodeCacheServer
+from pools.cache_server_probe import check_external
 from pools.engine.base import Engine, Role
 from pools.errors import EngineDeadError
 from pools.health import HealthProbe
 from pools.http import EngineServer
+from pools.ports import free_port
 from pools.spec import ReplicaSpec
+from transport.config import MooncakeConfig
 from transport.launch import EngineFacts, launch
+from transport.tiers import ExternalServerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +50,12 @@ class _Replica:
         self._host = ray.util.get_node_ip_address()
         self._stopping = False
         self._num_failed_probes = 0
+        self._cache_server: NodeCacheServer | None = None
+        self._lmcache_http_url: str | None = None
+        self._bootstrap_port = free_port(self._host) if isinstance(self._spec.transport, MooncakeConfig) else 0
         started = time.monotonic()
-        self._engine = self._make_engine()
         async with asyncio.timeout(self._spec.pool.startup_timeout_s):
+            self._engine = self._make_engine(await self._lmcache_url())
             await self._engine.start()
         self._health = HealthProbe(self._engine, timeout_s=self._spec.pool.health_probe_timeout_s)
         await self._health.check()
@@ -59,16 +66,42 @@ class _Replica:
             "%s replica %s serves %s after %.1f s", self.role, self._replica_id, url, time.monotonic() - started
         )
 
-    def _make_engine(self) -> Engine:
-        engine_id = f"{self.role}-{self._replica_id}-{self._incarnation[:8]}"
+    async def _lmcache_url(self) -> str | None:
+        """The URL of an LMCache server that answers, None without a shared tier. An engine does not start without it.
+
+        Raises:
+            EngineStartError: there is none; the message names the setting.
+        """
+        shared_cache = self._spec.shared_cache
+        if shared_cache is None or self._spec.engine.type == "fake":
+            return None
+        if isinstance(shared_cache.server, ExternalServerConfig):
+            await check_external(shared_cache.server)
+            self._lmcache_http_url = shared_cache.server.http_url
+            return shared_cache.server.url
+        self._cache_server = NodeCacheServer(
+            shared_cache.server,
+            platform=self._spec.platform,
+            host=self._host,
+            application=serve.get_replica_context().app_name,
+            user=f"{self._replica_id}-{self._incarnation[:8]}",
+        )
+        await self._cache_server.start()
+        self._lmcache_http_url = self._cache_server.http_url
+        return self._cache_server.url
+
+    def _make_engine(self, lmcache_url: str | None) -> Engine:
         facts = EngineFacts(
             role=self.role,
             platform=self._spec.platform,
             host=self._host,
-            side_channel_port=_free_port(self._host),
-            engine_id=engine_id,
+            side_channel_port=free_port(self._host),
+            engine_id=f"{self.role}-{self._replica_id}-{self._incarnation[:8]}",
+            bootstrap_port=self._bootstrap_port,
+            lmcache_url=lmcache_url,
         )
-        return self._spec.make_engine(facts, launch(self._spec.transport, facts))
+        plan = launch(self._spec.transport, facts, offload=self._spec.offload, shared_cache=self._spec.shared_cache)
+        return self._spec.make_engine(facts, plan)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """What `disagg.router.serve` hands to every gateway; fields of `ReplicaInfo`. JSON-able."""
@@ -79,7 +112,15 @@ class _Replica:
             "incarnation": self._incarnation,
             "block_size": self._engine.block_size,
             "vocab_size": self._engine.vocab_size,
+            "bootstrap_url": self._bootstrap_url(),
+            "lmcache_http_url": self._lmcache_http_url,
         }
+
+    def _bootstrap_url(self) -> str | None:
+        """Where decode engines and gateways ask a prefill engine on Mooncake who it is; None for any other."""
+        if self.role != "prefill" or not self._bootstrap_port:
+            return None
+        return f"http://{self._host}:{self._bootstrap_port}"
 
     async def check_health(self) -> None:
         """Called by Serve. Raises when the engine does not answer a token of real work in time.
@@ -135,7 +176,11 @@ class _Replica:
                 await self._wait_for_pulls()
             self._watch.cancel()
             await self._server.stop()
-        await self._engine.shutdown()
+        if hasattr(self, "_engine"):
+            await self._engine.shutdown()
+        # After the engine, which tells the server that it leaves.
+        if self._cache_server is not None:
+            await self._cache_server.stop()
 
 
 class PrefillPool(_Replica):
@@ -148,10 +193,3 @@ class DecodePool(_Replica):
     """A replica of the decode pool."""
 
     role: Role = "decode"
-
-
-def _free_port(host: str) -> int:
-    """A TCP port that is free at the moment. vLLM binds it itself, moments later, and fails loudly if it is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])

@@ -11,6 +11,7 @@ from pools.launch import engine_args, engine_env, merged_engine_kwargs
 from pools.placement import placement
 from transport.config import Config, TransportConfig
 from transport.facts import EngineFacts, EngineLaunch
+from transport.tiers import OffloadConfig, SharedCacheConfig
 
 
 class ReplicaSpec(Config):
@@ -26,6 +27,10 @@ class ReplicaSpec(Config):
     """Its share of a machine without an accelerator."""
     transport: TransportConfig
     """How its KV moves."""
+    offload: OffloadConfig | None = None
+    """Host memory below its own KV space."""
+    shared_cache: SharedCacheConfig | None = None
+    """The tier it shares with the other replicas."""
     pool: PoolConfig
     """The settings of its pool."""
 
@@ -34,7 +39,10 @@ class ReplicaSpec(Config):
         kwargs = merged_engine_kwargs(self.model, self.pool, self.platform)
         if isinstance(self.engine, FakeEngineConfig):
             from pools.engine.fake import FakeEngine
+            from pools.engine.fake_tiers import FakeSharedCache
 
+            shared_cache = self.shared_cache
+            keeps = shared_cache is not None and shared_cache.sink == "unused"
             return FakeEngine(
                 facts.engine_id,
                 facts.role,
@@ -42,8 +50,10 @@ class ReplicaSpec(Config):
                 model_id=self.model.id,
                 max_model_len=kwargs.get("max_model_len", self.engine.max_model_len),
                 host=facts.host,
-                side_channel_port=facts.side_channel_port,
+                side_channel_port=facts.bootstrap_port or facts.side_channel_port,
                 kv_lease_duration_s=self.transport.kv_lease_duration_s,
+                transport=self.transport.type,
+                shared_cache=FakeSharedCache(shared_cache.server.chunk_tokens) if shared_cache and keeps else None,
             )
         os.environ.update(plan.env | engine_env(self.platform, self.cpu, host=facts.host))
         from pools.engine.vllm_engine import VllmEngine

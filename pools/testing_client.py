@@ -59,7 +59,8 @@ async def open_request(
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
         payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        lines = [f"{method} {parts.path or '/'} HTTP/1.1", f"host: {parts.netloc}", "connection: close"]
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        lines = [f"{method} {path} HTTP/1.1", f"host: {parts.netloc}", "connection: close"]
         lines += [f"content-length: {len(payload)}", "content-type: application/json"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + payload)

@@ -11,8 +11,10 @@ readonly LOG=.cache/setup.log
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # Shared libraries that the stack loads from the system, with the Debian package of each.
 readonly LIBRARIES="libibverbs.so.1=libibverbs1 librdmacm.so.1=librdmacm1 libnuma.so.1=libnuma1"
+# Programs that the tests start, with the Debian package of each.
+readonly PROGRAMS="redis-server=redis-server"
 # A served application imports none of these, and compiling them takes longer than all the rest.
-readonly NOT_COMPILED='/(tests?|testing|anthropic|google|hypothesis|lmcache|mypyc?|numba|pip|pygments|schemathesis|sentry_sdk|setuptools|vllm/models)/|/ray/(autoscaler|dashboard/client|data|llm|rllib|train|tune)/|/transformers/models/(?!auto|llama)|/vllm/model_executor/models/(?!adapters|config|interfaces|llama|registry|utils|vision)'
+readonly NOT_COMPILED='/(tests?|testing|anthropic|google|hypothesis|mypyc?|numba|pip|pygments|schemathesis|sentry_sdk|setuptools|vllm/models)/|/ray/(autoscaler|dashboard/client|data|llm|rllib|train|tune)/|/transformers/models/(?!auto|llama)|/vllm/model_executor/models/(?!adapters|config|interfaces|llama|registry|utils|vision)'
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -51,6 +53,9 @@ missing_packages() {
   for entry in $LIBRARIES; do
     "$1" -c "import ctypes; ctypes.CDLL('${entry%=*}')" 2>/dev/null || printf '%s ' "${entry#*=}"
   done
+  for entry in $PROGRAMS; do
+    command -v "${entry%=*}" >/dev/null || printf '%s ' "${entry#*=}"
+  done
 }
 
 apt_install() {
@@ -85,7 +90,7 @@ make_environment() {
   python=$(find_python)
   packages=$(missing_packages "$python")
   if [[ -n $packages && $EUID == 0 && -n $(command -v apt-get) ]]; then
-    say "installing $packages(Debian packages that Mooncake and LMCache load) in the background"
+    say "installing $packages(Debian packages that Mooncake, LMCache and the tests need) in the background"
     # shellcheck disable=SC2086
     apt_install $packages >.cache/apt.log 2>&1 &
     apt_pid=$!
@@ -97,7 +102,7 @@ make_environment() {
   step "compiling to bytecode" compile
   [[ -z $apt_pid ]] || wait "$apt_pid" || say "apt-get failed, see .cache/apt.log"
   packages=$(missing_packages "$python")
-  [[ -z $packages ]] || say "missing system libraries for Mooncake and LMCache; NIXL serving works without. To add them: sudo apt-get install ${packages% }"
+  [[ -z $packages ]] || say "missing for Mooncake, LMCache and their tests; NIXL serving works without. To add them: sudo apt-get install ${packages% }"
 }
 
 mkdir -p .cache

@@ -7,15 +7,35 @@ is. Nothing here reads the environment or a file.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Config(BaseModel):
     """Base of every config model: frozen, unknown keys refused, docstrings become descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def refusal(kind: str, message: str, *, field: str, allowed: str, action: str) -> PydanticCustomError:
+    """The error of a check over several fields. `field` is the one to change, below the model that raises it."""
+    context = {"text": message, "field": field, "allowed": allowed, "action": action}
+    return PydanticCustomError(kind, "{text}", context)
+
+
+def check_rdma(protocol: str, device_name: str | None) -> None:
+    """Raise when an RDMA device is missing, or named for a link that has none."""
+    if protocol == "rdma" and device_name is None:
+        message = "is missing: with protocol rdma it says which device to use"
+        action = "name one that `ibv_devices` lists, or set protocol: tcp"
+        raise refusal("rdma_device", message, field="device_name", allowed="e.g. mlx5_0", action=action)
+    if protocol == "tcp" and device_name is not None:
+        message = f"{device_name!r} has no effect with protocol tcp"
+        raise refusal(
+            "rdma_device", message, field="device_name", allowed="null", action="remove it or set protocol: rdma"
+        )
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -44,5 +64,29 @@ class NixlConfig(Config):
     more than one node it must be a name that each node resolves to itself."""
 
 
-TransportConfig = NixlConfig
+class MooncakeConfig(Config):
+    """KV over Mooncake: a prefill engine writes the blocks into the decode engine's memory, both legs at once."""
+
+    type: Literal["mooncake"]
+    """Which connector moves KV."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """Link that Mooncake's transfer engine uses. `rdma` needs `device_name`."""
+    device_name: Name | None = None
+    """RDMA device or devices, comma-separated, e.g. `mlx5_0`. Only for `rdma`, and required there."""
+    num_workers: PositiveInt = 4
+    """Threads of one engine that send KV. vLLM's own default is 10, made for a machine with many cores."""
+    kv_lease_duration_s: Annotated[int, Field(ge=6)] = 30
+    """Seconds a prefill engine keeps KV that no decode engine has asked for, and that a decode engine waits for KV.
+    vLLM's own default is 480."""
+    connector_timeout_s: PositiveInt = 10
+    """Seconds that one request to a prefill engine's bootstrap server may take. vLLM's own default is 30. A dead
+    prefill process is noticed sooner, because its port refuses connections."""
+
+    @model_validator(mode="after")
+    def _device(self) -> Self:
+        check_rdma(self.protocol, self.device_name)
+        return self
+
+
+TransportConfig = Annotated[NixlConfig | MooncakeConfig, Field(discriminator="type")]
 """How KV moves between the pools."""

@@ -19,6 +19,10 @@ class EngineFacts:
     """Free TCP port for the transport's handshakes, chosen by the kernel."""
     engine_id: str
     """Identity of this engine's KV memory; new with every start."""
+    bootstrap_port: int = 0
+    """Free TCP port for Mooncake's bootstrap server, chosen by the kernel; 0 with another transport."""
+    lmcache_url: str | None = None
+    """`tcp://host:port` of the LMCache server that this engine uses; None without a shared tier."""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from transport.facts import EngineFacts
 def multi(children: Sequence[dict[str, Any]], facts: EngineFacts) -> dict[str, Any]:
     """The `kv_transfer_config` of one engine around `children`, asked for KV in their order. JSON-able.
 
-    `kv_load_failure_policy` is read from here alone, never from a child: KV that does not arrive is computed again.
+    The class is ours, under vLLM's name. `kv_load_failure_policy` is read from here alone, never from a child: KV that
+    does not arrive is computed again.
 
     Source:
         vLLM 0.32 `multi_connector.py`, `config/kv_transfer.py`, `v1/core/sched/scheduler.py`.
     """
     return {
         "kv_connector": "MultiConnector",
+        "kv_connector_module_path": "transport.in_engine.connector",
         "kv_role": "kv_both",
         "engine_id": facts.engine_id,
         "kv_buffer_device": facts.platform,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from disagg import __version__
-from disagg.cli import check, scale, serve, status, tiny_model
+from disagg.cli import check, handoffs, scale, serve, status, tiny_model
 from disagg.errors import DisaggError
 
 _EPILOG = "exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted"
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"disagg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, status, scale, check, tiny_model):
+    for command in (serve, status, scale, handoffs, check, tiny_model):
         command.add_parser(commands)
     return parser
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admin API: sizes, states and load of the pools, and scaling. Needs the admin key.
+"""The admin API: sizes, states and load of the pools, scaling, and the ledger of hand-offs. Needs the admin key.
 
 How a pool is scaled is the `Scaler`'s matter; `disagg.gateway.deployment` gives one that asks Serve.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from disagg.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
+from disagg.gateway import ledger_query
+from disagg.gateway.ledger import Ledger
 from disagg.gateway.membership import POOLS, Member, Membership
 from disagg.gateway.wire import Upstreams
 from pools.errors import ReplicaLostError
@@ -67,14 +70,27 @@ class AdminKey:
 class Admin:
     """Answers of the admin API as JSON-able values."""
 
-    def __init__(self, membership: Membership, upstreams: Upstreams, scaler: Scaler) -> None:
+    def __init__(self, membership: Membership, upstreams: Upstreams, scaler: Scaler, ledger: Ledger) -> None:
         self._membership = membership
         self._upstreams = upstreams
         self._scaler = scaler
+        self._ledger = ledger
 
     async def pools(self) -> dict[str, Any]:
         targets = await self._scaler.targets()
         return {"pools": [await self._pool(name, targets.get(name)) for name in POOLS]}
+
+    def handoffs(self, query: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        """The books of this gateway replica and the records that `query` asks for."""
+        return ledger_query.listed(self._ledger, ledger_query.parse(query))
+
+    def handoff(self, handoff_id: str) -> dict[str, Any]:
+        record = self._ledger.find(handoff_id)
+        if record is None or record.produced_at is None:
+            raise NotFoundError(
+                f"this gateway replica remembers no hand-off {handoff_id!r}; raise gateway.ledger_records to keep more"
+            )
+        return ledger_query.as_json(record)
 
     async def scale(self, pool: str, body: dict[str, Any]) -> dict[str, Any]:
         if pool not in POOLS:

@@ -27,7 +27,7 @@ from disagg.errors import (
     NotFoundError,
     RequestError,
 )
-from disagg.gateway import openapi
+from disagg.gateway import ledger_query, openapi
 from disagg.gateway.admin import Admin, AdminKey, Scaler
 from disagg.gateway.answering import AnsweredCall
 from disagg.gateway.background import Background
@@ -39,12 +39,16 @@ from disagg.gateway.intake import (
     parse_json,
     read_body,
     request_id_of,
+    take_store,
 )
-from disagg.gateway.legs import Endpoint
+from disagg.gateway.ledger import Ledger
+from disagg.gateway.ledger_feed import LedgerFeed
+from disagg.gateway.legs import Endpoint, Store
 from disagg.gateway.membership import POOLS, Membership
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_response, shape_of
+from disagg.gateway.transfers import TransportType, transfer_for
 from disagg.gateway.warm import PairWarmer
 from disagg.gateway.wire import Upstreams
 from pools.errors import NoReplicaError, PoolOverloadedError, ReplicaLostError
@@ -55,6 +59,8 @@ logger = logging.getLogger(__name__)
 _SWEEP_S = 0.5
 _CLOSE_TIMEOUT_S = 10.0
 _PASSED_TIMEOUT_S = 60.0
+_LEASE_MARGIN_S = 600.0
+"""Longer than any lease."""
 
 
 class Gateway:
@@ -68,6 +74,7 @@ class Gateway:
         renderer: Renderer,
         scaler: Scaler,
         max_model_len: int | None,
+        transport: TransportType = "nixl",
         echo_request_id: bool = True,
     ) -> None:
         """`echo_request_id`: put `x-request-id` on responses; False behind a server that does so itself."""
@@ -78,6 +85,14 @@ class Gateway:
         self.created = int(time.time())
         self.renderer = renderer
         self.metrics = Metrics()
+        self.ledger = Ledger(
+            num_records=config.ledger_records,
+            # A decode leg may hold a hand-off that long, then its lease ends it.
+            unknown_after_s=config.prefill_timeout_s + config.first_byte_timeout_s + _LEASE_MARGIN_S,
+            on_count=self.metrics.count_handoff,
+            on_lease_left=self.metrics.lease_left_seconds.observe,
+        )
+        self.metrics.open_handoffs.set_function(lambda: self.ledger.num_open)
         self.background = Background()
         self.upstreams = Upstreams(
             connect_timeout_s=config.connect_timeout_s,
@@ -86,7 +101,8 @@ class Gateway:
             stall_timeout_s=config.client_stall_timeout_s,
         )
         self.membership = Membership(self._members_changed)
-        self.warmer = PairWarmer(self.membership, self.upstreams, self.metrics, self.background)
+        transfer = transfer_for(transport, self.upstreams)
+        self.warmer = PairWarmer(self.membership, self.upstreams, self.metrics, self.background, transfer)
         self.handoff = Handoff(
             model_id=model_id,
             config=config,
@@ -94,9 +110,19 @@ class Gateway:
             upstreams=self.upstreams,
             metrics=self.metrics,
             background=self.background,
+            transfer=transfer,
+            ledger=self.ledger,
+        )
+        self.feed = LedgerFeed(
+            self.ledger,
+            self.membership,
+            self.metrics,
+            self.background,
+            self.handoff.settle,
+            connect_timeout_s=config.connect_timeout_s,
         )
         self.admin_key = AdminKey(config.admin.key_file)
-        self.admin = Admin(self.membership, self.upstreams, scaler)
+        self.admin = Admin(self.membership, self.upstreams, scaler, self.ledger)
         self.num_in_flight = 0
         self._loops: list[asyncio.Task[None]] = []
         self.metrics.on_render(self._refresh_gauges)
@@ -105,6 +131,7 @@ class Gateway:
         self._loops = [
             self.background.forever(self._sweep()),
             self.background.forever(self.warmer.recheck_unreachable()),
+            self.background.forever(self.feed.sweep()),
         ]
 
     async def close(self) -> None:
@@ -122,6 +149,7 @@ class Gateway:
     def _members_changed(self) -> None:
         self.upstreams.retain(self.membership.urls())
         self.warmer.start_missing()
+        self.feed.members_changed()
 
     def _refresh_gauges(self) -> None:
         for pool in POOLS:
@@ -141,8 +169,10 @@ class Gateway:
         status = "ok" if pairs else "degraded"
         return 200, {"status": status, "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
 
-    def answered(self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes) -> Response:
-        """The response that runs one completion request."""
+    def answered(
+        self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes, store: Store | None
+    ) -> Response:
+        """The response that runs one completion request. `body` and `raw` hold nothing that only the gateway reads."""
         if self.num_in_flight >= self.config.max_num_requests:
             raise PoolOverloadedError(
                 f"the gateway carries {self.num_in_flight} requests, its limit (gateway.max_num_requests)"
@@ -152,8 +182,10 @@ class Gateway:
         async def prepare() -> Call:
             with self.metrics.render_seconds.time():
                 prompts = await self.renderer.prompts(endpoint, body)
-            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request))
+            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request), store)
 
+        if store is not None:
+            self.metrics.stores.labels(store).inc()
         return AnsweredCall(prepare, self, endpoint=endpoint, request_id=request_id)
 
     async def passed_on(self, request: Request, method: str, path: str, raw: bytes) -> Response:
@@ -245,11 +277,12 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_openai(app: FastAPI, gateway: Gateway) -> None:
-    async def received(request: Request) -> tuple[bytes, dict[str, Any]]:
+    async def received(request: Request) -> tuple[bytes, dict[str, Any], Store | None]:
         raw = await read_body(request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s)
         body = parse_json(request, raw)
         check_fields(body, model_id=gateway.model_id)
-        return raw, body
+        store, raw = take_store(body, raw)
+        return raw, body, store
 
     def operation(schema: dict[str, Any]) -> dict[str, Any]:
         return openapi.operation(openapi.for_model(schema, gateway.model_id))
@@ -258,22 +291,22 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
 
     @app.post("/v1/chat/completions", openapi_extra=operation(openapi.CHAT), responses=refusals)
     async def chat_completions(request: Request) -> Response:
-        raw, body = await received(request)
-        return gateway.answered(request, "chat", body, raw)
+        raw, body, store = await received(request)
+        return gateway.answered(request, "chat", body, raw, store)
 
     @app.post("/v1/completions", openapi_extra=operation(openapi.COMPLETIONS), responses=refusals)
     async def completions(request: Request) -> Response:
-        raw, body = await received(request)
-        return gateway.answered(request, "completions", body, raw)
+        raw, body, store = await received(request)
+        return gateway.answered(request, "completions", body, raw, store)
 
     @app.post("/tokenize", openapi_extra=operation(openapi.TOKENIZE), responses=refusals)
     async def tokenize(request: Request) -> Response:
-        raw, _ = await received(request)
+        raw, *_ = await received(request)
         return await gateway.passed_on(request, "POST", "/tokenize", raw)
 
     @app.post("/detokenize", openapi_extra=operation(openapi.DETOKENIZE), responses=refusals)
     async def detokenize(request: Request) -> Response:
-        raw, _ = await received(request)
+        raw, *_ = await received(request)
         return await gateway.passed_on(request, "POST", "/detokenize", raw)
 
     def card() -> dict[str, Any]:
@@ -311,6 +344,20 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     async def pools(request: Request) -> JSONResponse:
         gateway.admin_key.check(request)
         return JSONResponse(await gateway.admin.pools())
+
+    @app.get(
+        "/admin/v1/handoffs",
+        openapi_extra={"parameters": ledger_query.PARAMETERS},
+        responses=openapi.errors(400, 401, 403),
+    )
+    async def handoffs(request: Request) -> JSONResponse:
+        gateway.admin_key.check(request)
+        return JSONResponse(gateway.admin.handoffs(request.query_params.multi_items()))
+
+    @app.get("/admin/v1/handoffs/{handoff_id}", responses=openapi.errors(401, 403, 404))
+    async def handoff(handoff_id: str, request: Request) -> JSONResponse:
+        gateway.admin_key.check(request)
+        return JSONResponse(gateway.admin.handoff(handoff_id))
 
     @app.post(
         "/admin/v1/pools/{name}/scale",

@@ -52,6 +52,7 @@ class GatewayDeployment:
             renderer=self._renderer,
             scaler=ServeScaler(self._app_name),
             max_model_len=self._renderer.max_model_len,
+            transport=self._config.transport.type,
             echo_request_id=False,  # Serve's own middleware does
         )
 

@@ -1,100 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two legs of one request: prefill on one replica, the answer from another, and what happens when one is lost.
 
-Deciding is in `legs` and `membership`; this is the shell that sends, waits and cleans up. Hand-off parameters are used
-once: they go to one decode replica, and to its `release` when the request does not.
+Deciding is in `legs` and `membership`, the order of the legs in the transfer, giving back in `settling`; this is the
+shell that tries and falls back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import msgspec
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
-from disagg.gateway.legs import (
-    PATHS,
-    Endpoint,
-    Route,
-    decode_body,
-    prefill_body,
-    probe_body,
-    route_for,
-    transfer_params,
-)
+from disagg.gateway.legs import PrefillReply, Route, decode_body, offer_params, prefill_body, route_for
 from disagg.gateway.membership import Member, Membership, Pair
 from disagg.gateway.metrics import Metrics
-from disagg.gateway.wire import Exchange, Upstreams
+from disagg.gateway.sending import Answer, Call, Sender, is_server_fault, spawn_kept
+from disagg.gateway.settling import CLEANUP_TIMEOUT_S, Ledger, NoLedger, Settling, UnderWay
+from disagg.gateway.transfer import Attempt, PrefillFailed, Transfer
+from disagg.gateway.transfer_pull import Pull
+from disagg.gateway.wire import Upstreams
 from pools.errors import NoReplicaError, ReplicaLostError
 
-logger = logging.getLogger(__name__)
+__all__ = ["Answer", "Call", "Handoff", "is_server_fault"]
 
-_ERROR_EVENT = b'data: {"error"'
-_CLEANUP_TIMEOUT_S = 10.0
-_decode_json = msgspec.json.Decoder().decode
-
-
-def _object(payload: bytes) -> dict[str, Any]:
-    """An engine's JSON object; empty when it is none."""
-    try:
-        decoded = _decode_json(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return decoded if isinstance(decoded, dict) else {}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request, parsed and rendered."""
-
-    endpoint: Endpoint
-    body: Mapping[str, Any]
-    raw: bytes
-    """The body as the client sent it; what goes out when nothing is handed off."""
-    prompts: Sequence[Sequence[int]] | None
-    """Token ids of each prompt, or None when it could not be rendered."""
-    request_id: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """Further headers of the decode leg, e.g. trace context."""
-
-
-@dataclass
-class Answer:
-    """The decode leg, ready to be sent on: its head is here, and its first bytes."""
-
-    status: int
-    content_type: str
-    mode: str
-    prefill_id: str
-    decode_id: str
-    content: bytes
-    """The whole body, or the first chunk of a stream."""
-    exchange: Exchange | None
-    """The rest of a stream; None when `content` is everything."""
-    _counted: contextlib.ExitStack
-
-    def close(self) -> None:
-        """End the decode leg, finished or not. Idempotent."""
-        if self.exchange is not None:
-            self.exchange.close()
-        self._counted.close()
-
-
-def is_server_fault(event: bytes) -> bool:
-    """True for an SSE error event whose code is a 5xx: the engine's fault, so that another one may answer."""
-    try:
-        code = _decode_json(event.removeprefix(b"data: ").split(b"\n", 1)[0])["error"]["code"]
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return False
-    return isinstance(code, int) and code >= 500
+T = TypeVar("T")
 
 
 class Handoff:
@@ -109,13 +42,17 @@ class Handoff:
         upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
+        transfer: Transfer | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._model_id = model_id
         self._config = config
         self._membership = membership
-        self._upstreams = upstreams
         self._metrics = metrics
         self._background = background
+        self._transfer: Transfer = transfer or Pull()
+        self._sender = Sender(membership, upstreams, metrics)
+        self._settling = Settling(upstreams, background, ledger or NoLedger())
         self._leg_ids = itertools.count(1)
         self._incarnation = uuid.uuid4().hex[:12]
 
@@ -131,58 +68,95 @@ class Handoff:
             return await self._primed(call, route)
         return await self._local(call, route.reason)
 
+    def settle(self, handoff_id: str) -> None:
+        """Take a decode engine's word that it read nothing of a hand-off, and will not. Returns at once."""
+        self._settling.settle(handoff_id)
+
     # Modes
 
     async def _handed_off(self, call: Call) -> Answer:
         assert call.prompts is not None
-        prefilled = await self._prefill(call, call.prompts[0])
-        if isinstance(prefilled, str):
-            return await self._local(call, prefilled)
-        pair, params = prefilled
-        body = decode_body(call.endpoint, call.body, call.prompts[0], params)
-        try:
-            answer = await self._decode(
-                pair.decode, call, body, mode="handoff", prefill_id=pair.prefill.info.replica_id
-            )
-        except asyncio.CancelledError:
-            self._metrics.disconnects.labels("decode").inc()
-            self._background.spawn(self._release(pair.decode, params))
-            raise
-        except ReplicaLostError as exc:
-            self._lost(pair.decode, exc)
-            other = None if exc.sent else self._membership.pick_decode(without={pair.decode.info.replica_id})
-            if other is not None:
-                # Nobody has seen the parameters, so another decode engine can give them back.
-                self._background.spawn(self._release(other, params))
-            else:
-                self._metrics.handoffs.labels("lost").inc()
+        prompt = call.prompts[0]
+
+        async def take(under_way: UnderWay, params: dict[str, Any]) -> Answer | Member:
+            """The answer, or the decode replica that was lost."""
+            pair = under_way.pair
+            body = decode_body(call.endpoint, call.body, prompt, params)
+            try:
+                answer = await self._sender.decode(
+                    pair.decode,
+                    call,
+                    body,
+                    mode="handoff",
+                    prefill_id=pair.prefill.info.replica_id,
+                    on_sent=under_way.mark_taken,
+                )
+            except ReplicaLostError as exc:
+                self._sender.lost(pair.decode, exc)
+                self._settling.decode_lost(under_way, exc)
+                return pair.decode
+            self._settling.decode_answered(under_way, answer.status)
+            return answer
+
+        answer = await self._tried(call, prompt, take, drop=_close)
+        if isinstance(answer, str):
+            return await self._local(call, answer)
+        if isinstance(answer, Member):
             self._metrics.retries.labels("decode").inc()
-            return await self._local(call, "decode_lost", without={pair.decode.info.replica_id})
-        self._metrics.handoffs.labels("released" if 400 <= answer.status < 500 else "accepted").inc()
+            return await self._local(call, "decode_lost", without={answer.info.replica_id})
         if answer.status >= 500:
             answer.close()
             return await self._local(call, "decode_error")
         return answer
 
     async def _primed(self, call: Call, route: Route) -> Answer:
-        """Pull each prompt's KV into the decode engine's prefix cache, then send the request as it is."""
+        """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
         assert call.prompts is not None
-        first = await self._prefill(call, call.prompts[0])
-        if isinstance(first, str):
-            return await self._local(call, first)
-        pair, params = first
+        pair = self._membership.pick_pair()
+        if pair is None:
+            return await self._local(call, "no_warm_pair")
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._prime(pair, call.prompts[0], params))
-            for ids in call.prompts[1:]:
-                group.create_task(self._prefill_and_prime(pair, call, ids))
+            # The first prompt goes to the chosen pair, the others where there is room for them.
+            primed = [
+                group.create_task(self._prime(call, ids, pair.decode, None if i else pair))
+                for i, ids in enumerate(call.prompts)
+            ]
+        outcomes = [task.result() for task in primed]
+        prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
+        if not prefills:
+            return await self._local(call, str(outcomes[0]))
         try:
-            return await self._decode(
-                pair.decode, call, call.raw, mode="primed", prefill_id=pair.prefill.info.replica_id
+            return await self._sender.decode(
+                pair.decode, call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id
             )
         except ReplicaLostError as exc:
-            self._lost(pair.decode, exc)
+            self._sender.lost(pair.decode, exc)
             self._metrics.retries.labels("decode").inc()
             return await self._local(call, "decode_lost", without={pair.decode.info.replica_id})
+
+    async def _prime(self, call: Call, prompt: Sequence[int], decode: Member, pair: Pair | None) -> Member | str:
+        """Make `decode` pull one prompt's KV. A failure there costs a recomputation and nothing else.
+
+        Returns the prefill replica that computed it, or why none did.
+        """
+
+        async def take(under_way: UnderWay, params: dict[str, Any]) -> Member:
+            try:
+                status, _ = await self._sender.probe(
+                    decode,
+                    prompt,
+                    params,
+                    timeout_s=self._config.prefill_timeout_s,
+                    on_sent=under_way.mark_taken,
+                )
+            except ReplicaLostError as exc:
+                self._sender.lost(decode, exc)
+                self._settling.decode_lost(under_way, exc)
+            else:
+                self._settling.decode_answered(under_way, status)
+            return under_way.pair.prefill
+
+        return await self._tried(call, prompt, take, decode=decode, first=pair)
 
     async def _local(self, call: Call, reason: str, without: set[str] | None = None) -> Answer:
         """The request as it came, on each decode replica in turn until one answers without a fault of its own."""
@@ -196,9 +170,9 @@ class Handoff:
                     return failed
                 raise NoReplicaError("no decode replica is ready")
             try:
-                answer = await self._decode(member, call, call.raw, mode="local", prefill_id="local")
+                answer = await self._sender.decode(member, call, call.raw, mode="local", prefill_id="local")
             except ReplicaLostError as exc:
-                self._lost(member, exc)
+                self._sender.lost(member, exc)
             else:
                 if answer.status < 500:
                     return answer
@@ -206,158 +180,83 @@ class Handoff:
             self._metrics.retries.labels("decode").inc()
             tried.add(member.info.replica_id)
 
-    # Legs
+    # One hand-off
 
-    async def _prefill(
-        self, call: Call, prompt: Sequence[int], decode: Member | None = None
-    ) -> tuple[Pair, dict[str, Any]] | str:
-        """Hand-off parameters and the pair they belong to, for `decode` if given, or the reason why there are none."""
+    async def _tried(
+        self,
+        call: Call,
+        prompt: Sequence[int],
+        take: Callable[[UnderWay, dict[str, Any]], Awaitable[T]],
+        *,
+        decode: Member | None = None,
+        first: Pair | None = None,
+        drop: Callable[[T], None] = lambda _: None,
+    ) -> T | str:
+        """What `take` makes of one prompt's hand-off, or the reason why no prefill replica offered one.
+
+        Args:
+            take: sends the decode leg; a failure of its own is its to handle.
+            decode: the decode replica, when that is settled.
+            first: the pair to try first.
+            drop: ends what `take` returned when nobody takes it any more.
+        """
         tried: set[str] = set()
         deadline = asyncio.get_running_loop().time() + self._config.prefill_timeout_s
         while True:
-            pair = self._membership.pick_pair(without=tried, decode=decode)
+            pair = first or self._membership.pick_pair(without=tried, decode=decode)
+            first = None
             if pair is None:
                 return "prefill_lost" if tried else "no_warm_pair"
-            leg_id = f"{self._incarnation}-{next(self._leg_ids)}"
-            body = prefill_body(self._model_id, prompt, cache_salt=call.body.get("cache_salt"))
-            with self._carried(pair.decode):
-                leg = self._background.spawn(self._prefill_leg(pair.prefill, leg_id, body))
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        status, params = await asyncio.shield(leg)
-                except asyncio.CancelledError:
-                    self._metrics.disconnects.labels("prefill").inc()
-                    self._background.spawn(self._abandon(pair, leg_id, leg))
-                    raise
-                except TimeoutError:
-                    self._background.spawn(self._abandon(pair, leg_id, leg))
-                    return "prefill_timeout"
-                except ReplicaLostError as exc:
-                    self._lost(pair.prefill, exc)
-                    self._metrics.retries.labels("prefill").inc()
-                    tried.add(pair.prefill.info.replica_id)
-                    continue
-            if params is not None:
-                self._metrics.handoffs.labels("produced").inc()
-                return pair, params
-            if 400 <= status < 500:
-                return "prefill_refused"
-            if status < 400:
-                return "prefill_offered_nothing"
+            under_way = self._begin(call, pair, len(prompt))
+            try:
+                return await self._transfer.run(self._attempt(call, prompt, under_way, take, drop), deadline=deadline)
+            except asyncio.CancelledError:
+                self._metrics.disconnects.labels("decode" if under_way.leg_done else "prefill").inc()
+                self._settling.client_left(under_way)
+                raise
+            except PrefillFailed as exc:
+                self._settling.prefill_failed(under_way, exc.__cause__)
+                if isinstance(exc.__cause__, ReplicaLostError):
+                    self._sender.lost(pair.prefill, exc.__cause__)
+                if not exc.retry:
+                    return exc.reason
+            finally:
+                under_way.reserved.close()
             self._metrics.retries.labels("prefill").inc()
             tried.add(pair.prefill.info.replica_id)
 
-    async def _prefill_leg(self, member: Member, leg_id: str, body: bytes) -> tuple[int, dict[str, Any] | None]:
-        with self._carried(member), self._metrics.prefill_seconds.time():
-            status, payload = await self._upstreams.get(member.info.url).request(
-                "POST",
-                PATHS["completions"],
-                body,
-                {"x-request-id": leg_id},
-                timeout_s=self._config.prefill_timeout_s + _CLEANUP_TIMEOUT_S,
-            )
-        return status, transfer_params(_object(payload)) if status == 200 else None
+    def _begin(self, call: Call, pair: Pair, num_tokens: int) -> UnderWay:
+        handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"
+        under_way = self._settling.begin(handoff_id, pair, call.request_id, num_tokens)
+        under_way.reserved.enter_context(self._sender.carried(pair.decode))
+        return under_way
 
-    async def _prefill_and_prime(self, pair: Pair, call: Call, prompt: Sequence[int]) -> None:
-        prefilled = await self._prefill(call, prompt, pair.decode)
-        if not isinstance(prefilled, str):
-            await self._prime(prefilled[0], prompt, prefilled[1])
+    def _attempt(
+        self,
+        call: Call,
+        prompt: Sequence[int],
+        under_way: UnderWay,
+        take: Callable[[UnderWay, dict[str, Any]], Awaitable[T]],
+        drop: Callable[[T], None],
+    ) -> Attempt[T]:
+        handoff_id, prefill = under_way.handoff_id, under_way.pair.prefill
+        params = self._transfer.prefill_params(offer_params(handoff_id, call.store), handoff_id)
+        body = prefill_body(self._model_id, prompt, params, cache_salt=call.body.get("cache_salt"))
 
-    async def _prime(self, pair: Pair, prompt: Sequence[int], params: dict[str, Any]) -> None:
-        """Make the decode engine pull one prompt's KV. A failure costs a recomputation and nothing else."""
-        try:
-            with self._carried(pair.decode):
-                status, _ = await self._upstreams.get(pair.decode.info.url).request(
-                    "POST", "/disagg/v1/probe", probe_body(prompt, params), timeout_s=self._config.prefill_timeout_s
-                )
-        except asyncio.CancelledError:
-            self._background.spawn(self._release(pair.decode, params))
-            raise
-        except ReplicaLostError as exc:
-            self._lost(pair.decode, exc)
-            status = 503
-        self._metrics.handoffs.labels("accepted" if status == 200 else "lost").inc()
+        def send() -> asyncio.Task[PrefillReply]:
+            timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
+            leg = self._background.spawn(self._sender.prefill(prefill, handoff_id, body, timeout_s=timeout_s))
+            spawn_kept(leg)
+            under_way.leg = leg
+            return leg
 
-    async def _decode(self, member: Member, call: Call, body: bytes, *, mode: str, prefill_id: str) -> Answer:
-        """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client."""
-        exchange: Exchange | None = None
-        counted = contextlib.ExitStack()
-        counted.enter_context(self._carried(member))
-        try:
-            exchange = await self._upstreams.get(member.info.url).open(
-                "POST", PATHS[call.endpoint], body, {"x-request-id": call.request_id, **call.headers}
-            )
-            status = await exchange.head()
-            # Not the body's `stream`: vLLM takes "yes" and 1 for true.
-            streaming = status == 200 and (exchange.header(b"content-type") or b"").startswith(b"text/event-stream")
-            content = (await exchange.next_chunk() or b"") if streaming else await exchange.read()
-            if streaming and content.startswith(_ERROR_EVENT) and is_server_fault(content):
-                raise ReplicaLostError(f"the engine at {member.info.url} failed before its first token", sent=True)
-        except BaseException:
-            if exchange is not None:
-                exchange.close()
-            counted.close()
-            raise
-        if exchange.complete:
-            counted.close()
-        content_type = exchange.header(b"content-type") or b"application/json"
-        return Answer(
-            status=status,
-            content_type=content_type.decode("latin-1"),
-            mode=mode,
-            prefill_id=prefill_id,
-            decode_id=member.info.replica_id,
-            content=content,
-            exchange=exchange if streaming else None,
-            _counted=counted,
-        )
+        def taken(params: dict[str, Any]) -> Awaitable[T]:
+            under_way.reserved.close()
+            return take(under_way, params)
 
-    # Cleaning up
+        return Attempt(handoff_id, prefill, send, taken, drop)
 
-    async def _abandon(self, pair: Pair, leg_id: str, leg: asyncio.Task[tuple[int, dict[str, Any] | None]]) -> None:
-        """Stop a prefill leg nobody waits for; if it has finished all the same, give its KV back."""
-        late: dict[str, Any] | None = None
-        with contextlib.suppress(ReplicaLostError):
-            _, payload = await self._upstreams.get(pair.prefill.info.url).request(
-                "POST",
-                "/disagg/v1/abort",
-                msgspec.json.encode({"request_id": leg_id}),
-                timeout_s=_CLEANUP_TIMEOUT_S,
-            )
-            late = transfer_params(_object(payload))
-        with contextlib.suppress(ReplicaLostError):
-            _, params = await leg
-            params = params or late
-            if params is not None:
-                self._metrics.handoffs.labels("produced").inc()
-                await self._release(pair.decode, params)
 
-    async def _release(self, member: Member, params: Mapping[str, Any]) -> None:
-        """Give hand-off parameters back through a decode replica. If that fails, the lease ends them."""
-        try:
-            status, payload = await self._upstreams.get(member.info.url).request(
-                "POST",
-                "/disagg/v1/release",
-                msgspec.json.encode({"kv_transfer_params": params}),
-                timeout_s=_CLEANUP_TIMEOUT_S,
-            )
-        except ReplicaLostError as exc:
-            logger.warning("KV of an unused hand-off stays until its lease ends: %s", exc)
-            self._metrics.handoffs.labels("lost").inc()
-            return
-        # `released` is false when the engine had admitted the request before the client left; then it was consumed.
-        released = status == 200 and _object(payload).get("released") is True
-        self._metrics.handoffs.labels("released" if released else "accepted").inc()
-
-    def _lost(self, member: Member, error: ReplicaLostError) -> None:
-        logger.warning("replica %s lost: %s", member.info.replica_id, error)
-        if not error.sent:
-            self._membership.mark_unreachable(member)
-
-    @contextlib.contextmanager
-    def _carried(self, member: Member) -> Iterator[None]:
-        member.num_in_flight += 1
-        try:
-            yield
-        finally:
-            member.num_in_flight -= 1
+def _close(answer: Answer | Member) -> None:
+    if isinstance(answer, Answer):
+        answer.close()

@@ -7,7 +7,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -19,11 +19,12 @@ from disagg.errors import (
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
-from disagg.gateway.legs import FORBIDDEN_FIELDS
+from disagg.gateway.legs import FORBIDDEN_FIELDS, STORE_FIELD, Store
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_HEADERS = ("traceparent", "tracestate")
 _decode_json = msgspec.json.Decoder().decode
+_encode_json = msgspec.json.Encoder().encode
 
 
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -81,6 +82,19 @@ def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
         raise ModelNotFoundError(f"The model {model!r} does not exist; this server has {model_id!r}.", param="model")
 
 
+def take_store(body: dict[str, Any], raw: bytes) -> tuple[Store | None, bytes]:
+    """What the client says about KV that nobody consumes, taken out of `body`, and the body's bytes without it.
+
+    Only a request that says something is encoded again. Raises InvalidRequestError.
+    """
+    if STORE_FIELD not in body:
+        return None, raw
+    store = body.pop(STORE_FIELD)
+    if store not in get_args(Store):
+        raise InvalidRequestError(f"{STORE_FIELD} must be one of {', '.join(get_args(Store))}", param=STORE_FIELD)
+    return store, _encode_json(body)
+
+
 def request_id_of(request: Request) -> str:
     """The client's `X-Request-Id` when it is a plain token of at most 128 characters, else a new one."""
     given = request.headers.get("x-request-id", "")
@@ -103,4 +117,5 @@ __all__ = [
     "parse_json",
     "read_body",
     "request_id_of",
+    "take_store",
 ]

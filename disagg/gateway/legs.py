@@ -21,9 +21,23 @@ FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
 MAX_PRIMED_PROMPTS = 8
 """A longer list of prompts is prefilled on decode: more legs at once would starve other requests."""
 
+Store = Literal["never", "always"]
+"""What a client may say about KV that no decode engine consumes; unsaid, the shared tier's `sink` decides."""
+
+STORE_FIELD = "disagg_store"
+"""Body field in which a client says so. No engine sees it."""
+
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
+REMOTE_PREFILL = {"do_remote_decode": False, "do_remote_prefill": True}
+
+HANDOFF_ID = "disagg.handoff_id"
+"""Key of `kv_transfer_params` in both legs: the id under which engines report what became of the KV."""
+_STORE = "disagg.store"
+_LMCACHE_LIMIT = "lmcache.max_offload_tokens"
+"""LMCache's own key; 0 keeps it from storing anything of the request."""
 
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
 
 Mode = Literal["handoff", "primed", "local"]
 
@@ -73,7 +87,23 @@ def _count(value: Any) -> int:
     return value if isinstance(value, int) else 2
 
 
-def prefill_body(model: str, prompt_token_ids: Sequence[int], *, cache_salt: str | None) -> bytes:
+def offer_params(handoff_id: str, store: Store | None) -> dict[str, Any]:
+    """`kv_transfer_params` of a prefill leg, whatever the transport."""
+    params: dict[str, Any] = {**REMOTE_DECODE, HANDOFF_ID: handoff_id}
+    if store is not None:
+        params[_STORE] = store
+    if store == "never":
+        params[_LMCACHE_LIMIT] = 0
+    return params
+
+
+def prefill_body(
+    model: str,
+    prompt_token_ids: Sequence[int],
+    kv_transfer_params: Mapping[str, Any],
+    *,
+    cache_salt: str | None,
+) -> bytes:
     """The prefill leg: the same prompt, one token, nothing else of the request.
 
     Everything that could end it early, repeat it or make it cost more is left out, so that its KV is always offered.
@@ -84,7 +114,7 @@ def prefill_body(model: str, prompt_token_ids: Sequence[int], *, cache_salt: str
         "max_tokens": 1,
         "temperature": 0,
         "ignore_eos": True,
-        "kv_transfer_params": REMOTE_DECODE,
+        "kv_transfer_params": kv_transfer_params,
     }
     if cache_salt is not None:
         body["cache_salt"] = cache_salt
@@ -113,6 +143,38 @@ def decode_body(
 
 def probe_body(prompt_token_ids: Sequence[int], kv_transfer_params: Mapping[str, Any] | None) -> bytes:
     return _encode({"prompt_token_ids": list(prompt_token_ids), "kv_transfer_params": kv_transfer_params})
+
+
+@dataclass(frozen=True)
+class PrefillReply:
+    """What a prefill engine answered to a leg or to a probe."""
+
+    status: int
+    params: dict[str, Any] | None = None
+    """The hand-off parameters it offers; None when there are none, as always with Mooncake."""
+    complete: bool = False
+    """Whether it ended because its one token was there. What ends otherwise hands nothing over."""
+
+
+def prefill_reply(status: int, payload: bytes) -> PrefillReply:
+    """The answer of `/v1/completions` or of `/disagg/v1/probe`."""
+    if status != 200:
+        return PrefillReply(status)
+    body = json_object(payload)
+    ended = body
+    choices = body.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        ended = choices[0]
+    return PrefillReply(status, transfer_params(body), ended.get("finish_reason") == "length")
+
+
+def json_object(payload: bytes) -> dict[str, Any]:
+    """An engine's JSON object; empty when it is none."""
+    try:
+        decoded = _decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return decoded if isinstance(decoded, dict) else {}
 
 
 def transfer_params(response: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ class Member:
     """False after a failed connection, until it answers again."""
     warm_peers: set[str] = field(default_factory=set)
     """Replica ids of the other pool that KV has moved with."""
+    remote_engine_id: str | None = None
+    """Name of its KV memory at Mooncake's bootstrap server, once `disagg.gateway.transfer_push` has asked."""
 
     def view(self) -> ReplicaView:
         return ReplicaView(self.info.replica_id, self.num_in_flight, self.last_chosen)
@@ -55,7 +57,9 @@ class Membership:
         return list(self._members[pool].values())
 
     def urls(self) -> set[str]:
-        return {member.info.url for pool in POOLS for member in self.members(pool)}
+        """Every address that the gateway speaks to."""
+        infos = [member.info for pool in POOLS for member in self.members(pool)]
+        return {info.url for info in infos} | {info.bootstrap_url for info in infos if info.bootstrap_url}
 
     def replace(self, pool: str, replicas: Collection[ReplicaInfo]) -> None:
         """Take Serve's new list for one pool. A known id with another incarnation is a new replica."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gateway counts, for Prometheus. `docs/metrics.md` is generated from here.
 
-Labels have few values by construction: pools, modes, fixed reasons, status codes; never ids of requests.
+Labels have few values by construction: pools, modes, fixed reasons, status codes; never ids of requests. What engines
+count themselves is in `disagg.gateway.engine_metrics`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,16 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
+from disagg.gateway.engine_metrics import EngineCollector
+from disagg.gateway.ledger import ENDS, TOTALS
+
 logger = logging.getLogger(__name__)
 
+AMOUNTS = ("produced", "consumed", "orphaned", "rescued", "stored", "reused")
+"""Outcomes that tokens and bytes are counted by."""
+TIERS = ("offload", "disk", "lmcache", "sink")
+"""Tiers whose failures are told apart."""
+_ORPHANED = frozenset(ENDS) - {"consumed"}
 _SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 
 
@@ -37,8 +46,53 @@ class Metrics:
         )
         self.handoffs = Counter(
             "disagg_handoffs",
-            "Hand-offs by what became of them: produced on prefill, then accepted by decode, released, or lost.",
+            "Hand-offs, as the engines tell: produced on prefill, then one of consumed, released, rescued, expired and "
+            "failed. Beside these, stored in the shared cache and reused from there.",
             ["outcome"],
+            registry=registry,
+        )
+        self.handoff_tokens = Counter(
+            "disagg_handoff_tokens",
+            "Prompt tokens of these hand-offs. orphaned is all that was not consumed, rescued its part that the shared "
+            "cache keeps; stored and reused count full chunks.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.handoff_bytes = Counter(
+            "disagg_handoff_bytes",
+            "Bytes of their KV, over all layers and ranks, with the same outcomes.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.lease_left_seconds = Histogram(
+            "disagg_handoff_lease_left_seconds",
+            "What was left of the lease when a decode engine had read the KV.",
+            buckets=(0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, 300.0),
+            registry=registry,
+        )
+        self.open_handoffs = Gauge(
+            "disagg_open_handoffs", "Hand-offs produced by a prefill engine and not ended.", registry=registry
+        )
+        self.ledger_events_lost = Counter(
+            "disagg_ledger_events_lost",
+            "Engine events that were overwritten before this gateway had read them.",
+            registry=registry,
+        )
+        self.ledger_feed_errors = Counter(
+            "disagg_ledger_feed_errors",
+            "Failed attempts to read engine events from a replica; they are tried again.",
+            registry=registry,
+        )
+        self.stores = Counter(
+            "disagg_stores",
+            "Requests that said whether the shared cache may store their KV, by what they said.",
+            ["store"],
+            registry=registry,
+        )
+        self.tier_degraded = Counter(
+            "disagg_tier_degraded",
+            "Times that a tier stopped working in some engine, which then went on without it.",
+            ["tier"],
             registry=registry,
         )
         self.retries = Counter(
@@ -97,6 +151,11 @@ class Metrics:
         self.warm_pairs = Gauge(
             "disagg_warm_pairs", "Pairs of a prefill and a decode replica that have moved KV.", registry=registry
         )
+        self.engines = EngineCollector()
+        registry.register(self.engines)
+        self._handoffs = {word: self.handoffs.labels(word) for word in TOTALS}
+        self._tokens = {word: self.handoff_tokens.labels(word) for word in AMOUNTS}
+        self._bytes = {word: self.handoff_bytes.labels(word) for word in AMOUNTS}
         self._before_render: list[Callable[[], None]] = []
         self._said: set[str] = set()
 
@@ -109,6 +168,20 @@ class Metrics:
         for refresh in self._before_render:
             refresh()
         return generate_latest(self.registry)
+
+    def count_handoff(self, word: str, tokens: int, num_bytes: int) -> None:
+        """Take over an addition to the ledger's books."""
+        self._handoffs[word].inc()
+        if word in self._tokens:
+            self._tokens[word].inc(tokens)
+            self._bytes[word].inc(num_bytes)
+        if word in _ORPHANED:
+            self._tokens["orphaned"].inc(tokens)
+            self._bytes["orphaned"].inc(num_bytes)
+
+    def count_degraded(self, tier: object) -> None:
+        """Count a tier that stopped working in an engine."""
+        self.tier_degraded.labels(tier if tier in TIERS else "other").inc()
 
     def local_prefill(self, reason: str) -> None:
         """Count a prompt that was not handed off, and say each reason once in the log."""

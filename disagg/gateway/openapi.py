@@ -28,6 +28,14 @@ _SAMPLING: dict[str, Any] = {
         "properties": {"include_usage": {"type": "boolean"}},
     },
     "user": {"type": "string"},
+    "disagg_store": {
+        "type": "string",
+        "enum": ["never", "always"],
+        "description": (
+            "Whether the shared cache keeps the KV of this prompt: never, or always, also when a decode engine "
+            "consumes it. Absent: the server's setting decides."
+        ),
+    },
 }
 
 CHAT: dict[str, Any] = {

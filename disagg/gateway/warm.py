@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves KV once between every new pair of replicas, so that no request pays for the first handshake.
 
-A pair is warm when the decode engine reports a fresh prompt's block as cached that only the prefill engine had
-computed. Replicas that could not be reached are asked again here, too.
+How they move it is the transfer's business. A pair is warm when the decode engine reports a fresh prompt's block as
+cached that only the prefill engine had computed. Replicas that could not be reached are asked again here, too.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import contextlib
 import logging
 import random
 import uuid
+from typing import Any
 
 import msgspec
 
 from disagg.gateway.background import Background
-from disagg.gateway.legs import REMOTE_DECODE, probe_body
+from disagg.gateway.legs import PrefillReply, offer_params, prefill_reply
 from disagg.gateway.membership import POOLS, Membership, Pair
 from disagg.gateway.metrics import Metrics
+from disagg.gateway.sending import Sender, spawn_kept
+from disagg.gateway.transfer import Attempt, PrefillFailed, Transfer
 from disagg.gateway.wire import Upstreams
 from pools.errors import ReplicaLostError
 
@@ -35,8 +38,17 @@ _RECHECK_S = 1.0
 class PairWarmer:
     """Warms cold pairs in the background, for as long as both replicas live."""
 
-    def __init__(self, membership: Membership, upstreams: Upstreams, metrics: Metrics, background: Background) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        upstreams: Upstreams,
+        metrics: Metrics,
+        background: Background,
+        transfer: Transfer,
+    ) -> None:
         self._membership = membership
+        self._transfer = transfer
+        self._sender = Sender(membership, upstreams, metrics)
         self._upstreams = upstreams
         self._metrics = metrics
         self._background = background
@@ -94,21 +106,32 @@ class PairWarmer:
         """One fresh block through the pair; None when it arrived, else what went wrong."""
         info = pair.prefill.info
         prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
+        # Not an id of the gateway's requests, so that no ledger counts it; and no tier keeps random tokens.
+        warm_id = f"warm-{uuid.uuid4().hex}"
+        offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id)
+
+        def send() -> asyncio.Task[PrefillReply]:
+            leg = self._background.spawn(self._offer(pair, prompt, offer))
+            spawn_kept(leg)
+            return leg
+
+        async def take(params: dict[str, Any]) -> tuple[int, bytes]:
+            return await self._sender.probe(pair.decode, prompt, params, timeout_s=_TIMEOUT_S)
+
+        deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
         try:
-            status, payload = await self._upstreams.get(info.url).request(
-                "POST", "/disagg/v1/probe", probe_body(prompt, REMOTE_DECODE), timeout_s=_TIMEOUT_S
-            )
-            if status != 200:
-                return f"the prefill probe answered {status}: {payload[:200]!r}"
-            params = msgspec.json.decode(payload)["kv_transfer_params"]
-            if not params:
-                return "the prefill engine offered no KV"
-            status, payload = await self._upstreams.get(pair.decode.info.url).request(
-                "POST", "/disagg/v1/probe", probe_body(prompt, params), timeout_s=_TIMEOUT_S
-            )
+            status, payload = await self._transfer.run(Attempt(warm_id, pair.prefill, send, take), deadline=deadline)
+        except PrefillFailed as exc:
+            return f"{exc.reason} ({exc.__cause__ or 'the prefill probe answered without KV'})"
         except ReplicaLostError as exc:
             return str(exc)
         if status != 200:
             return f"the decode probe answered {status}: {payload[:200]!r}"
         cached = msgspec.json.decode(payload)["num_cached_tokens"]
         return None if cached >= info.block_size else f"only {cached} of {len(prompt)} tokens arrived"
+
+    async def _offer(self, pair: Pair, prompt: list[int], params: dict[str, Any]) -> PrefillReply:
+        status, payload = await self._sender.probe(pair.prefill, prompt, params, timeout_s=_TIMEOUT_S)
+        if status != 200:
+            logger.warning("the prefill probe of %s answered %s: %r", pair.prefill.info.url, status, payload[:200])
+        return prefill_reply(status, payload)

@@ -208,19 +208,19 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
-            self._lose(f"broke the HTTP protocol: {exc}")
+            self._lose(f"broke the HTTP protocol: {exc}", gone=False)
             self.abandon()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._upstream._forget(self)
-        self._lose("closed the connection" if exc is None else f"lost the connection: {exc}")
+        self._lose("closed the connection" if exc is None else f"lost the connection: {exc}", gone=True)
 
-    def _lose(self, what: str) -> None:
+    def _lose(self, what: str, *, gone: bool) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange._connection = None
-            exchange.fail(ReplicaLostError(f"the engine at {self._upstream.url} {what}", sent=True))
+            exchange.fail(ReplicaLostError(f"the engine at {self._upstream.url} {what}", sent=True, gone=gone))
 
     # httptools
 
@@ -286,17 +286,30 @@ class Upstream:
         return exchange
 
     async def request(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, *, timeout_s: float
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> tuple[int, bytes]:
-        """Status and whole body. Raises ReplicaLostError, also when `timeout_s` runs out."""
+        """Status and whole body. Raises ReplicaLostError, also when `timeout_s` runs out.
+
+        `on_sent` is called once the request may have reached the engine.
+        """
         exchange: Exchange | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 exchange = await self.open(method, path, body, headers)
+                on_sent()
                 payload = await exchange.read()
                 return exchange.status, payload
         except TimeoutError as exc:
-            raise ReplicaLostError(f"{self.url}{path} did not answer within {timeout_s:g} s", sent=True) from exc
+            raise ReplicaLostError(
+                f"{self.url}{path} did not answer within {timeout_s:g} s", sent=exchange is not None
+            ) from exc
         finally:
             if exchange is not None:
                 exchange.close()
@@ -339,7 +352,8 @@ class Upstream:
                 _, connection = await loop.create_connection(lambda: _Connection(self), self._host, self._port)
         except (OSError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {self._connect_timeout_s:g} s"
-            raise ReplicaLostError(f"cannot connect to {self.url}: {reason}", sent=False) from exc
+            gone = isinstance(exc, ConnectionError)
+            raise ReplicaLostError(f"cannot connect to {self.url}: {reason}", sent=False, gone=gone) from exc
         self._connections.add(connection)
         return connection
 

@@ -18,6 +18,11 @@ class ReplicaInfo:
     block_size: int
     """Tokens in one KV block of its engine."""
     vocab_size: int
+    """Token ids are below it."""
+    bootstrap_url: str | None = None
+    """Where Mooncake's bootstrap server of a prefill engine answers; None with another transport."""
+    lmcache_http_url: str | None = None
+    """HTTP API of the LMCache server that its engine uses: status and metrics. None without one, or when unknown."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Client` and `AsyncClient`: read and scale the pools of a running application.
+"""`Client` and `AsyncClient`: read and scale the pools of a running application, and read its hand-offs.
 
 They speak the admin API only; any OpenAI client talks to the model. What is sent and how answers are read is in
 `disagg.sdk.wire`, so the twins differ in `await` alone.
@@ -17,7 +17,7 @@ import httpx
 
 from disagg.errors import ClientError
 from disagg.sdk import wire
-from disagg.sdk.types import Health, Pool
+from disagg.sdk.types import Handoffs, Health, Pool
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -56,6 +56,32 @@ class Client:
     def pools(self) -> list[Pool]:
         """All pools with their replicas."""
         return wire.read_pools(self._send(wire.list_pools()))
+
+    def handoffs(
+        self,
+        *,
+        outcome: str | None = None,
+        replica: str | None = None,
+        request_id: str | None = None,
+        since: float | None = None,
+        limit: int | None = None,
+    ) -> Handoffs:
+        """The books of hand-offs, and the newest records that pass the filter.
+
+        With several gateway replicas the answer is that of the one which got the request.
+
+        Args:
+            outcome: `open`, `consumed`, `released`, `rescued`, `expired` or `failed`; or `stored` or `reused`.
+            replica: id of a replica on either side.
+            request_id: id of one request.
+            since: unix seconds; only what was produced at that time or later.
+            limit: records at most, 0 to 10,000; the server's own limit is 100.
+
+        Raises:
+            APIStatusError: 400 a filter that the server does not know, 401 and 403 key trouble.
+        """
+        call = wire.list_handoffs(outcome=outcome, replica=replica, request_id=request_id, since=since, limit=limit)
+        return wire.read_handoffs(self._send(call), call)
 
     def pool(self, name: str) -> PoolHandle:
         """Handle of the pool called `name`. Asks the server nothing."""
@@ -173,6 +199,19 @@ class AsyncClient:
     async def pools(self) -> list[Pool]:
         """As `Client.pools`."""
         return wire.read_pools(await self._send(wire.list_pools()))
+
+    async def handoffs(
+        self,
+        *,
+        outcome: str | None = None,
+        replica: str | None = None,
+        request_id: str | None = None,
+        since: float | None = None,
+        limit: int | None = None,
+    ) -> Handoffs:
+        """As `Client.handoffs`."""
+        call = wire.list_handoffs(outcome=outcome, replica=replica, request_id=request_id, since=since, limit=limit)
+        return wire.read_handoffs(await self._send(call), call)
 
     def pool(self, name: str) -> AsyncPoolHandle:
         """As `Client.pool`."""

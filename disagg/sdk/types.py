@@ -61,6 +61,74 @@ class Pool(_Answer):
         return self.num_routable == num_replicas == len(self.replicas)
 
 
+class HandoffReplica(_Answer):
+    """One side of a hand-off."""
+
+    replica_id: str | None = None
+    """Name that Ray Serve gave it."""
+    incarnation: str | None = None
+    """Changes when the engine behind the same name is a new one."""
+
+
+class HandoffRecord(_Answer):
+    """One hand-off, as one gateway replica sees it. Times are unix seconds."""
+
+    handoff_id: str
+    """Name that the gateway gave it."""
+    request_id: str | None = None
+    """The request it belongs to; None when the gateway does not remember that."""
+    prefill: HandoffReplica = HandoffReplica()
+    """The replica that computed the KV."""
+    decode: HandoffReplica | None = None
+    """The replica that was to read it."""
+    outcome: Literal["open", "consumed", "released", "rescued", "expired", "failed"] | str
+    """What became of the KV."""
+    reason: str | None = None
+    """Why it was not consumed, in the gateway's words."""
+    tokens: int = 0
+    """Prompt tokens."""
+    bytes: int = 0
+    """Size of their KV."""
+    produced_at: float | None = None
+    """When the prefill engine had it."""
+    ended_at: float | None = None
+    """When the outcome was clear."""
+    lease_left_s: float | None = None
+    """What was left of its lease then."""
+    stored_tokens: int = 0
+    """Tokens of it that the shared cache took."""
+    stored_bytes: int = 0
+    """Bytes of it that the shared cache took."""
+    reused_tokens: int = 0
+    """Tokens of it that were loaded from the shared cache when it was first found there."""
+    reused_at: float | None = None
+    """When that was."""
+
+
+class HandoffTotal(_Answer):
+    """All hand-offs of one outcome."""
+
+    count: int = 0
+    """Hand-offs."""
+    tokens: int = 0
+    """Prompt tokens."""
+    bytes: int = 0
+    """Bytes of KV."""
+
+
+class Handoffs(_Answer):
+    """The books of one gateway replica since its start, and some of its records."""
+
+    totals: dict[str, HandoffTotal]
+    """By `produced`, each outcome, `stored` and `reused`."""
+    num_open: int
+    """Hand-offs that have no outcome yet."""
+    balanced: bool
+    """Whether produced = consumed + released + rescued + expired + failed + open."""
+    records: tuple[HandoffRecord, ...] = ()
+    """The newest first."""
+
+
 class Health(_Answer):
     """Whether the application answers requests."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -22,7 +22,7 @@ from disagg.errors import (
     ClientError,
     ScaleTimeoutError,
 )
-from disagg.sdk.types import Health, Pool
+from disagg.sdk.types import Handoffs, Health, Pool
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
@@ -93,6 +93,20 @@ def scale_pool(name: str, num_replicas: int) -> Call:
     return Call("POST", path, json={"num_replicas": num_replicas}, accept=frozenset({200, 202}))
 
 
+def list_handoffs(
+    *,
+    outcome: str | None = None,
+    replica: str | None = None,
+    request_id: str | None = None,
+    since: float | None = None,
+    limit: int | None = None,
+) -> Call:
+    """Asks for the ledger of hand-offs. What is None does not filter."""
+    given = {"outcome": outcome, "replica": replica, "request_id": request_id, "since": since, "limit": limit}
+    query = urlencode({name: value for name, value in given.items() if value is not None})
+    return Call("GET", f"/admin/v1/handoffs?{query}" if query else "/admin/v1/handoffs")
+
+
 def get_health() -> Call:
     """Asks whether requests are served. 503 is an answer too."""
     return Call("GET", "/health", accept=frozenset({200, 503}))
@@ -101,6 +115,11 @@ def get_health() -> Call:
 def read_pools(response: httpx.Response) -> list[Pool]:
     """The pools of an answer to `list_pools`."""
     return list(_read(response, list_pools(), _Pools).pools)
+
+
+def read_handoffs(response: httpx.Response, call: Call) -> Handoffs:
+    """The answer to `list_handoffs`."""
+    return _read(response, call, Handoffs)
 
 
 def read_accepted(response: httpx.Response, call: Call) -> Accepted:

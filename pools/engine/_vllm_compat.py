@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.datastructures import State
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -32,6 +34,7 @@ __all__ = [
     "VllmConfig",
     "VllmEngineDeadError",
     "init_app_state",
+    "settle_request",
     "split_args",
     "vllm_app",
 ]
@@ -64,3 +67,24 @@ async def vllm_app(engine: AsyncLLM, args: argparse.Namespace) -> Any:
     app.state._state.update(state._state)
     app.state.server = SimpleNamespace(should_exit=False)
     return app
+
+
+def settle_request(request_id: str, handoff_ids: list[str]) -> EngineCoreRequest:
+    """A request that is over before it is scheduled and tells the connector which hand-offs to settle.
+
+    Source: vLLM 0.32 `AsyncLLM.notify_kv_transfer_request_rejected`, which sends the same for its own purpose.
+    """
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=[0],
+        mm_features=None,
+        sampling_params=SamplingParams(
+            max_tokens=1, extra_args={"kv_transfer_params": {"disagg.settle": handoff_ids}}, watermarking=False
+        ),
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        abort_immediately=True,
+    )

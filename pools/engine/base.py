@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
+from pools.engine.events import EventLog
+
 Role = Literal["prefill", "decode"]
 KVTransferParams = dict[str, Any]
 """One hand-off's `kv_transfer_params`, in vLLM's own keys. Single-use."""
@@ -41,7 +43,7 @@ class Aborted:
     """Whether the request was running."""
     kv_transfer_params: KVTransferParams | None = None
     """Hand-off parameters of a request that finished in the engine while it was being aborted. Its own answer does not
-    carry them any more, so whoever aborted has to release them."""
+    carry them any more, so whoever aborted has to settle them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,24 @@ class EngineStats:
     """Hand-offs whose lease ran out on this (prefill) engine."""
     num_handoffs_admitted_total: int
     """Hand-off parameters that reached this (decode) engine's scheduler."""
-    num_handoffs_released_total: int
-    """Hand-off parameters given back unused through `release`."""
+    num_preemptions_total: int = 0
+    prompt_tokens_p2p_total: int = 0
+    """Prompt tokens whose KV came over the transport. This one and the next three are vLLM's
+    `prompt_tokens_cached_by_source`."""
+    prompt_tokens_host_total: int = 0
+    """Prompt tokens loaded from host memory."""
+    prompt_tokens_disk_total: int = 0
+    """Prompt tokens loaded from the disk below it."""
+    prompt_tokens_external_total: int = 0
+    """Prompt tokens loaded from a tier that vLLM cannot name: LMCache."""
+    nixl_num_failed_notifications_total: int = 0
+    """Reads whose end could not be reported to the prefill engine, so that its lease has to end."""
+    num_notifications_after_expiry_total: int = 0
+    """Reads that ended after this (prefill) engine had given the KV up: what was read may have been overwritten."""
+    kv_offload_load_bytes_total: int = 0
+    """Bytes moved from host memory into this engine's KV space."""
+    kv_offload_store_bytes_total: int = 0
+    """Bytes moved the other way."""
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)
@@ -107,10 +125,11 @@ class Engine(Protocol):
         """Stop the request that carried this `X-Request-Id`. Idempotent."""
         ...
 
-    async def release(self, kv_transfer_params: KVTransferParams) -> bool:
-        """Give hand-off parameters back unused, so that the prefill engine frees its blocks at once.
+    async def settle(self, handoff_ids: Sequence[str]) -> None:
+        """Nobody will consume these hand-offs: end this (prefill) engine's hold of their KV.
 
-        False when they were admitted or released before. After a release the same parameters are refused.
+        Returns when the engine has taken the ids; that the holds are over is in `events`. Ids that are unknown or over
+        are fine; one that is not produced yet is remembered, within bounds, and ended when it is.
         """
         ...
 
@@ -120,8 +139,20 @@ class Engine(Protocol):
         """Run one token through the engine itself. Raises EngineDeadError when it is gone."""
         ...
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every prompt in the engine's own KV memory; tiers below it keep theirs.
+
+        False, and nothing is forgotten, while blocks are in use. Raises EngineDeadError.
+        """
+        ...
+
     def stats(self) -> EngineStats:
         """Latest snapshot. Does not block."""
+        ...
+
+    @property
+    def events(self) -> EventLog:
+        """What happened to the KV of hand-offs here; the same object for the engine's life."""
         ...
 
     async def shutdown(self) -> None:

@@ -2,7 +2,7 @@
 """An engine without a model: the contract, wire shapes and timing of vLLM, on no GPU and little CPU.
 
 Answers follow from the prompt alone (`pools.engine.fake_text`), so an answer after a hand-off can be compared with
-one without. Hand-offs are real in all but the bytes: pinned, leased, fetched once, refused after a release.
+one without. Hand-offs are real in all but the bytes: held, leased, read once, settled, and told of in events.
 Sends raw ASGI messages, one a token. `python -m pools.engine.fake --help` runs one by itself.
 """
 
@@ -18,20 +18,21 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pools.config import FakeEngineConfig
 from pools.engine import fake_wire as wire
 from pools.engine.base import Aborted, ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
-from pools.engine.fake_kv import FakeKV, SideChannel, end_handoff, handoff_id, num_blocks_of
+from pools.engine.events import EventLog
+from pools.engine.fake_kv import KV_BYTES_PER_TOKEN, FakeKV, num_blocks_of
+from pools.engine.fake_side_channel import SideChannel, named, read_handoff
 from pools.engine.fake_text import NUM_WORDS, WORD_BASE, answer, decode, fold, word
+from pools.engine.fake_tiers import FakeSharedCache
 from pools.engine.fake_wire import Answer, Framing, Generation, WireError
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
 _STEP_S = 0.02
 """Longest wait between two looks at whether a request was aborted."""
-_KV_BYTES_PER_TOKEN = 131_072
-"""An 8B model with 8 KV heads in bfloat16."""
 _MAX_REMEMBERED_HANDOFFS = 65_536
 _JSON = (b"content-type", b"application/json")
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -43,6 +44,8 @@ class _Running:
     """The caller's `X-Request-Id`."""
     internal_id: str
     aborted: bool = False
+    unread: str | None = None
+    """The hand-off that a decode engine took and has not tried to read yet."""
 
 
 class FakeEngine:
@@ -59,12 +62,17 @@ class FakeEngine:
         host: str = "127.0.0.1",
         side_channel_port: int = 0,
         kv_lease_duration_s: float = 30.0,
+        transport: Literal["nixl", "mooncake"] = "nixl",
+        shared_cache: FakeSharedCache | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`host` and `side_channel_port` (0: the kernel chooses) are where decode engines fetch hand-offs; `clock`
-        tells the time of leases only.
+        """`host` and `side_channel_port` (0: the kernel chooses) are where decode engines read hand-offs, with Mooncake
+        also its bootstrap server; `clock` tells the time of leases only.
         """
         self._engine_id = engine_id
+        self._transport = transport
+        self._shared_cache = shared_cache
+        self._log = EventLog()
         self._role = role
         self._config = config
         self._model_id = model_id
@@ -74,13 +82,15 @@ class FakeEngine:
             block_size=config.block_size,
             lease_s=kv_lease_duration_s,
             clock=clock,
+            events=self._log,
+            shared_cache=shared_cache,
         )
         self._side_channel = SideChannel(self._kv, engine_id=engine_id, host=host, port=side_channel_port)
         self._requests: set[_Running] = set()
         self._num_waiting = 0
         self._prefill_free_at = 0.0
         self._counts: Counter[str] = Counter()
-        self._handoffs: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._handoffs: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._dead: BaseException | None = None
         self._stopped = False
         self._routes: dict[tuple[str, str], Callable[[Scope, Receive, Send], Any]] = {
@@ -110,6 +120,17 @@ class FakeEngine:
         return self._serve
 
     @property
+    def events(self) -> EventLog:
+        return self._log
+
+    @property
+    def bootstrap_url(self) -> str | None:
+        """Where a prefill engine on Mooncake tells its engine id, valid after `start`."""
+        if self._transport != "mooncake" or self._role != "prefill":
+            return None
+        return f"http://{self._side_channel.host}:{self._side_channel.port}"
+
+    @property
     def dead(self) -> BaseException | None:
         return self._dead
 
@@ -131,18 +152,16 @@ class FakeEngine:
             running.aborted = True
         return Aborted(bool(found))
 
-    async def release(self, kv_transfer_params: KVTransferParams) -> bool:
-        named = handoff_id(kv_transfer_params)
-        if named is None or not self._remember(named, "released"):
-            return False
-        self._counts["handoffs_released"] += 1
-        await end_handoff(kv_transfer_params)
-        return True
+    async def settle(self, handoff_ids: Sequence[str]) -> None:
+        self._kv.settle(handoff_ids)
+
+    async def reset_prefix_cache(self) -> bool:
+        return self._kv.reset_cache()
 
     async def probe(
         self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
     ) -> ProbeResult:
-        """As the protocol says; also raises HandoffRefusedError for released parameters."""
+        """As the protocol says; also raises HandoffRefusedError for parameters that were used before."""
         generation = wire.parse(
             "completion",
             {"prompt": list(prompt_token_ids), "max_tokens": 1, "kv_transfer_params": kv_transfer_params},
@@ -150,7 +169,7 @@ class FakeEngine:
             max_model_len=self._max_model_len,
         )
         with self._track("probe", uuid.uuid4().hex) as running:
-            self._admit(generation)
+            self._admit(generation, running)
             async with self._prefilled(generation, running) as num_cached:
                 self._counts["generation_tokens"] += 1
             params = self._hand_off(generation, running)
@@ -170,7 +189,6 @@ class FakeEngine:
             nixl_num_failed_transfers_total=self._counts["failed_transfers"],
             num_kv_expired_reqs_total=self._kv.num_expired,
             num_handoffs_admitted_total=self._counts["handoffs_admitted"],
-            num_handoffs_released_total=self._counts["handoffs_released"],
         )
 
     async def shutdown(self) -> None:
@@ -178,15 +196,6 @@ class FakeEngine:
         for running in self._requests:
             running.aborted = True
         await self._side_channel.stop()
-
-    def _remember(self, named: tuple[str, str], fate: str) -> bool:
-        """Settle a hand-off's fate; False when it already has one."""
-        if named in self._handoffs:
-            return False
-        self._handoffs[named] = fate
-        if len(self._handoffs) > _MAX_REMEMBERED_HANDOFFS:
-            self._handoffs.popitem(last=False)
-        return True
 
     @contextlib.contextmanager
     def _track(self, prefix: str, request_id: str) -> Iterator[_Running]:
@@ -198,14 +207,21 @@ class FakeEngine:
             yield running
         finally:
             self._requests.discard(running)
+            if running.unread is not None and self._dead is None:
+                self._log.append({"kind": "unread", "at": time.time(), "id": running.unread})
 
-    def _admit(self, generation: Generation) -> None:
-        """Take the request's hand-off, if it has one. Raises HandoffRefusedError when it was released."""
-        named = handoff_id(generation.kv_transfer_params) if self._role == "decode" else None
-        if named is None:
+    def _admit(self, generation: Generation, running: _Running) -> None:
+        """Take the request's hand-off, if it has one. Raises HandoffRefusedError when it was taken before."""
+        params = generation.kv_transfer_params
+        name = named(params) if self._role == "decode" else None
+        if params is None or name is None:
             return
-        if not self._remember(named, "admitted") and self._handoffs[named] == "released":
-            raise HandoffRefusedError(f"hand-off {named[1]!r} was released; prefill again")
+        if name in self._handoffs:
+            raise HandoffRefusedError(f"hand-off {name[1]!r} was admitted before; parameters are single-use")
+        self._handoffs[name] = None
+        if len(self._handoffs) > _MAX_REMEMBERED_HANDOFFS:
+            self._handoffs.popitem(last=False)
+        running.unread = str(params.get("disagg.handoff_id") or name[1])
         self._counts["handoffs_admitted"] += 1
 
     @contextlib.asynccontextmanager
@@ -216,7 +232,7 @@ class FakeEngine:
         """
         num_blocks = await self._hold(generation, running)
         try:
-            num_cached = await self._local_and_remote_hits(generation)
+            num_cached = await self._local_and_remote_hits(generation, running)
             num_computed = generation.num_prompt_tokens - num_cached
             self._counts["prompt_tokens"] += generation.num_prompt_tokens
             self._counts["prompt_tokens_computed"] += num_computed
@@ -246,34 +262,67 @@ class FakeEngine:
         finally:
             self._num_waiting -= 1
 
-    async def _local_and_remote_hits(self, generation: Generation) -> int:
+    async def _local_and_remote_hits(self, generation: Generation, running: _Running) -> int:
         hits = [self._kv.cached_tokens(prompt, generation.cache_salt) for prompt in generation.prompts]
         params = generation.kv_transfer_params
         if params and params.get("do_remote_prefill") and self._role == "decode":
-            hits[0] = await self._fetch(params, generation.prompts[0], hits[0])
+            hits[0] = await self._fetch(params, generation.prompts[0], hits[0], running)
+        elif self._shared_cache is not None:
+            salt = generation.cache_salt
+            pairs = zip(generation.prompts, hits, strict=True)
+            hits = [self._load(prompt, salt, local, self._shared_cache) for prompt, local in pairs]
         return sum(hits)
 
-    async def _fetch(self, params: KVTransferParams, prompt: Sequence[int], num_local: int) -> int:
-        """Fetch a hand-off; returns the prompt tokens that need no computing, `num_local` when it failed."""
-        handoff = await end_handoff(params)
+    def _load(self, prompt: Sequence[int], salt: str, num_local: int, shared_cache: FakeSharedCache) -> int:
+        """Load what the shared tier has beyond the local hits; returns the prompt tokens that need no computing."""
+        chunks = shared_cache.found(prompt, salt)
+        num_found = min(len(chunks) * shared_cache.chunk_tokens, len(prompt) - 1)
+        if num_found <= num_local:
+            return num_local
+        chunks = chunks[num_local // shared_cache.chunk_tokens :]
+        event = {"kind": "loaded", "at": time.time(), "source": "lmcache"}
+        self._log.append(event | {"tokens": num_found - num_local, "chunks": chunks})
+        return num_found
+
+    async def _fetch(self, params: KVTransferParams, prompt: Sequence[int], num_local: int, running: _Running) -> int:
+        """Read a hand-off; returns the prompt tokens that need no computing, `num_local` when it failed."""
+        reading = asyncio.ensure_future(read_handoff(params, lease_s=self._kv.lease_s))
+        while not reading.done():
+            if self._over(running):
+                reading.cancel()
+            await asyncio.wait({reading}, timeout=_STEP_S)
+        if reading.cancelled():
+            return num_local
+        running.unread = None
+        handoff = reading.result()
         if handoff is None or handoff["prompt_state"] != fold(prompt):
             self._counts["failed_transfers"] += 1
             return num_local
         num_remote = int(handoff["num_tokens"]) - num_local
-        self._counts["nixl_bytes"] += num_remote * _KV_BYTES_PER_TOKEN
+        self._counts["nixl_bytes"] += num_remote * KV_BYTES_PER_TOKEN
         await asyncio.sleep(num_remote * self._config.transfer_ms_per_1k_tokens / 1e6)
         return len(prompt) - 1
 
     def _hand_off(self, generation: Generation, running: _Running) -> KVTransferParams | None:
-        """Pin a finished prompt for a decode engine; what that engine needs to fetch it."""
+        """Hold a finished prompt for a decode engine; what that engine needs to read it. With Mooncake it knows."""
         params = generation.kv_transfer_params
         if self._role != "prefill" or not params or not params.get("do_remote_decode") or self._over(running):
             return None
         prompt = generation.prompts[0]
+        handoff_id = str(params.get("disagg.handoff_id") or running.internal_id)
+        mooncake = self._transport == "mooncake"
+        key = str(params.get("transfer_id")) if mooncake else running.internal_id
+        block_ids = self._kv.pin(
+            handoff_id, prompt, keys=[key], salt=generation.cache_salt, store=params.get("disagg.store")
+        )
+        # Leases end by themselves, also when nobody looks.
+        asyncio.get_running_loop().call_later(self._kv.lease_s + _STEP_S, self._kv.expire)
+        if mooncake:
+            return None
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "remote_block_ids": [self._kv.pin(running.internal_id, prompt)],
+            "remote_block_ids": [block_ids],
             "remote_engine_id": self._engine_id,
             "remote_request_id": running.internal_id,
             "remote_host": self._side_channel.host,
@@ -325,16 +374,10 @@ class FakeEngine:
 
     async def _generate(self, endpoint: wire.Endpoint, prefix: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_json(scope, receive)
-        try:
-            generation = wire.parse(endpoint, body, model_id=self._model_id, max_model_len=self._max_model_len)
-        except WireError:
-            params = body.get("kv_transfer_params") if isinstance(body, dict) else None
-            if self._role == "decode" and isinstance(params, dict):
-                await end_handoff(params)
-            raise
+        generation = wire.parse(endpoint, body, model_id=self._model_id, max_model_len=self._max_model_len)
         request_id = _header(scope, b"x-request-id") or uuid.uuid4().hex
         with self._track(prefix, request_id) as running:
-            self._admit(generation)
+            self._admit(generation, running)
             framing = Framing(generation, response_id=f"{prefix}-{request_id}", model_id=self._model_id)
             watcher = asyncio.create_task(_watch(receive, running))
             try:

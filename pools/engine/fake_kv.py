@@ -1,59 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV memory of the fake engine: blocks in use, a prefix cache, and hand-offs pinned until fetched or expired.
+"""The KV memory of the fake engine: blocks in use, a prefix cache, and hand-offs held until read, settled or expired.
 
-Holds no bytes, only who would hold them. The side channel lets a decode engine fetch or release a hand-off; it
-speaks one JSON line each way over TCP and stands for NIXL's handshake, READ and notification.
+Holds no bytes, only who would hold them. Says what becomes of each hand-off in the engine's events, as a real one does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pools.engine.base import KVTransferParams
+from pools.engine.events import EventLog
 from pools.engine.fake_text import fold
+from pools.engine.fake_tiers import FakeSharedCache
 
-logger = logging.getLogger(__name__)
-
-_SIDE_CHANNEL_TIMEOUT_S = 5.0
-"""As NIXL's handshake."""
+KV_BYTES_PER_TOKEN = 131_072
+"""An 8B model with 8 KV heads in bfloat16."""
+_MAX_SETTLED = 16_384
+"""Hand-offs settled before they were produced."""
 
 
 def num_blocks_of(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-@dataclass
-class _Handoff:
+@dataclass(frozen=True)
+class Held:
+    """One hand-off in the memory of its prefill engine."""
+
+    handoff_id: str
+    """Its name in events."""
+    keys: tuple[str, ...]
+    """What a decode engine may ask for it by: the engine's request id, and Mooncake's transfer id."""
+    token_ids: Sequence[int]
     prompt_state: int
-    num_tokens: int
+    salt: str
+    store: str | None
     num_blocks: int
     expires_at: float
 
 
 class FakeKV:
-    """Blocks of one fake engine. Used from one event loop; nothing here waits."""
+    """Blocks of one fake engine. Used from one event loop; nothing but `take` waits."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, lease_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        lease_s: float,
+        clock: Callable[[], float],
+        events: EventLog | None = None,
+        shared_cache: FakeSharedCache | None = None,
+    ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.lease_s = lease_s
         self.num_expired = 0
-        self._lease_s = lease_s
         self._clock = clock
+        self._events = events or EventLog()
+        self._shared_cache = shared_cache
         self._num_held = 0
         self._num_pinned = 0
-        self._handoffs: dict[str, _Handoff] = {}
+        self._held: dict[str, Held] = {}
+        self._ids_by_key: dict[str, str] = {}
+        self._settled_early: OrderedDict[str, None] = OrderedDict()
+        self._waiting: dict[str, asyncio.Future[None]] = {}
         self._cached: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     @property
     def usage(self) -> float:
-        """Share of blocks held by running requests and by hand-offs that nobody fetched yet."""
+        """Share of blocks held by running requests and by hand-offs that nobody read yet."""
         self.expire()
         return (self._num_held + self._num_pinned) / self.num_blocks
 
@@ -85,6 +105,13 @@ class FakeKV:
         while len(self._cached) > self.num_blocks:
             self._cached.popitem(last=False)
 
+    def reset_cache(self) -> bool:
+        """Forget every prompt; False while blocks are in use."""
+        if self.usage:
+            return False
+        self._cached.clear()
+        return True
+
     def _keys(self, token_ids: Sequence[int], salt: str) -> list[tuple[str, int]]:
         keys: list[tuple[str, int]] = []
         state = 0
@@ -93,101 +120,98 @@ class FakeKV:
             keys.append((salt, state))
         return keys
 
-    def pin(self, request_id: str, token_ids: Sequence[int]) -> list[int]:
-        """Keep a finished prompt for a decode engine until fetched, released or expired; returns block ids."""
+    # Hand-offs
+
+    def pin(
+        self,
+        handoff_id: str,
+        token_ids: Sequence[int],
+        *,
+        keys: Sequence[str] = (),
+        salt: str = "",
+        store: str | None = None,
+    ) -> list[int]:
+        """Keep a finished prompt for a decode engine until read, settled or expired; returns block ids."""
         num_blocks = num_blocks_of(len(token_ids), self.block_size)
-        self._handoffs[request_id] = _Handoff(
-            fold(token_ids), len(token_ids), num_blocks, self._clock() + self._lease_s
-        )
+        expires_at = self._clock() + self.lease_s
+        held = Held(handoff_id, tuple(keys), tuple(token_ids), fold(token_ids), salt, store, num_blocks, expires_at)
+        self._held[handoff_id] = held
+        self._ids_by_key |= dict.fromkeys(held.keys, handoff_id)
         self._num_pinned += num_blocks
+        num_bytes = num_blocks * self.block_size * KV_BYTES_PER_TOKEN
+        self._say("produced", id=handoff_id, tokens=len(token_ids), bytes=num_bytes)
+        if handoff_id in self._settled_early:
+            del self._settled_early[handoff_id]
+            self._end(held, "released")
+        for key in held.keys:
+            if (waiting := self._waiting.get(key)) is not None and not waiting.done():
+                waiting.set_result(None)
         return list(range(1, num_blocks + 1))
 
-    def unpin(self, request_id: str) -> _Handoff | None:
-        """End a hand-off; None when it is unknown, over or expired."""
+    def read(self, key: str) -> Held | None:
+        """A decode engine's read, which ends the hand-off; None when it is unknown, over or expired."""
         self.expire()
-        handoff = self._handoffs.pop(request_id, None)
-        if handoff is not None:
-            self._num_pinned -= handoff.num_blocks
-        return handoff
+        held = self._held.get(self._ids_by_key.get(key, ""))
+        if held is not None:
+            self._end(held, "consumed")
+        return held
+
+    async def take(self, key: str) -> Held | None:
+        """As `read`, but waits for a hand-off that is not produced yet, at most as long as a lease."""
+        held = self.read(key)
+        if held is not None or key in self._waiting:
+            return held
+        self._waiting[key] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self.lease_s):
+                await self._waiting[key]
+        except TimeoutError:
+            return None
+        finally:
+            del self._waiting[key]
+        return self.read(key)
+
+    def settle(self, handoff_ids: Sequence[str]) -> None:
+        """End hand-offs that nobody will read; those that are not produced yet end when they are."""
+        self.expire()
+        for handoff_id in handoff_ids:
+            held = self._held.get(handoff_id)
+            if held is not None:
+                self._end(held, "released")
+                continue
+            self._settled_early[handoff_id] = None
+            if len(self._settled_early) > _MAX_SETTLED:
+                self._settled_early.popitem(last=False)
 
     def expire(self) -> None:
-        """Drop the hand-offs whose lease ran out. Leases start in order, so the oldest is first."""
+        """End the hand-offs whose lease ran out. Leases start in order, so the oldest is first."""
         now = self._clock()
-        while self._handoffs:
-            request_id, handoff = next(iter(self._handoffs.items()))
-            if handoff.expires_at > now:
+        while self._held:
+            held = next(iter(self._held.values()))
+            if held.expires_at > now:
                 return
-            del self._handoffs[request_id]
-            self._num_pinned -= handoff.num_blocks
             self.num_expired += 1
+            self._end(held, "expired")
 
+    def _end(self, held: Held, outcome: str) -> None:
+        del self._held[held.handoff_id]
+        for key in held.keys:
+            self._ids_by_key.pop(key, None)
+        self._num_pinned -= held.num_blocks
+        chunks = self._adopted(held, outcome)
+        left = held.expires_at - self._clock() if outcome != "expired" else None
+        self._say("ended", id=held.handoff_id, outcome=outcome, lease_left_s=left, adopted=bool(chunks))
+        if chunks and self._shared_cache is not None:
+            tokens = len(chunks) * self._shared_cache.chunk_tokens
+            self._say("rescued", id=held.handoff_id, tokens=tokens, bytes=tokens * KV_BYTES_PER_TOKEN, chunks=chunks)
 
-class SideChannel:
-    """The port on which decode engines fetch and release this engine's hand-offs."""
+    def _adopted(self, held: Held, outcome: str) -> list[str]:
+        """The chunks that the shared tier keeps of a hand-off that ended."""
+        if self._shared_cache is None or held.store == "never":
+            return []
+        if outcome == "consumed" and held.store != "always":
+            return []
+        return self._shared_cache.store(held.token_ids, held.salt)
 
-    def __init__(self, kv: FakeKV, *, engine_id: str, host: str, port: int) -> None:
-        self._kv = kv
-        self._engine_id = engine_id
-        self._server: asyncio.Server | None = None
-        self.host = host
-        self.port = port
-        """The kernel's choice after `start` when it was 0."""
-
-    async def start(self) -> None:
-        """Listen. Raises OSError when the address cannot be bound."""
-        self._server = await asyncio.start_server(self._serve, self.host, self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            line = await asyncio.wait_for(reader.readline(), _SIDE_CHANNEL_TIMEOUT_S)
-            writer.write(json.dumps(self._answer(json.loads(line))).encode() + b"\n")
-            await writer.drain()
-        except (OSError, ValueError, TimeoutError) as exc:
-            logger.warning("side channel: %s", exc)
-        finally:
-            writer.close()
-
-    def _answer(self, request: Any) -> dict[str, Any]:
-        if not isinstance(request, dict) or request.get("engine_id") != self._engine_id:
-            return {"found": False}
-        handoff = self._kv.unpin(str(request.get("request_id")))
-        if handoff is None:
-            return {"found": False}
-        return {"found": True, "prompt_state": handoff.prompt_state, "num_tokens": handoff.num_tokens}
-
-
-def handoff_id(params: KVTransferParams | None) -> tuple[str, str] | None:
-    """(engine id, request id) that a decode leg's parameters name; None when they name none."""
-    if not params or not params.get("do_remote_prefill"):
-        return None
-    engine_id, request_id = params.get("remote_engine_id"), params.get("remote_request_id")
-    if not isinstance(engine_id, str) or not isinstance(request_id, str):
-        return None
-    return engine_id, request_id
-
-
-async def end_handoff(params: KVTransferParams) -> dict[str, Any] | None:
-    """Tell the prefill engine that a hand-off is over; its record, or None when it is unknown or unreachable."""
-    named = handoff_id(params)
-    if named is None:
-        return None
-    try:
-        async with asyncio.timeout(_SIDE_CHANNEL_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(params.get("remote_host"), params.get("remote_port"))
-            try:
-                writer.write(json.dumps({"engine_id": named[0], "request_id": named[1]}).encode() + b"\n")
-                reply = json.loads(await reader.readline())
-            finally:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
-    except (OSError, ValueError, TypeError, TimeoutError) as exc:
-        logger.warning("hand-off %s: prefill engine did not answer: %r", named[1], exc)
-        return None
-    return reply if isinstance(reply, dict) and reply.get("found") else None
+    def _say(self, kind: str, **fields: Any) -> None:
+        self._events.append({"kind": kind, "at": time.time(), **fields})

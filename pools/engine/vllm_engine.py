@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +24,12 @@ from pools.engine._vllm_compat import (
     VllmConfig,
     VllmEngineDeadError,
     VLLMValidationError,
+    settle_request,
     split_args,
     vllm_app,
 )
 from pools.engine.base import Aborted, ASGIApp, EngineStats, KVTransferParams, ProbeResult
+from pools.engine.events import EventLog
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,27 @@ logger = logging.getLogger(__name__)
 _LATE_OUTPUT_S = 0.5
 """How long an aborted request's last output may be on its way from EngineCore."""
 _REMEMBERED_HANDOFFS = 65_536
-"""Hand-off ids kept to tell an admission from a release; far beyond what a lease lets live at once."""
+"""Hand-off ids kept so that none is admitted twice; far beyond what a lease lets live at once."""
+_SOURCES = {
+    "p2p": "prompt_tokens_p2p",
+    "host": "prompt_tokens_host",
+    "disk": "prompt_tokens_disk",
+    "external_unspecified": "prompt_tokens_external",
+}
+"""vLLM's `CacheHitSource` -> counter."""
+_NIXL_COUNTS = {
+    "nixl_num_failed_transfers": ("num_failed_transfers", "num_failed_handshakes"),
+    "nixl_num_failed_notifications": ("num_failed_notifications",),
+    "num_kv_expired_reqs": ("num_kv_expired_reqs",),
+    "num_notifications_after_expiry": ("num_notifications_after_expiry",),
+}
+"""Counter -> lists in vLLM's statistics of NIXL with an entry for each case."""
+_TOTALS = (
+    *("prompt_tokens", "prompt_tokens_computed", "generation_tokens", "num_preemptions", "nixl_bytes_transferred"),
+    *("kv_offload_load_bytes", "kv_offload_store_bytes"),
+    *_SOURCES.values(),
+    *_NIXL_COUNTS,
+)
 
 
 class VllmEngine:
@@ -42,7 +65,8 @@ class VllmEngine:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._arguments = dict(arguments)
-        self._tally = _Tally()
+        self._events = EventLog()
+        self._tally = _Tally(self._events)
         self._handoffs = _Handoffs()
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
@@ -69,6 +93,10 @@ class VllmEngine:
         return self._app
 
     @property
+    def events(self) -> EventLog:
+        return self._events
+
+    @property
     def dead(self) -> BaseException | None:
         if self._llm is None:
             return EngineDeadError("the engine is not running")
@@ -88,9 +116,8 @@ class VllmEngine:
             raise EngineStartError(f"vLLM did not start: {exc}") from exc
 
     def _guard_admissions(self, llm: AsyncLLM) -> None:
-        """See hand-off parameters on their way into the engine or back to their producer, by whatever route."""
+        """See hand-off parameters on their way into the engine, by whatever route."""
         add_request = llm.add_request
-        notify_rejected = llm.notify_kv_transfer_request_rejected
 
         async def admitting(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra = getattr(params, "extra_args", None) or {}
@@ -114,21 +141,25 @@ class VllmEngine:
                 self._handoffs.forget(handoff)
                 raise
 
-        async def releasing(request_id: str, kv_transfer_params: dict[str, Any], **kwargs: Any) -> None:
+        async def rejected(request_id: str, kv_transfer_params: dict[str, Any], **kwargs: Any) -> None:
+            """A request that vLLM's server refused. vLLM would have the engine notify the producer as a reader does;
+            the gateway sees the refusal and settles there, and these parameters are of no use here any more."""
             handoff = _handoff_id(kv_transfer_params)
-            if handoff is not None and self._handoffs.release(handoff):
-                await notify_rejected(request_id, kv_transfer_params, **kwargs)
+            if handoff is not None:
+                self._handoffs.refuse(handoff)
 
         llm.add_request = admitting
-        llm.notify_kv_transfer_request_rejected = releasing
+        llm.notify_kv_transfer_request_rejected = rejected
 
     async def _abort_added(self, llm: AsyncLLM, adding: asyncio.Future[Any], params: KVTransferParams) -> None:
         try:
             queue = await adding
         except Exception:
             logger.info("a hand-off was refused after its caller had left", exc_info=True)
-            self._handoffs.forget(str(_handoff_id(params)))
-            await self.release(params)
+            handoff = str(_handoff_id(params))
+            self._handoffs.forget(handoff)
+            self._handoffs.refuse(handoff)
+            self._events.append({"kind": "unread", "at": time.time(), "id": _id_at_producer(params)})
         else:
             await llm.abort(queue.request_id, internal=True)
 
@@ -175,10 +206,21 @@ class VllmEngine:
 
         llm.output_processor.process_outputs = watching
 
-    async def release(self, kv_transfer_params: KVTransferParams) -> bool:
-        before = self._handoffs.num_released
-        await self._running().notify_kv_transfer_request_rejected(f"release-{uuid.uuid4().hex}", kv_transfer_params)
-        return self._handoffs.num_released > before
+    async def settle(self, handoff_ids: Sequence[str]) -> None:
+        if not handoff_ids:
+            return
+        # A request that ends before it is scheduled is the one message that reaches a connector's scheduler side.
+        request = settle_request(f"settle-{uuid.uuid4().hex}", list(handoff_ids))
+        try:
+            await self._running().engine_core.add_request_async(request)
+        except VllmEngineDeadError as exc:
+            raise EngineDeadError("EngineCore is gone, and with it all KV it held") from exc
+
+    async def reset_prefix_cache(self) -> bool:
+        try:
+            return bool(await self._running().reset_prefix_cache())
+        except VllmEngineDeadError as exc:
+            raise EngineDeadError("EngineCore is gone") from exc
 
     async def probe(
         self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
@@ -234,7 +276,13 @@ def _handoff_id(params: Any) -> str | None:
     """Identity of a hand-off at its consumer, or None for parameters that consume nothing."""
     if not isinstance(params, dict) or not params.get("do_remote_prefill"):
         return None
-    return f"{params.get('remote_engine_id')}/{params.get('remote_request_id')}"
+    # Mooncake names a hand-off by `transfer_id` alone.
+    return f"{params.get('remote_engine_id')}/{params.get('remote_request_id') or params.get('transfer_id')}"
+
+
+def _id_at_producer(params: KVTransferParams) -> str:
+    """The id under which the prefill engine tracks this hand-off."""
+    return str(params.get("disagg.handoff_id") or params.get("remote_request_id") or params.get("transfer_id"))
 
 
 def _is_of(external_id: str, request_id: str) -> bool:
@@ -249,31 +297,27 @@ def _is_of(external_id: str, request_id: str) -> bool:
 
 
 class _Handoffs:
-    """Which hand-offs were admitted or released, so that neither happens after the other."""
+    """Which hand-offs were admitted or refused, so that parameters are used once."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, bool] = OrderedDict()
         self.num_admitted = 0
-        self.num_released = 0
 
     def admit(self, handoff: str) -> None:
         if handoff in self._seen:
-            verb = "admitted" if self._seen[handoff] else "released"
+            verb = "admitted" if self._seen[handoff] else "refused"
             raise HandoffRefusedError(f"hand-off {handoff} was {verb} before; parameters are single-use")
         self._remember(handoff, admitted=True)
         self.num_admitted += 1
 
     def forget(self, handoff: str) -> None:
-        """Take an admission back: the engine refused the request, so its hand-off is still to be released."""
+        """Take an admission back: the engine refused the request."""
         if self._seen.pop(handoff, False):
             self.num_admitted -= 1
 
-    def release(self, handoff: str) -> bool:
-        if handoff in self._seen:
-            return False
-        self._remember(handoff, admitted=False)
-        self.num_released += 1
-        return True
+    def refuse(self, handoff: str) -> None:
+        if handoff not in self._seen:
+            self._remember(handoff, admitted=False)
 
     def _remember(self, handoff: str, *, admitted: bool) -> None:
         self._seen[handoff] = admitted
@@ -282,52 +326,52 @@ class _Handoffs:
 
 
 class _Tally:
-    """Counts what vLLM reports after each engine step."""
+    """Counts what vLLM reports after each engine step, and passes on the events that come with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
         self.running = 0
         self.waiting = 0
         self.kv_cache_usage = 0.0
-        self.prompt_tokens = 0
-        self.computed_tokens = 0
-        self.generation_tokens = 0
-        self.nixl_bytes = 0
-        self.nixl_failed = 0
-        self.kv_expired = 0
+        self.totals: Counter[str] = Counter()
 
     def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
         return _TallyLogger(self)
 
     def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        totals = self.totals
         if iteration_stats is not None:
-            self.prompt_tokens += iteration_stats.prompt_token_stats.total
-            self.computed_tokens += iteration_stats.prompt_token_stats.computed
-            self.generation_tokens += iteration_stats.num_generation_tokens
+            totals["prompt_tokens"] += iteration_stats.prompt_token_stats.total
+            totals["prompt_tokens_computed"] += iteration_stats.prompt_token_stats.computed
+            totals["generation_tokens"] += iteration_stats.num_generation_tokens
+            totals["num_preemptions"] += iteration_stats.num_preempted_reqs
         if scheduler_stats is None:
             return
         self.running = scheduler_stats.num_running_reqs
         self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         self.kv_cache_usage = scheduler_stats.kv_cache_usage
+        if (loads := scheduler_stats.connector_prefix_cache_stats) is not None:
+            for source, tokens in loads.hits_by_source.items():
+                if source in _SOURCES:
+                    totals[_SOURCES[source]] += tokens
         children = scheduler_stats.kv_connector_stats or {}
-        nixl = children.get("NixlConnector") or children.get("NixlPullConnector") or {}
-        data = getattr(nixl, "data", nixl)
-        self.nixl_bytes += sum(data.get("bytes_transferred", ()))
-        self.nixl_failed += len(data.get("num_failed_transfers", ())) + len(data.get("num_failed_handshakes", ()))
-        self.kv_expired += len(data.get("num_kv_expired_reqs", ()))
+        nixl = children.get("NixlConnector") or {}
+        totals["nixl_bytes_transferred"] += sum(nixl.get("bytes_transferred", ()))
+        for name, keys in _NIXL_COUNTS.items():
+            totals[name] += sum(len(nixl.get(key, ())) for key in keys)
+        offload = (children.get("OffloadingConnector") or {}).get("data", {})
+        for name in ("kv_offload_load_bytes", "kv_offload_store_bytes"):
+            totals[name] += int(sum(offload.get(f"vllm:{name}", {}).values()))
+        for event in (children.get("Handoffs") or {}).get("events", ()):
+            self._events.append(event)
 
     def snapshot(self, handoffs: _Handoffs) -> EngineStats:
         return EngineStats(
             num_requests_running=self.running,
             num_requests_waiting=self.waiting,
             kv_cache_usage=self.kv_cache_usage,
-            prompt_tokens_total=self.prompt_tokens,
-            prompt_tokens_computed_total=self.computed_tokens,
-            generation_tokens_total=self.generation_tokens,
-            nixl_bytes_transferred_total=self.nixl_bytes,
-            nixl_num_failed_transfers_total=self.nixl_failed,
-            num_kv_expired_reqs_total=self.kv_expired,
             num_handoffs_admitted_total=handoffs.num_admitted,
-            num_handoffs_released_total=handoffs.num_released,
+            **{f"{name}_total": self.totals[name] for name in _TOTALS},
         )
 
 

@@ -81,8 +81,8 @@ def test_seeded_chunked_prefill_lives(engines: Engines) -> None:
     assert first["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
 
 
-def test_callers_that_leave_at_any_moment_release_the_kv(engines: Engines) -> None:
-    """A decode leg cut off at any of many moments leaves no KV pinned on the prefill engine for the lease to end."""
+def test_callers_that_leave_at_any_moment_pin_no_kv(engines: Engines) -> None:
+    """Decode legs cut off at any of many moments and settled leave no KV pinned on the prefill engine."""
     asyncio.run(_cut_off(engines))
 
 
@@ -101,6 +101,7 @@ async def _cut_off(engines: Engines) -> None:
     decode = urlsplit(engines.decode)
     async with httpx.AsyncClient(timeout=60) as client:
         before = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
+        given_up: list[str] = []
         for step in range(40):
             ids = [20 + (step * 37 + i * 7) % 1400 for i in range(300)]
             body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
@@ -113,7 +114,8 @@ async def _cut_off(engines: Engines) -> None:
             await writer.drain()
             await asyncio.sleep(step * 0.0005)
             writer.transport.abort()
-            await client.post(f"{engines.decode}/disagg/v1/release", json={"kv_transfer_params": params})
+            given_up.append(params["remote_request_id"])
+        await client.post(f"{engines.prefill}/disagg/v1/settle", json={"handoff_ids": given_up})
         await _assert_unpinned(client, engines, before)
 
 
@@ -132,13 +134,14 @@ async def _abort_around_the_end(engines: Engines) -> None:
             answer = await client.post(f"{engines.prefill}/v1/completions", json=body, headers=headers)
             return answer.json()
 
-        async def release(params: dict[str, Any]) -> None:
-            await client.post(f"{engines.decode}/disagg/v1/release", json={"kv_transfer_params": params})
+        async def settle(params: dict[str, Any]) -> None:
+            settled = {"handoff_ids": [params["remote_request_id"]]}
+            await client.post(f"{engines.prefill}/disagg/v1/settle", json=settled)
 
         before = (await client.get(f"{engines.prefill}/disagg/v1/stats")).json()
         loop = asyncio.get_running_loop()
         started = loop.time()
-        await release((await leg(0))["kv_transfer_params"])
+        await settle((await leg(0))["kv_transfer_params"])
         usual = loop.time() - started
         for number in range(1, 61):
             running = asyncio.create_task(leg(number))
@@ -147,7 +150,7 @@ async def _abort_around_the_end(engines: Engines) -> None:
             aborted = (await client.post(f"{engines.prefill}/disagg/v1/abort", json=body)).json()
             offered = (await running)["kv_transfer_params"] or aborted["kv_transfer_params"]
             if offered:
-                await release(offered)
+                await settle(offered)
         await _assert_unpinned(client, engines, before)
 
 

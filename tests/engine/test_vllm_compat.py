@@ -27,6 +27,40 @@ def test_private_names_are_there() -> None:
     ]
 
 
+def test_what_the_connectors_override_is_there() -> None:
+    """The parts of vLLM's MultiConnector, NIXL connector and scheduler that ours rely on look as they did."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker, pull_scheduler, pull_worker
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core import EngineCore
+
+    for method in ("_aggregate_request_finished", "_get_connector_classes_and_configs", "build_connector_worker_meta"):
+        assert callable(getattr(MultiConnector, method))
+    assert "_requests_to_connector" in inspect.getsource(MultiConnector)
+    worker = inspect.getsource(base_worker.NixlBaseConnectorWorker)
+    for part in (
+        "self._reqs_to_send: dict[ReqId, float]",
+        "self._reqs_to_process: set[ReqId]",
+        "done_sending = self._get_new_notifs()",
+        "self._reap_expired_send_leases(done_sending)",
+        "consumer_notification_counts_by_req",
+        "expected_consumer_notifications_by_req",
+    ):
+        assert part in worker
+    assert "notified_req_ids.add(req_id)" in inspect.getsource(pull_worker.NixlPullConnectorWorker._get_new_notifs)
+    assert "self._reqs_need_recv[request.request_id]" in inspect.getsource(pull_scheduler.NixlPullConnectorScheduler)
+    assert "abort_immediately" in EngineCoreRequest.__struct_fields__
+    assert "if request.abort_immediately:" in inspect.getsource(EngineCore.add_request)
+    # The connector is told before the blocks are freed, and asked for statistics after it was told.
+    told = inspect.getsource(Scheduler._update_from_kv_xfer_finished)
+    assert told.index("update_connector_output(") < told.index("_free_blocks(")
+    step = inspect.getsource(Scheduler.update_from_output)
+    assert step.index("_update_from_kv_xfer_finished(") < step.index("self.connector.get_kv_connector_stats()")
+    # The set from which `build_connector_meta` takes settle requests is the one that goes to the workers.
+    assert "finished_req_ids=self.finished_req_ids," in inspect.getsource(Scheduler.schedule)
+
+
 def test_request_ids_are_derived_as_expected() -> None:
     """vLLM prefixes the request id as `abort` assumes when it looks for a caller's requests."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat

@@ -41,8 +41,8 @@ def leave(stack: Stack, num_clients: int) -> list[Row]:
     phases: Counter[str] = Counter()
     waits: list[float] = []
     for start in range(0, num_clients, AT_ONCE):
-        wave = [(start + i, chooser.choice((0.05, 0.25, 0.25, 0.5, 2.0)) * chooser.random()) for i in range(AT_ONCE)]
-        for phase in asyncio.run(_wave(stack.url, wave, chooser)):
+        clients = [(start + i, chooser.choice((0.05, 0.25, 0.25, 0.5, 2.0)) * chooser.random()) for i in range(AT_ONCE)]
+        for phase in asyncio.run(wave(stack.url, clients, chooser)):
             phases[phase] += 1
         waits.append(_idle_after(stack, base))
     last = asyncio.run(_once(stack, healthy))
@@ -88,8 +88,8 @@ async def _once(stack: Stack, case: Case):  # type: ignore[no-untyped-def]
         return await ask(client, stack.url, case)
 
 
-async def _wave(url: str, wave: list[tuple[int, float]], chooser: random.Random) -> list[str]:
-    return await asyncio.gather(*(_leave_one(url, number, delay, chooser.random() < 0.7) for number, delay in wave))
+async def wave(url: str, clients: list[tuple[int, float]], chooser: random.Random) -> list[str]:
+    return await asyncio.gather(*(_leave_one(url, number, delay, chooser.random() < 0.7) for number, delay in clients))
 
 
 async def _leave_one(url: str, number: int, delay: float, stream: bool) -> str:

@@ -308,7 +308,7 @@ def _routes(model: str) -> list[BadRequest]:
         bare("root", "GET", "/", 404),
         _post("unknown route with a body", "/v1/embeddings", good, 404),
         _post("engine's abort route", "/disagg/v1/abort", {"request_id": "x"}, 404),
-        _post("engine's release route", "/disagg/v1/release", {"kv_transfer_params": {}}, 404),
+        _post("engine's settle route", "/disagg/v1/settle", {"handoff_ids": ["x-1"]}, 404),
         _post("engine's probe route", "/disagg/v1/probe", {"prompt_token_ids": [1]}, 404),
         bare("engine's stats route", "GET", "/disagg/v1/stats", 404),
         _post("trailing slash", CHAT + "/", _good_chat(model), 404),

@@ -15,7 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -31,6 +31,7 @@ from pools.engine import fake_wire
 from pools.engine.base import Aborted, ASGIApp, KVTransferParams, Message, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.fake import FakeEngine
 from pools.engine.fake_text import NUM_WORDS, WORD_BASE
+from pools.engine.fake_tiers import FakeSharedCache
 from pools.http import EngineServer
 from transport.errors import DisaggError
 
@@ -85,7 +86,7 @@ class WatchedEngine(FakeEngine):
         super().__init__(*args, **kwargs)
         self.seen: list[Seen] = []
         self.aborts: list[str] = []
-        self.releases: list[tuple[KVTransferParams, bool]] = []
+        self.settled: list[str] = []
         self.probes: list[list[int]] = []
         self.hook: Hook | None = None
 
@@ -101,10 +102,19 @@ class WatchedEngine(FakeEngine):
         self.aborts.append(request_id)
         return await super().abort(request_id)
 
-    async def release(self, kv_transfer_params: KVTransferParams) -> bool:
-        released = await super().release(kv_transfer_params)
-        self.releases.append((kv_transfer_params, released))
-        return released
+    async def settle(self, handoff_ids: Sequence[str]) -> None:
+        self.settled += handoff_ids
+        await super().settle(handoff_ids)
+
+    def happened(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind so far, but for warm-ups."""
+        events = self.events._events
+        return [e for e in events if e["kind"] == kind and not str(e.get("id")).startswith("warm-")]
+
+    @property
+    def outcomes(self) -> list[str]:
+        """How each hand-off ended."""
+        return [event["outcome"] for event in self.happened("ended")]
 
     async def probe(
         self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
@@ -148,16 +158,20 @@ class WatchedEngine(FakeEngine):
 class Replica:
     """One engine, its server and how the gateway knows it."""
 
-    def __init__(self, pool: Role, replica_id: str, fields: Mapping[str, Any]) -> None:
+    def __init__(
+        self, pool: Role, replica_id: str, fields: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`fields` are settings of the fake engine, `options` further arguments of its constructor."""
         self.pool = pool
         self.replica_id = replica_id
+        self._options = dict(options or {})
         self._config = FakeEngineConfig(type="fake", **fields)
         self._make()
 
     def _make(self) -> None:
         number = next(_numbers)
         self.incarnation = f"incarnation-{number}"
-        self.engine = WatchedEngine(f"engine-{number}", self.pool, self._config, model_id=MODEL)
+        self.engine = WatchedEngine(f"engine-{number}", self.pool, self._config, model_id=MODEL, **self._options)
         self.server = EngineServer(self.engine, role=self.pool, host="127.0.0.1", incarnation=self.incarnation)
 
     async def start(self) -> None:
@@ -188,6 +202,7 @@ class Replica:
         for listening in uv.servers:
             listening.close()
         self.cut()
+        self._stopping = asyncio.ensure_future(self.engine._side_channel.stop())
 
     @property
     def info(self) -> ReplicaInfo:
@@ -199,6 +214,7 @@ class Replica:
             incarnation=self.incarnation,
             block_size=self._config.block_size,
             vocab_size=WORD_BASE + NUM_WORDS,
+            bootstrap_url=self.engine.bootstrap_url,
         )
 
     @property
@@ -344,7 +360,7 @@ class Stack:
     scaler: StubScaler
     prefill: list[Replica]
     decode: list[Replica]
-    _retired: list[Replica] = field(default_factory=list)
+    _options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def replicas(self) -> list[Replica]:
@@ -364,7 +380,7 @@ class Stack:
         await until(lambda: all(r.is_idle for r in self.replicas))
 
     async def join(self, pool: Role, replica_id: str, **fields: Any) -> Replica:
-        replica = Replica(pool, replica_id, {**FAST, **fields})
+        replica = Replica(pool, replica_id, {**FAST, **fields}, self._options)
         await replica.start()
         (self.prefill if pool == "prefill" else self.decode).append(replica)
         self.announce()
@@ -425,6 +441,9 @@ async def running_stack(
     warm: bool = True,
     config: GatewayConfig | None = None,
     http: Any = None,
+    transport: Literal["nixl", "mooncake"] = "nixl",
+    lease_s: float = 30.0,
+    shared_cache: FakeSharedCache | None = None,
     **fields: Any,
 ) -> AsyncIterator[Stack]:
     """A gateway with its engines, up and warm.
@@ -432,6 +451,9 @@ async def running_stack(
     Args:
         spliced: whether uvicorn speaks through `SplicingProtocol`; `http` names another protocol class.
         warm: wait until every pair has moved KV.
+        transport: how the engines move KV.
+        lease_s: how long prefill engines hold it, and decode engines on Mooncake wait for it.
+        shared_cache: the tier that all engines share.
         fields: settings of every fake engine; by default they take no time.
     """
     renderer, scaler = StubRenderer(), StubScaler()
@@ -441,6 +463,7 @@ async def running_stack(
         renderer=renderer,
         scaler=scaler,
         max_model_len=MAX_MODEL_LEN,
+        transport=transport,
     )
     protocol = http or (SplicingProtocol if spliced else HttpToolsProtocol)
     server = _Server(
@@ -451,13 +474,15 @@ async def running_stack(
     sock = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[sock]))
     settings = {**FAST, **fields}
+    options = {"transport": transport, "kv_lease_duration_s": lease_s, "shared_cache": shared_cache}
     stack = Stack(
         url=f"http://127.0.0.1:{sock.getsockname()[1]}",
         gateway=gateway,
         renderer=renderer,
         scaler=scaler,
-        prefill=[Replica("prefill", f"p{i}", settings) for i in range(num_prefill)],
-        decode=[Replica("decode", f"d{i}", settings) for i in range(num_decode)],
+        prefill=[Replica("prefill", f"p{i}", settings, options) for i in range(num_prefill)],
+        decode=[Replica("decode", f"d{i}", settings, options) for i in range(num_decode)],
+        _options=options,
     )
     try:
         await asyncio.gather(*(replica.start() for replica in stack.replicas))

@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
-from disagg.check import CheckReport, check_file, parse_args, resolve, validate_app
+from disagg.check import CheckReport, check_file, parse_args, validate_app
 from disagg.config import AppConfig
 from disagg.machine import Machine
+from disagg.paths import resolve
 
 ROOT = Path(__file__).parents[3]
 KNOWN = ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size"]
 KNOWN += ["block_size", "num_gpu_blocks_override", "gpu_memory_utilization", "dtype", "chat_template"]
 KNOWN += ["enable_auto_tool_choice", "tool_call_parser", "worker_extension_cls"]
-MACHINE = Machine(num_cpus=8, memory_bytes=32 * 1024**3, port_trouble=lambda host, port: None)
+KNOWN += ["enable_prefix_caching", "speculative_config", "enable_expert_parallel", "reasoning_parser"]
+GIB = 1024**3
+MACHINE = Machine(num_cpus=8, memory_bytes=32 * GIB, port_trouble=lambda host, port: None, shm_bytes=16 * GIB)
 LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -60,10 +63,11 @@ def base(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def check(data: Any, tmp_path: Path, machine: Machine = MACHINE) -> CheckReport:
+def check(data: Any, tmp_path: Path, machine: Machine = MACHINE, **options: Any) -> CheckReport:
     file = tmp_path / "config.yaml"
     file.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
-    return check_file(file, base_dir=tmp_path, machine=machine, known_kwargs=KNOWN)
+    options = {"installed": lambda module: True, "environment": {}, **options}
+    return check_file(file, base_dir=tmp_path, machine=machine, known_kwargs=KNOWN, **options)
 
 
 def args(**values: Any) -> Callable[[dict[str, Any]], None]:
@@ -94,6 +98,14 @@ def pool(index: int, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 def env(**values: Any) -> Callable[[dict[str, Any]], None]:
     return top(controller_options={"runtime_env": {"env_vars": values}})
+
+
+def lmcache(*l2: dict[str, Any], sink: str = "unused", **server: Any) -> dict[str, Any]:
+    return {"sink": sink, "server": {"type": "managed", "l2": list(l2), **server}}
+
+
+def external(url: str, **server: Any) -> dict[str, Any]:
+    return {"server": {"type": "external", "url": url, **server}}
 
 
 A, D = "applications[0].args", "applications[0].deployments"
@@ -164,7 +176,7 @@ BAD: dict[str, Case] = {
     "zero threads": (args(cpu__omp_threads=0), f"{A}.cpu.omp_threads", "too small"),
     "duration as text": (args(gateway__connect_timeout_s="2s"), f"{A}.gateway.connect_timeout_s", "expected a number"),
     "zero duration": (args(decode__drain_timeout_s=0), f"{A}.decode.drain_timeout_s", "more than 0"),
-    "backends as text": (args(transport={"backends": "UCX"}), f"{A}.transport.backends", "a list"),
+    "backends as text": (args(transport={"type": "nixl", "backends": "UCX"}), f"{A}.transport.backends", "a list"),
     "short lease": (args(gateway__connect_timeout_s=40), A, "kv_lease_duration_s"),
     "cpu settings on cuda": (args(platform="cuda", cpu={"omp_threads": 2}), A, "no effect"),
     "worker extension on cpu": (args(decode__engine_kwargs={"worker_extension_cls": "a.B"}), A, "worker_extension_cls"),
@@ -222,6 +234,182 @@ BAD: dict[str, Case] = {
         "1024 tokens",
     ),
     "memory": (args(cpu={"kv_cache_gib": 20}), f"{A}.cpu.kv_cache_gib", "this machine has 32.0 GiB"),
+    "offload beyond memory": (args(offload={"cpu_gib": 14}), f"{A}.offload.cpu_gib", "2 engines x 14 GiB offload"),
+    "L1 beyond memory": (
+        args(offload={"cpu_gib": 10}, shared_cache=lmcache(l1_gib=6)),
+        f"{A}.shared_cache.server.l1_gib",
+        "lmcache server 6.6 GiB), this machine has 32.0 GiB",
+    ),
+    "Mooncake store beyond memory": (
+        args(
+            shared_cache=lmcache(
+                {
+                    "type": "mooncake_store",
+                    "master_server_address": "a:1",
+                    "metadata_server": "P2PHANDSHAKE",
+                    "segment_gib": 24,
+                }
+            )
+        ),
+        f"{A}.shared_cache.server.l1_gib",
+        "lmcache server 25.6 GiB",
+    ),
+    "L1 beyond /dev/shm": (
+        args(shared_cache=lmcache(l1_gib=16)),
+        f"{A}.shared_cache.server.l1_gib",
+        "needs 16.25 GiB of /dev/shm",
+    ),
+    "disk tier beyond /dev/shm": (
+        args(offload={"cpu_gib": 9, "disk": {"path": "kv"}}),
+        f"{A}.offload.cpu_gib",
+        "2 engines x 9 GiB offload), this machine's has 16.00 GiB",
+    ),
+    "offload below one block": (
+        args(offload={"cpu_gib": 0.0001}),
+        f"{A}.offload.cpu_gib",
+        "holds 52 tokens, not one piece of 128",
+    ),
+    "L1 below one chunk": (
+        args(shared_cache=lmcache(l1_gib=0.0001)),
+        f"{A}.shared_cache.server.l1_gib",
+        "not one piece of 256",
+    ),
+    "chunk of LMCache": (
+        args(shared_cache=lmcache(chunk_tokens=192)),
+        f"{A}.shared_cache.server.chunk_tokens",
+        "KV block of 128 tokens, vLLM's default on cpu; allowed: a multiple of 128",
+    ),
+    "chunk of LMCache against a given block": (
+        args(model__engine_kwargs={"block_size": 96, "max_model_len": 4096}, shared_cache=lmcache()),
+        f"{A}.shared_cache.server.chunk_tokens",
+        "256 is not a multiple of the engines' KV block of 96 tokens; allowed",
+    ),
+    "chunk of an external server": (
+        args(shared_cache=external("tcp://127.0.0.1:5555", chunk_tokens=100)),
+        f"{A}.shared_cache.server.chunk_tokens",
+        "100 is not a multiple",
+    ),
+    "pieces of offload": (
+        args(offload={"cpu_gib": 1, "block_tokens": 64}),
+        f"{A}.offload.block_tokens",
+        "64 is not a multiple",
+    ),
+    "threshold with disk": (
+        args(offload={"cpu_gib": 1, "store_threshold": 2, "disk": {"path": "kv"}}),
+        f"{A}.offload.store_threshold",
+        "2 does not go with disk",
+    ),
+    "tiers without prefix caching": (
+        args(
+            model__engine_kwargs={"enable_prefix_caching": False, "max_model_len": 4096},
+            offload={"cpu_gib": 1},
+            shared_cache=lmcache(),
+        ),
+        f"{A}.model.engine_kwargs.enable_prefix_caching",
+        "does not go with offload and shared_cache",
+    ),
+    "two tiers in one directory": (
+        args(offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv"})),
+        f"{A}.shared_cache.server.l2[0].path",
+        "offload.disk already",
+    ),
+    "disk below a file": (
+        args(offload={"cpu_gib": 1, "disk": {"path": "key/kv"}}),
+        f"{A}.offload.disk.path",
+        "key' is not a directory",
+    ),
+    "L2 below a file": (
+        args(shared_cache=lmcache({"type": "resp", "host": "h"}, {"type": "fs", "path": "./key/kv"})),
+        f"{A}.shared_cache.server.l2[1].path",
+        "key' is not a directory",
+    ),
+    "rdma without device": (
+        args(transport={"type": "mooncake", "protocol": "rdma"}),
+        f"{A}.transport.device_name",
+        "ibv_devices",
+    ),
+    "device without rdma": (
+        args(transport={"type": "mooncake", "device_name": "mlx5_0"}),
+        f"{A}.transport.device_name",
+        "no effect with protocol tcp",
+    ),
+    "rdma without device in the store": (
+        args(
+            shared_cache=lmcache(
+                {
+                    "type": "mooncake_store",
+                    "master_server_address": "a:1",
+                    "metadata_server": "P2PHANDSHAKE",
+                    "protocol": "rdma",
+                }
+            )
+        ),
+        f"{A}.shared_cache.server.l2[0].device_name",
+        "ibv_devices",
+    ),
+    "key of another transport": (
+        args(transport={"type": "mooncake", "backends": ["UCX"]}),
+        f"{A}.transport.backends",
+        "unknown key",
+    ),
+    "short lease of Mooncake": (
+        args(transport={"type": "mooncake", "kv_lease_duration_s": 3}),
+        f"{A}.transport.kv_lease_duration_s",
+        "6 or more",
+    ),
+    "lease of Mooncake below the connect time": (
+        args(transport={"type": "mooncake"}, gateway__connect_timeout_s=40),
+        A,
+        "kv_lease_duration_s",
+    ),
+    "external server without scheme": (
+        args(shared_cache=external("127.0.0.1:5555")),
+        f"{A}.shared_cache.server.url",
+        "tcp://host:port",
+    ),
+    "external server without port": (
+        args(shared_cache=external("tcp://127.0.0.1")),
+        f"{A}.shared_cache.server.url",
+        "tcp://host:port",
+    ),
+    "external server with a port that is none": (
+        args(shared_cache=external("tcp://127.0.0.1:70000")),
+        f"{A}.shared_cache.server.url",
+        "1 to 65535",
+    ),
+    "external server's HTTP address": (
+        args(shared_cache=external("tcp://127.0.0.1:5555", http_url="127.0.0.1:80")),
+        f"{A}.shared_cache.server.http_url",
+        "http://",
+    ),
+    "server type missing": (args(shared_cache={"server": {"l1_gib": 2}}), f"{A}.shared_cache.server.type", "missing"),
+    "same ports": (
+        args(shared_cache=lmcache(port=5555, http_port=5555)),
+        f"{A}.shared_cache.server.http_port",
+        "5555 is the port for the engines",
+    ),
+    "sink": (args(shared_cache=lmcache(sink="lazy")), f"{A}.shared_cache.sink", "'off', 'write_through'"),
+    "L2 type": (args(shared_cache=lmcache({"type": "redis"})), f"{A}.shared_cache.server.l2[0].type", "'resp'"),
+    "size of a tier": (args(offload={"cpu_gib": 0}), f"{A}.offload.cpu_gib", "more than 0"),
+    "two passwords": (
+        args(
+            shared_cache=lmcache(
+                {"type": "resp", "host": "h", "password_env": "A"}, {"type": "resp", "host": "i", "password_env": "B"}
+            )
+        ),
+        f"{A}.shared_cache.server.l2[1].password_env",
+        "one password",
+    ),
+    "vLLM's own offloading": (
+        args(model__engine_kwargs={"kv_offloading_size": 8}),
+        f"{A}.model.engine_kwargs.kv_offloading_size",
+        "set offload",
+    ),
+    "vLLM's own offloading to LMCache": (
+        args(model__engine_kwargs={"kv_offloading_backend": "lmcache"}),
+        f"{A}.model.engine_kwargs.kv_offloading_backend",
+        "set shared_cache",
+    ),
     "Ray CPUs": (args(cpu={"num_cpus": 5}), f"{A}.cpu.num_cpus", "reserve 10.1 Ray CPUs"),
 }
 
@@ -274,6 +462,39 @@ WARNED: dict[str, Case] = {
         f"{A}.prefill.engine_kwargs.pipeline_parallel_size",
         "untested",
     ),
+    "pipeline with Mooncake": (
+        args(decode__engine_kwargs={"pipeline_parallel_size": 2}, transport={"type": "mooncake"}),
+        f"{A}.decode.engine_kwargs.pipeline_parallel_size",
+        "Mooncake hand-off with an engine in pipeline stages is untested",
+    ),
+    "offload below one prompt": (
+        args(offload={"cpu_gib": 0.005}),
+        f"{A}.offload.cpu_gib",
+        "holds 2621 tokens, less than one prompt of max_model_len (4096); allowed: 0.01 or more",
+    ),
+    "L1 below one prompt": (
+        args(shared_cache=lmcache(l1_gib=0.005)),
+        f"{A}.shared_cache.server.l1_gib",
+        "less than one prompt",
+    ),
+    "other ranks in decode": (
+        args(decode__engine_kwargs={"tensor_parallel_size": 2}, shared_cache=lmcache()),
+        f"{A}.shared_cache",
+        "never find what prefill engines stored",
+    ),
+    "speculative decoding with a tier": (
+        args(
+            model__engine_kwargs={"speculative_config": {"method": "ngram"}, "max_model_len": 4096},
+            offload={"cpu_gib": 1},
+        ),
+        f"{A}.model.engine_kwargs.speculative_config",
+        "untested",
+    ),
+    "password not here": (
+        args(shared_cache=lmcache({"type": "resp", "host": "h", "password_env": "KV_PASSWORD"})),
+        f"{A}.shared_cache.server.l2[0].password_env",
+        "KV_PASSWORD is not set",
+    ),
 }
 
 
@@ -285,6 +506,172 @@ def test_warned(name: str, base: dict[str, Any], tmp_path: Path) -> None:
     report = check(base, tmp_path)
     assert any(p.path == path and words in str(p) and p.severity == "warning" for p in report.problems)
     assert report.ok
+
+
+TIERS = args(
+    transport={"type": "mooncake"},
+    offload={"cpu_gib": 1.5, "disk": {"path": "kv/disk"}},
+    shared_cache=lmcache(
+        {"type": "fs", "path": "./kv/l2"},
+        {"type": "resp", "host": "cache", "password_env": "KV_PASSWORD"},
+        l1_gib=2,
+        http_port=8080,
+    ),
+)
+
+
+def test_tiers_are_shown(base: dict[str, Any], tmp_path: Path) -> None:
+    """A sound config with every tier has no problems; the report has sizes, tokens and the server's command."""
+    TIERS(base)
+    pool(2, num_replicas=2)(base)
+    report = check(base, tmp_path, environment={"KV_PASSWORD": "secret"})
+    assert report.problems == ()
+    offload, shared = report.tiers
+    assert (offload.name, offload.gib_each, offload.gib_total) == ("offload", 1.5, 4.5)
+    assert offload.tokens_each == 1.5 * GIB // 2048
+    assert (shared.name, shared.gib_each, shared.tokens_each) == ("shared_cache", 2, 2 * GIB // 2048)
+    text = report.render()
+    assert f"disk: {tmp_path}/kv/disk" in text
+    assert f"L2 0: fs path={tmp_path}/kv/l2" in text
+    assert "--port <free port> --http-host" in text and "--http-port 8080" in text
+    assert '"lmcache.mp.port": "<free port>"' in text
+    assert "secret" not in text + json.dumps(report.as_dict())
+    assert [tier["name"] for tier in report.as_dict()["tiers"]] == ["offload", "shared_cache"]
+
+
+def test_an_external_server_is_shown(base: dict[str, Any], tmp_path: Path) -> None:
+    """Of a server that somebody else runs the report gives the address and no command."""
+    args(shared_cache=external("tcp://127.0.0.1:5555"))(base)
+    (tier,) = check(base, tmp_path).tiers
+    assert (tier.command, tier.gib_each) == ((), None)
+    assert "tcp://127.0.0.1:5555" in tier.summary
+
+
+def test_tiers_of_a_fake_engine_are_not_judged(base: dict[str, Any], tmp_path: Path) -> None:
+    """A fake engine keeps KV in name only: it needs no packages, memory or directories for it."""
+    args(engine={"type": "fake"}, offload={"cpu_gib": 900}, shared_cache=lmcache(l1_gib=900, chunk_tokens=100))(base)
+    assert check(base, tmp_path, installed=lambda module: False).ok
+
+
+@pytest.mark.parametrize(
+    ("missing", "change", "path", "words"),
+    [
+        ("nixl", args(), "transport.type", "the package nixl"),
+        ("mooncake", args(transport={"type": "mooncake"}), "transport.type", "mooncake-transfer-engine-non-cuda"),
+        ("lmcache", args(shared_cache=lmcache()), "shared_cache", "the package lmcache"),
+        ("lmcache", args(shared_cache=external("tcp://h:1")), "shared_cache", "the package lmcache"),
+        (
+            "boto3",
+            args(shared_cache=lmcache({"type": "s3", "endpoint": "s3://b.host", "region": "r"})),
+            "shared_cache.server.l2[0].type",
+            "needs boto3",
+        ),
+        (
+            "lmcache.lmcache_mooncake",
+            args(
+                shared_cache=lmcache(
+                    {"type": "mooncake_store", "master_server_address": "a:1", "metadata_server": "P2PHANDSHAKE"}
+                )
+            ),
+            "shared_cache.server.l2[0].type",
+            "build LMCache",
+        ),
+    ],
+)
+def test_missing_package(
+    missing: str,
+    change: Callable[[dict[str, Any]], None],
+    path: str,
+    words: str,
+    base: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """A package that a transport or a tier needs is asked for before anything starts, without importing it."""
+    change(base)
+    report = check(base, tmp_path, installed=lambda module: module != missing)
+    (problem,) = report.problems
+    assert (problem.path, problem.severity) == (f"{A}.{path}", "error")
+    assert words in problem.message
+    assert problem.action
+
+
+LAYOUTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "hybrid by layers": ({"layer_types": ["linear_attention", "full_attention"]}, "error", "Mamba or linear"),
+    "hybrid by keys": ({"mamba_d_state": 16, "attn_layer_period": 8}, "error", "Mamba or linear"),
+    "hybrid by pattern": ({"hybrid_override_pattern": "M-M*"}, "error", "Mamba or linear"),
+    "encoder-decoder": ({"is_encoder_decoder": True}, "error", "cross-attention"),
+    "sliding window": ({"layer_types": ["sliding_attention", "full_attention"]}, "warning", "sliding window"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_that_lmcache_cannot_store(name: str, base: dict[str, Any], tmp_path: Path) -> None:
+    """A model whose KV LMCache cannot cut into chunks is refused with the shared tier, and only with it."""
+    keys, severity, words = LAYOUTS[name]
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, **keys}))
+    assert check(base, tmp_path).problems == ()
+    args(shared_cache=lmcache())(base)
+    (problem,) = check(base, tmp_path).problems
+    assert (problem.path, problem.severity) == (f"{A}.shared_cache", severity)
+    assert words in problem.message
+
+
+def test_ports_of_the_server(base: dict[str, Any], tmp_path: Path) -> None:
+    """Ports that the config gives to an LMCache server have to be free on the machine it runs on."""
+    busy = Machine(8, 32 * GIB, lambda host, port: "Address already in use" if port == 5555 else None)
+    args(shared_cache=lmcache(port=5555, http_port=5556))(base)
+    (problem,) = check(base, tmp_path, busy).problems
+    assert (problem.path, problem.severity) == (f"{A}.shared_cache.server.port", "error")
+
+
+def test_directory_without_permission(base: dict[str, Any], tmp_path: Path) -> None:
+    """A directory that replicas may not write to is refused where they run, at its absolute path."""
+    asked: list[str] = []
+
+    def trouble(path: str) -> str:
+        asked.append(path)
+        return "no permission"
+
+    args(shared_cache=lmcache({"type": "fs", "path": "kv"}))(base)
+    machine = Machine(8, 32 * GIB, lambda host, port: None, directory_trouble=trouble)
+    (problem,) = check(base, tmp_path, machine).problems
+    assert (problem.path, problem.severity) == (f"{A}.shared_cache.server.l2[0].path", "error")
+    assert asked == [str(tmp_path / "kv")]
+
+
+def test_small_shared_memory(base: dict[str, Any], tmp_path: Path) -> None:
+    """Engines want room in /dev/shm without any tier: a container's default of 64 MiB is too little."""
+    (problem,) = check(base, tmp_path, Machine(8, 32 * GIB, lambda host, port: None, shm_bytes=64 * 2**20)).problems
+    assert (problem.path, problem.severity) == (f"{A}.platform", "error")
+    assert "--shm-size" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "cpu_gib", "shm_gib", "field"),
+    [
+        (0, 1000, 1, None),  # a laptop that checks a config for others
+        (8, 100, 500, None),
+        (8, 100, 390, "offload.cpu_gib"),
+        (4, 100, 390, None),  # two of the four engines run on another node
+        (8, 140, 900, "shared_cache.server.l1_gib"),
+        (8, 200, 900, "offload.cpu_gib"),
+    ],
+)
+def test_tiers_on_a_gpu_node(
+    num_gpus: int, cpu_gib: int, shm_gib: int, field: str | None, base: dict[str, Any], tmp_path: Path
+) -> None:
+    """A config for GPUs is compared with a machine only if it has some, for the engines that fit on it."""
+    args(
+        platform="cuda",
+        offload={"cpu_gib": cpu_gib},
+        shared_cache=lmcache(l1_gib=100),
+        model__engine_kwargs={"tensor_parallel_size": 2, "max_model_len": 4096},
+    )(base)
+    pool(1, num_replicas=2)(base)
+    pool(2, num_replicas=2)(base)
+    machine = Machine(128, 600 * GIB, lambda host, port: None, shm_bytes=shm_gib * GIB, num_gpus=num_gpus)
+    paths = [problem.path for problem in check(base, tmp_path, machine).problems]
+    assert paths == ([f"{A}.{field}"] if field else [])
 
 
 def test_all_problems_are_listed(base: dict[str, Any], tmp_path: Path) -> None:
@@ -319,7 +706,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_port_in_use(base: dict[str, Any], tmp_path: Path) -> None:
     """A port that is taken is reported before anything starts."""
-    busy = Machine(8, 32 * 1024**3, lambda host, port: "Address already in use" if port == 8000 else None)
+    busy = Machine(8, 32 * GIB, lambda host, port: "Address already in use" if port == 8000 else None)
     (problem,) = check(base, tmp_path, busy).problems
     assert (problem.path, problem.severity) == ("http_options.port", "error")
     assert "127.0.0.1:8000: Address already in use" in problem.message
@@ -381,7 +768,12 @@ def test_resolve(tmp_path: Path) -> None:
 def test_shipped_configs(file: Path, tmp_path: Path) -> None:
     """Every shipped config is sound on a machine with the cores it asks for, and says hardware and command first."""
     report = check_file(
-        file, base_dir=tmp_path, machine=MACHINE, require_model=False, known_kwargs=[*KNOWN, "enforce_eager"]
+        file,
+        base_dir=tmp_path,
+        machine=MACHINE,
+        require_model=False,
+        known_kwargs=[*KNOWN, "enforce_eager"],
+        installed=lambda module: True,
     )
     assert report.ok, report.render()
     assert report.deployments

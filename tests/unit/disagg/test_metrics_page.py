@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import get_args
 import pytest
 
 from disagg import docs
-from disagg.gateway.legs import Endpoint, Mode
+from disagg.gateway.engine_metrics import ENGINE_METRICS
+from disagg.gateway.ledger import TOTALS
+from disagg.gateway.legs import Endpoint, Mode, Store
 from disagg.gateway.membership import POOLS
-from disagg.gateway.metrics import Metrics
+from disagg.gateway.metrics import AMOUNTS, TIERS, Metrics
 from disagg.metrics_page import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo, metrics
+from pools.engine.base import EngineStats
 
 ROOT = Path(__file__).parents[3]
 GATEWAY = ROOT / "disagg" / "gateway"
@@ -59,8 +63,22 @@ def test_label_values_are_those_of_the_code() -> None:
     used["disagg_requests", "mode"] |= set(get_args(Mode))
     used["disagg_replicas", "pool"] |= set(POOLS)
     used["disagg_local_prefills", "reason"] |= reasons_in_code()
+    used["disagg_handoffs", "outcome"] |= set(TOTALS)
+    used["disagg_handoff_tokens", "outcome"] |= set(AMOUNTS)
+    used["disagg_handoff_bytes", "outcome"] |= set(AMOUNTS)
+    used["disagg_stores", "store"] |= set(get_args(Store))
+    used["disagg_tier_degraded", "tier"] |= set(TIERS)
+    for metric in ENGINE_METRICS:
+        used[metric.family, "pool"] |= set(POOLS)
     documented = {(family, label): set(v) for family, of in LABEL_VALUES.items() for label, v in of.items() if v}
     assert {key: words for key, words in used.items() if words} == documented
+
+
+def test_engine_metrics_are_statistics_of_engines() -> None:
+    """Each is a field that engines tell, and a counter exactly when that one says so."""
+    for metric in ENGINE_METRICS:
+        assert metric.key in {field.name for field in dataclasses.fields(EngineStats)}
+        assert (metric.type == "counter") == metric.key.endswith("_total")
 
 
 def test_check_says_which_page_is_stale(
@@ -76,17 +94,20 @@ def test_check_says_which_page_is_stale(
 
 
 def reasons_in_code() -> set[str]:
-    """Words of local routes in `legs`, and those that `handoff` passes to `_local` or returns from `_prefill`."""
+    """Words of local routes in `legs`, of `PrefillFailed`, and those that `handoff` passes to `_local` or returns."""
     found: set[str] = set()
     for call in calls(parsed("legs.py"), "Route"):
         mode, *reason = call.args
         if words(mode) == {"local"}:
             found |= words(*reason)
+    for path in GATEWAY.glob("transfer*.py"):
+        for call in calls(parsed(path.name), "PrefillFailed"):
+            found |= words(*call.args[:1])
     tree = parsed("handoff.py")
     for call in calls(tree, "_local"):
         found |= words(*call.args[1:2])
     for function in ast.walk(tree):
-        if isinstance(function, ast.AsyncFunctionDef) and function.name == "_prefill":
+        if isinstance(function, ast.AsyncFunctionDef) and function.name == "_tried":
             for statement in ast.walk(function):
                 if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Constant | ast.IfExp):
                     found |= words(statement.value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,64 @@ def test_scale_timeout(answer: dict[str, Any], capsys: pytest.CaptureFixture[str
     assert "0 of 1 are routable, 1 warming" in error
 
 
+HANDOFFS: dict[str, Any] = {
+    "totals": {
+        "produced": {"count": 3, "tokens": 300, "bytes": 3 * 2**20},
+        "consumed": {"count": 1, "tokens": 100, "bytes": 2**20},
+        "rescued": {"count": 1, "tokens": 100, "bytes": 2**20},
+        "stored": {"count": 1, "tokens": 96, "bytes": 2**19},
+        "reused": {"count": 0, "tokens": 0, "bytes": 0},
+    },
+    "num_open": 1,
+    "balanced": True,
+    "records": [
+        {
+            "handoff_id": "gw-2",
+            "request_id": "request-2",
+            "prefill": {"replica_id": "p0"},
+            "decode": {"replica_id": "d0"},
+            "outcome": "rescued",
+            "reason": "client_left",
+            "tokens": 100,
+            "bytes": 2**20,
+            "lease_left_s": 12.34,
+            "reused_at": 5.0,
+            "reused_tokens": 96,
+        },
+        {"handoff_id": "gw-1", "outcome": "open"},
+    ],
+}
+
+
+def test_handoffs_table(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """A row a record, then the balance; what is unknown is a dash. Filters reach the server."""
+    answer["json"] = HANDOFFS
+    assert main(["handoffs", "--outcome", "rescued", "--replica", "p0", "--request-id", "r", "--since-s", "60"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "PRODUCED  HANDOFF  REQUEST    PREFILL  DECODE  OUTCOME  TOKENS  MIB  LEASE  REUSED  REASON",
+        "-         gw-2     request-2  p0       d0      rescued     100  1.0  12.3s      96  client_left",
+        "-         gw-1     -          -        -       open          0  0.0      -       -  -",
+        "produced 3 = consumed 1 + released 0 + rescued 1 + expired 0 + failed 0 + open 1",
+        "produced: 3 hand-offs, 300 tokens, 3.0 MiB",
+        "stored: 1 hand-offs, 96 tokens, 0.5 MiB",
+        "reused: 0 hand-offs, 0 tokens, 0.0 MiB",
+    ]
+    params = dict(answer["seen"].url.params)
+    assert time.time() - float(params.pop("since")) == pytest.approx(60, abs=10)
+    assert params == {"outcome": "rescued", "replica": "p0", "request_id": "r", "limit": "20"}
+
+
+def test_handoffs_json(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The JSON has the form of the admin API; books that do not balance are exit code 1."""
+    answer["json"] = HANDOFFS
+    assert main(["handoffs", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["records"][0]["request_id"] == "request-2" and printed["totals"]["stored"]["tokens"] == 96
+    answer["json"] = HANDOFFS | {"balanced": False, "records": []}
+    assert main(["handoffs"]) == 1
+    assert capsys.readouterr().out.startswith("produced 3 != consumed 1 + ")
+
+
 def test_refusal_is_one_line(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     """Errors go to stderr, without traceback."""
     answer |= {"status": 409, "json": {"error": {"message": "cannot scale"}}}
@@ -125,7 +184,7 @@ def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert "usage: disagg" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "scale", "check", "tiny-model"])
+@pytest.mark.parametrize("command", ["serve", "status", "scale", "handoffs", "check", "tiny-model"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command explains itself."""
     with pytest.raises(SystemExit) as caught:

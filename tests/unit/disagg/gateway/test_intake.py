@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,14 @@ from disagg.errors import (
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
-from disagg.gateway.intake import check_fields, forwarded_headers, parse_json, read_body, request_id_of
+from disagg.gateway.intake import (
+    check_fields,
+    forwarded_headers,
+    parse_json,
+    read_body,
+    request_id_of,
+    take_store,
+)
 from disagg.gateway.legs import FORBIDDEN_FIELDS
 
 
@@ -135,3 +143,17 @@ def test_forwarded_headers() -> None:
     trace = {"traceparent": "00-a-b-01", "tracestate": "x=y"}
     assert forwarded_headers(request({**trace, "authorization": "x", "x-data-parallel-rank": "1"})) == trace
     assert forwarded_headers(request({"traceparent": "x" * 513, "tracestate": "é"})) == {}
+
+
+def test_store_is_taken_out() -> None:
+    """What the client says about storing leaves the body and its bytes; without it the bytes stay the same object."""
+    raw = b'{ "model": "m", "n": 1 }'
+    assert take_store({"model": "m", "n": 1}, raw) == (None, raw)
+    assert take_store({"model": "m"}, raw)[1] is raw
+    body: dict[str, Any] = {"model": "m", "disagg_store": "never", "prompt": "é"}
+    store, left = take_store(body, b"...")
+    assert (store, json.loads(left), body) == ("never", {"model": "m", "prompt": "é"}, {"model": "m", "prompt": "é"})
+    for value in (None, "Always", "", 1, True, ["never"], {}):
+        with pytest.raises(InvalidRequestError) as caught:
+            take_store({"disagg_store": value}, b"")
+        assert caught.value.param == "disagg_store"

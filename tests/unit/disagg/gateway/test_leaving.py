@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that leave: both legs stop, nothing stays held, and unused KV is given back exactly once."""
+"""Clients that leave: both legs stop, nothing stays held, and unread KV is given back once, on both transports."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt list": ("/v1/completions", {"prompt": ["long " * 40, "longer " * 40, "longest " * 40]}),
 }
 KINDS = pytest.mark.parametrize("kind", BODIES)
+SINGLE = pytest.mark.parametrize("kind", ["completion", "streamed completion", "streamed chat"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["nixl", "mooncake"])
 
 
 async def leave_when(stack: Stack, kind: str, is_time: Any, **fields: Any) -> None:
@@ -36,20 +38,24 @@ async def leave_when(stack: Stack, kind: str, is_time: Any, **fields: Any) -> No
 
 
 async def check_settled(stack: Stack) -> None:
-    """Nothing runs, nothing is held, the gateway counts nothing, and no hand-off was released twice."""
-    await until(lambda: len(stack.gateway.background._tasks) == len(stack.gateway._loops))
+    """Nothing runs, nothing is held, the gateway counts nothing, and every hand-off has ended once."""
+    background = stack.gateway.background
+    await until(lambda: background._tasks == background._loops)
     await stack.settled()
     for member in stack.gateway.membership.members("prefill") + stack.gateway.membership.members("decode"):
         assert member.num_in_flight == 0
-    released = [p["remote_request_id"] for r in stack.decode for p, _ in r.engine.releases]
-    assert len(released) == len(set(released))
-    produced = stack.metric("disagg_handoffs_total", outcome="produced")
-    ends = [stack.metric("disagg_handoffs_total", outcome=outcome) for outcome in ("accepted", "released", "lost")]
-    assert sum(ends) == produced
+    for replica in stack.prefill:
+        produced, ended = ([event["id"] for event in replica.engine.happened(kind)] for kind in ("produced", "ended"))
+        assert sorted(produced) == sorted(ended) and len(set(ended)) == len(ended)
+        assert len(set(replica.engine.settled)) == len(replica.engine.settled)
+    ledger = stack.gateway.ledger
+    await until(lambda: ledger.totals["produced"].count == sum(len(r.engine.outcomes) for r in stack.prefill))
+    await until(lambda: ledger.num_open == 0)
+    assert ledger.balanced
 
 
-def num_released(stack: Stack) -> int:
-    return sum(released for r in stack.decode for _, released in r.engine.releases)
+def outcomes(stack: Stack) -> list[str]:
+    return [outcome for replica in stack.prefill for outcome in replica.engine.outcomes]
 
 
 @KINDS
@@ -67,20 +73,23 @@ async def test_before_the_legs(kind: str) -> None:
 
 
 @KINDS
-async def test_during_prefill(kind: str) -> None:
-    """The prefill engine is told to stop, and decode never hears of the request."""
-    async with running_stack(prefill_ms_per_1k_tokens=20_000, warm=False) as stack:
-        await stack.warmed()
-        await leave_when(stack, kind, lambda: stack.prefill[0].engine.seen)
+@TRANSPORTS
+async def test_during_prefill(kind: str, transport: Any) -> None:
+    """The prefill engine is told to stop; decode never hears of the request, or stops as well."""
+    async with running_stack(prefill_ms_per_1k_tokens=20_000, transport=transport) as stack:
+        engine = stack.prefill[0].engine
+        await leave_when(stack, kind, lambda: engine.seen and engine.stats().num_requests_running)
         await check_settled(stack)
-        assert stack.prefill[0].engine.aborts
-        assert not stack.decode[0].engine.seen
+        assert engine.aborts
+        assert not outcomes(stack)
+        assert transport == "mooncake" or not stack.decode[0].engine.seen
         assert stack.metric("disagg_client_disconnects_total", phase="prefill") >= 1
 
 
-async def test_prefill_finishes_as_the_client_leaves() -> None:
-    """KV that was produced for a client who has left is released once."""
-    async with running_stack() as stack:
+@TRANSPORTS
+async def test_prefill_finishes_as_the_client_leaves(transport: Any) -> None:
+    """KV that is produced for a client who has left is given back when it is there."""
+    async with running_stack(transport=transport) as stack:
         engine = stack.prefill[0].engine
         go_on = asyncio.Event()
 
@@ -89,16 +98,26 @@ async def test_prefill_finishes_as_the_client_leaves() -> None:
             return False
 
         engine.hook = slow
-        await leave_when(stack, "completion", lambda: engine.seen)
+        await leave_when(stack, "completion", lambda: engine.seen and running(stack))
+        await until(lambda: engine.settled)
         go_on.set()
+        await until(lambda: outcomes(stack) == ["released"])
         await check_settled(stack)
-        assert num_released(stack) == 1
+        if transport == "mooncake":
+            assert [event["id"] for event in stack.decode[0].engine.happened("unread")] == engine.settled
 
 
-@pytest.mark.parametrize("kind", ["completion", "streamed completion", "streamed chat"])
-async def test_between_the_legs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the connection for the decode leg is being made: the KV is released once."""
-    async with running_stack() as stack:
+def running(stack: Stack) -> bool:
+    """Whether the decode engine has the request, where it gets it at once."""
+    is_push = stack.prefill[0].engine.bootstrap_url is not None
+    return not is_push or stack.decode[0].engine.stats().num_requests_running > 0
+
+
+@SINGLE
+@TRANSPORTS
+async def test_between_the_legs(kind: str, transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the connection for the decode leg is being made: the KV is given back."""
+    async with running_stack(transport=transport) as stack:
         connect = wire.Upstream._connect
         decode_url, blocked = stack.decode[0].server.url, asyncio.Event()
 
@@ -111,16 +130,19 @@ async def test_between_the_legs(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
         stack.gateway.upstreams.get(decode_url).close()
         stack.gateway.upstreams.get(decode_url)._closed = False
         monkeypatch.setattr(wire.Upstream, "_connect", held)
-        await leave_when(stack, kind, blocked.is_set)
+        await leave_when(stack, kind, lambda: blocked.is_set() and stack.prefill[0].engine.happened("produced"))
         await check_settled(stack)
-        assert num_released(stack) == 1
-        assert stack.metric("disagg_client_disconnects_total", phase="decode") == 1
+        assert outcomes(stack) == ["released"]
+        assert len(stack.prefill[0].engine.settled) == 1
+        record = stack.gateway.ledger.find(stack.prefill[0].engine.settled[0])
+        assert record is not None and record.reason == "client_left"
 
 
-@pytest.mark.parametrize("kind", ["completion", "streamed completion", "streamed chat"])
-async def test_decode_has_not_begun(kind: str) -> None:
-    """The decode engine has the request but has not admitted it: the KV is released once."""
-    async with running_stack() as stack:
+@SINGLE
+@TRANSPORTS
+async def test_decode_has_not_begun(kind: str, transport: Any) -> None:
+    """The decode server has the request and never gives it to its engine: nobody can tell, so the lease ends it."""
+    async with running_stack(transport=transport, lease_s=0.3) as stack:
         engine = stack.decode[0].engine
 
         async def hang(scope: Scope, receive: Receive, send: Send) -> bool:
@@ -129,15 +151,31 @@ async def test_decode_has_not_begun(kind: str) -> None:
             return True
 
         engine.hook = hang
-        await leave_when(stack, kind, lambda: engine.seen)
+        await leave_when(stack, kind, lambda: engine.seen and stack.prefill[0].engine.happened("produced"))
         await check_settled(stack)
-        assert num_released(stack) == 1
+        assert outcomes(stack) == ["expired"]
+        assert not stack.prefill[0].engine.settled
+
+
+@SINGLE
+@TRANSPORTS
+async def test_decode_waits_for_room(kind: str, transport: Any) -> None:
+    """Decode has admitted the hand-off and not read it: it says so, and the KV is given back."""
+    async with running_stack(transport=transport, max_num_seqs=1, itl_ms=5) as stack:
+        async with stack.streaming(max_tokens=1000) as other:
+            assert (await other.head())[0] == 200
+            await leave_when(stack, kind, lambda: stack.decode[0].engine.stats().num_requests_waiting)
+            await until(lambda: outcomes(stack) == ["consumed", "released"])
+            assert len(stack.decode[0].engine.happened("unread")) == 1
+            other.leave()
+        await check_settled(stack)
 
 
 @KINDS
-async def test_during_decode(kind: str) -> None:
-    """Decode has admitted the hand-off and shown nothing: it stops, and there is nothing left to release."""
-    async with running_stack() as stack:
+@TRANSPORTS
+async def test_during_decode(kind: str, transport: Any) -> None:
+    """Decode has read the hand-off and shown nothing: it stops, and there is nothing left to give back."""
+    async with running_stack(transport=transport) as stack:
         engine = stack.decode[0].engine
 
         async def mute(scope: Scope, receive: Receive, send: Send) -> bool:
@@ -151,8 +189,9 @@ async def test_during_decode(kind: str) -> None:
             return True
 
         engine.hook = mute
-        await leave_when(stack, kind, lambda: engine.stats().num_requests_running and engine.seen)
+        await leave_when(stack, kind, lambda: engine.stats().num_requests_running and engine.seen and outcomes(stack))
         await check_settled(stack)
+        assert set(outcomes(stack)) == {"consumed"}
 
 
 @pytest.fixture(params=[True, False], ids=["splice", "asgi"])
@@ -190,9 +229,11 @@ async def test_leaving_while_the_body_is_sent() -> None:
         await check_settled(stack)
 
 
-async def test_many_leave_at_once() -> None:
+@TRANSPORTS
+async def test_many_leave_at_once(transport: Any) -> None:
     """Forty clients over 2 x 2 that leave at any moment leave nothing behind."""
-    async with running_stack(num_prefill=2, num_decode=2, itl_ms=1, prefill_ms_per_1k_tokens=50) as stack:
+    timing = {"itl_ms": 1, "prefill_ms_per_1k_tokens": 50}
+    async with running_stack(num_prefill=2, num_decode=2, transport=transport, lease_s=2, **timing) as stack:
 
         async def one(i: int) -> None:
             path, body = list(BODIES.values())[i % len(BODIES)]

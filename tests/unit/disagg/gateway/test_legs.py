@@ -14,7 +14,9 @@ from disagg.gateway.legs import (
     Endpoint,
     Route,
     decode_body,
+    offer_params,
     prefill_body,
+    prefill_reply,
     probe_body,
     route_for,
     transfer_params,
@@ -69,7 +71,7 @@ def test_short_prompts_stay_on_decode() -> None:
 
 def test_prefill_leg_holds_only_what_it_needs() -> None:
     """The prefill leg is the prompt, one token and the offer; of the request only the cache salt gets in."""
-    assert json.loads(prefill_body("m", [5, 6], cache_salt=None)) == {
+    assert json.loads(prefill_body("m", [5, 6], REMOTE_DECODE, cache_salt=None)) == {
         "model": "m",
         "prompt": [5, 6],
         "max_tokens": 1,
@@ -77,7 +79,35 @@ def test_prefill_leg_holds_only_what_it_needs() -> None:
         "ignore_eos": True,
         "kv_transfer_params": REMOTE_DECODE,
     }
-    assert json.loads(prefill_body("m", (5, 6), cache_salt="tenant"))["cache_salt"] == "tenant"
+    assert json.loads(prefill_body("m", (5, 6), {}, cache_salt="tenant"))["cache_salt"] == "tenant"
+
+
+def test_offer_names_the_handoff_and_what_the_client_said() -> None:
+    """Every offer carries its id; only a client that said something changes what is stored."""
+    assert offer_params("g-1", None) == {**REMOTE_DECODE, "disagg.handoff_id": "g-1"}
+    assert offer_params("g-1", "always") == {**offer_params("g-1", None), "disagg.store": "always"}
+    never = {"disagg.store": "never", "lmcache.max_offload_tokens": 0}
+    assert offer_params("g-1", "never") == {**offer_params("g-1", None), **never}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "offers", "complete"),
+    [
+        (200, {"choices": [{"finish_reason": "length"}], "kv_transfer_params": PARAMS}, True, True),
+        (200, {"choices": [{"finish_reason": "length"}], "kv_transfer_params": None}, False, True),
+        (200, {"choices": [{"finish_reason": "abort"}]}, False, False),
+        (200, {"choices": [{"finish_reason": "stop"}]}, False, False),
+        (200, {"choices": []}, False, False),
+        (200, {"choices": "x"}, False, False),
+        (200, {"finish_reason": "length", "kv_transfer_params": PARAMS}, True, True),
+        (500, {"choices": [{"finish_reason": "length"}], "kv_transfer_params": PARAMS}, False, False),
+        (200, [], False, False),
+    ],
+)
+def test_prefill_reply(status: int, body: Any, offers: bool, complete: bool) -> None:
+    """A leg or a probe hands something over only when it answered and ended with its one token."""
+    reply = prefill_reply(status, json.dumps(body).encode())
+    assert (reply.status, reply.params, reply.complete) == (status, PARAMS if offers else None, complete)
 
 
 def test_chat_decode_leg_keeps_the_request() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -140,3 +141,12 @@ def test_changes_are_told(members: Membership) -> None:
     members.mark_reachable(member)
     members.mark_reachable(member)
     assert len(changes) == 2
+
+
+def test_bootstrap_servers_are_addresses_too() -> None:
+    """Connections to Mooncake's bootstrap servers are kept as long as their replica is known."""
+    membership = Membership()
+    membership.replace(PREFILL, [replace(info("p0"), bootstrap_url="http://p0:8998")])
+    assert membership.urls() == {"http://p0:1", "http://p0:8998"}
+    membership.replace(PREFILL, [])
+    assert membership.urls() == set()

@@ -21,6 +21,27 @@ from disagg.sdk import wire
 from disagg.sdk.client import AsyncClient, Client
 from disagg.sdk.types import Pool
 
+HANDOFFS: dict[str, Any] = {
+    "totals": {"produced": {"count": 2, "tokens": 200, "bytes": 2000}, "rescued": {"count": 1, "new": 1}},
+    "num_open": 1,
+    "balanced": True,
+    "records": [
+        {
+            "handoff_id": "gw-2",
+            "request_id": "r2",
+            "prefill": {"replica_id": "p0", "incarnation": "i"},
+            "decode": None,
+            "outcome": "rescued",
+            "reason": "client_left",
+            "tokens": 100,
+            "bytes": 1000,
+            "lease_left_s": 12.5,
+            "new": 1,
+        },
+        {"handoff_id": "gw-1", "outcome": "open"},
+    ],
+}
+
 
 class StubServer:
     """An admin API whose decode pool gets one replica nearer to its target at every look."""
@@ -49,6 +70,8 @@ class StubServer:
                 return httpx.Response(404, json={"error": {"message": f"no pool {name!r}"}})
             self.targets[name] = json.loads(request.content)["num_replicas"]
             return httpx.Response(202, json={"name": name, "target_num_replicas": self.targets[name]})
+        if request.url.path == "/admin/v1/handoffs":
+            return httpx.Response(200, json=HANDOFFS)
         answer = {"pools": [self._pool(name) for name in self.sizes], "new_in_a_later_version": True}
         for name, size in self.sizes.items():
             if self.steps:
@@ -114,6 +137,36 @@ async def test_async_twin(server: StubServer) -> None:
         server.failures = [httpx.ConnectError("refused")]
         with pytest.raises(APIConnectionError):
             await client.pools()
+
+
+def test_handoffs(server: StubServer) -> None:
+    """Books and records are typed and tolerant; only filters that are given are sent."""
+    with _client(server) as client:
+        found = client.handoffs()
+        assert str(server.requests[-1].url) == "http://stub:1/admin/v1/handoffs"
+        client.handoffs(outcome="rescued", replica="p 0&", request_id="r", since=0, limit=0)
+    assert dict(server.requests[-1].url.params) == {
+        "outcome": "rescued",
+        "replica": "p 0&",
+        "request_id": "r",
+        "since": "0",
+        "limit": "0",
+    }
+    assert (found.totals["produced"].count, found.totals["rescued"].tokens, found.num_open) == (2, 0, 1)
+    newest, oldest = found.records
+    assert (newest.prefill.replica_id, newest.decode, newest.lease_left_s) == ("p0", None, 12.5)
+    assert (oldest.request_id, oldest.reused_at, oldest.outcome) == (None, None, "open")
+
+
+async def test_handoffs_async(server: StubServer) -> None:
+    """The asyncio client asks and reads the same."""
+    async with AsyncClient("http://stub:1", "secret", transport=httpx.MockTransport(server)) as client:
+        found = await client.handoffs(outcome="open", limit=5)
+        assert found.balanced and len(found.records) == 2
+        assert dict(server.requests[-1].url.params) == {"outcome": "open", "limit": "5"}
+        server.failures = [httpx.Response(400, json={"error": {"message": "outcome must be one of"}})]
+        with pytest.raises(APIStatusError, match="outcome must be one of"):
+            await client.handoffs(outcome="eaten")
 
 
 def test_twins_offer_the_same() -> None:

@@ -153,14 +153,15 @@ def test_unreachable_parameters_are_recomputed_and_counted() -> None:
     assert target.stats().nixl_num_failed_transfers_total == 1
 
 
-def test_a_released_handoff_is_refused() -> None:
-    """Release counts once, and what was released is refused by requests and probes."""
+def test_parameters_are_used_once() -> None:
+    """What was admitted before is refused, by requests and probes."""
     target = engine()
     params = {"do_remote_prefill": True, "remote_engine_id": "x", "remote_request_id": "y"}
-    assert [asyncio.run(target.release(params)) for _ in range(2)] == [True, False]
+    assert complete(target, kv_transfer_params=params)[0] == 200
     assert complete(target, kv_transfer_params=params)[0] == 409
     with pytest.raises(HandoffRefusedError):
         asyncio.run(target.probe(PROMPT, params))
+    assert target.stats().num_handoffs_admitted_total == 1
 
 
 def test_a_repeated_prompt_is_cached_by_block() -> None:

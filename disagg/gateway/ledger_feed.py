@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads every replica's events into the ledger, and its statistics into the metrics.
+
+One task a replica, with a connection of its own: a long poll of `/disagg/v1/events`, and `/disagg/v1/stats` every few
+seconds. Nothing ends such a task but the replica's end. A replica that Serve has taken out of its list is read on until
+it stops answering, because it still gives out KV while it drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from disagg.gateway.background import Background
+from disagg.gateway.ledger import Ledger
+from disagg.gateway.membership import POOLS, Membership
+from disagg.gateway.metrics import Metrics
+from disagg.gateway.wire import Upstream
+from disagg.router.views import ReplicaInfo
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+OnUnread = Callable[[str], None]
+"""Called with the id of a hand-off of this gateway that its decode engine will not read. Must not block."""
+
+_WAIT_S = 20.0
+_STATS_S = 5.0
+_STATS_TIMEOUT_S = 5.0
+_POLL_TIMEOUT_S = 10.0
+"""Beyond the time that the engine was asked to wait."""
+_PACE_S = 0.05
+"""Least time between two polls that brought something: events of a busy engine come in batches."""
+_FIRST_RETRY_S = 0.1
+_MAX_RETRY_S = 5.0
+
+
+class _Batch(msgspec.Struct):
+    """Answer of `/disagg/v1/events`."""
+
+    incarnation: str
+    next: int
+    lost: int
+    events: list[dict[str, Any]]
+
+
+@dataclass
+class _Followed:
+    info: ReplicaInfo
+    task: asyncio.Task[None] | None = None
+    leaving: bool = False
+    """Serve has taken it out of its list."""
+    after: int = 0
+    """Number of the last event read."""
+    stats_at: float = 0.0
+    """When its statistics are due, on the loop's clock."""
+
+
+class LedgerFeed:
+    """Follows the members of both pools. Belongs to the gateway's loop."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        membership: Membership,
+        metrics: Metrics,
+        background: Background,
+        on_unread: OnUnread,
+        *,
+        connect_timeout_s: float,
+        wait_s: float = _WAIT_S,
+        stats_s: float = _STATS_S,
+    ) -> None:
+        """`wait_s`: longest that one poll waits for events. `stats_s`: seconds between two looks at statistics."""
+        self._ledger = ledger
+        self._membership = membership
+        self._metrics = metrics
+        self._background = background
+        self._on_unread = on_unread
+        self._connect_timeout_s = connect_timeout_s
+        self._wait_s = wait_s
+        self._stats_s = stats_s
+        self._followed: dict[str, _Followed] = {}
+
+    def members_changed(self) -> None:
+        """Begin with every replica that is not followed. Returns at once."""
+        members = {m.info.incarnation: m.info for pool in POOLS for m in self._membership.members(pool)}
+        for incarnation, info in members.items():
+            if incarnation not in self._followed:
+                followed = self._followed[incarnation] = _Followed(info)
+                followed.task = self._background.forever(self._follow(followed))
+        for incarnation, followed in self._followed.items():
+            followed.leaving = incarnation not in members
+        self._metrics.engines.retain({info.replica_id for info in members.values()})
+
+    async def sweep(self) -> None:
+        """Forever: let the ledger write off what lost events have left open."""
+        while True:
+            await asyncio.sleep(self._stats_s)
+            self._ledger.sweep()
+
+    async def _follow(self, followed: _Followed) -> None:
+        upstream = Upstream(followed.info.url, connect_timeout_s=self._connect_timeout_s)
+        delay = _FIRST_RETRY_S
+        try:
+            while True:
+                try:
+                    found = await self._poll(upstream, followed)
+                    delay = _FIRST_RETRY_S
+                    if found:
+                        await asyncio.sleep(_PACE_S)
+                    continue
+                except (ReplicaLostError, msgspec.DecodeError, _UnusableAnswerError) as exc:
+                    problem: Exception = exc
+                    logger.debug("no events from %s: %s", followed.info.replica_id, exc)
+                except Exception as exc:
+                    problem = exc
+                    logger.exception("events of %s could not be taken over", followed.info.replica_id)
+                if followed.leaving and isinstance(problem, ReplicaLostError | _UnusableAnswerError):
+                    return
+                self._metrics.ledger_feed_errors.inc()
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _MAX_RETRY_S)
+        finally:
+            upstream.close()
+            self._followed.pop(followed.info.incarnation, None)
+            self._ledger.replica_gone(followed.info.incarnation)
+
+    async def _poll(self, upstream: Upstream, followed: _Followed) -> bool:
+        """One round: statistics when they are due, then events; whether there were any."""
+        now = asyncio.get_running_loop().time()
+        if now >= followed.stats_at:
+            followed.stats_at = now + self._stats_s
+            await self._read_stats(upstream, followed)
+        # No longer than until the statistics are due.
+        wait_s = min(self._wait_s, self._stats_s)
+        status, payload = await upstream.request(
+            "GET",
+            f"/disagg/v1/events?after={followed.after}&wait_s={wait_s:g}",
+            timeout_s=wait_s + _POLL_TIMEOUT_S,
+        )
+        if status != 200:
+            raise _UnusableAnswerError(f"/disagg/v1/events answered {status}: {payload[:200]!r}")
+        batch = _decode_batch(payload)
+        if batch.incarnation != followed.info.incarnation:
+            raise _UnusableAnswerError("another engine answers at its address")
+        if batch.lost:
+            # What was overwritten before the first read is from before this gateway knew the replica.
+            if followed.after:
+                self._metrics.ledger_events_lost.inc(batch.lost)
+                logger.warning("%d events of %s are lost", batch.lost, followed.info.replica_id)
+            self._ledger.gap(followed.info.incarnation)
+        followed.after = batch.next
+        for event in batch.events:
+            self._take(followed.info, event)
+        return bool(batch.events)
+
+    def _take(self, replica: ReplicaInfo, event: dict[str, Any]) -> None:
+        kind = event.get("kind")
+        if kind == "unread":
+            handoff_id = event.get("id")
+            if isinstance(handoff_id, str) and self._ledger.is_own(handoff_id):
+                self._ledger.note(handoff_id, "unread")
+                self._on_unread(handoff_id)
+        elif kind == "tier_degraded":
+            self._metrics.count_degraded(event.get("tier"))
+        else:
+            self._ledger.apply(replica, event)
+
+    async def _read_stats(self, upstream: Upstream, followed: _Followed) -> None:
+        status, payload = await upstream.request("GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S)
+        if status == 200 and not followed.leaving:
+            self._metrics.engines.put(followed.info, _decode_stats(payload))
+
+
+class _UnusableAnswerError(Exception):
+    """The address is answered, but not with this replica's events."""
+
+
+_decode_batch = msgspec.json.Decoder(_Batch).decode
+_decode_stats = msgspec.json.Decoder(dict[str, Any]).decode

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a command that cannot outlive the thread that started it: `python -I -S <this file> <parent pid> <command>`.
+
+The kernel sends the death signal to the program that takes this process over by `execv`, whatever ends the parent. It
+is SIGKILL, because a server that hangs would not hear another one. Started as a file, so it imports the standard
+library only. Linux; elsewhere the command simply runs.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        # The parent may have ended before the kernel was told.
+        if os.getppid() != int(sys.argv[1]):
+            sys.exit(1)
+    os.execv(sys.argv[2], sys.argv[2:])

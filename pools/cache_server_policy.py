@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decisions about one supervised `lmcache server`: when it is restarted, and when nobody needs it any more. Pure.
+
+Times are seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+PROBE_PERIOD_S = 1.0
+"""Between two probes of a server that runs."""
+PROBE_TIMEOUT_S = 3.0
+"""What one probe may take. A server that copies many gigabytes answers late, and is well."""
+MAX_FAILED_PROBES = 4
+"""Probes in a row that a server may miss before it counts as hung: at most 16 s."""
+START_TIMEOUT_S = 120.0
+"""From start to healthy. It imports torch, which takes 5 s, and 20 s on a disk that is cold."""
+QUICK_DEATH_S = 30.0
+"""A server that dies younger than this dies of its settings or its surroundings, and is restarted ever more slowly."""
+MAX_RESTART_DELAY_S = 15.0
+
+RENEW_PERIOD_S = 3.0
+"""How often a replica says that it uses the server."""
+LEASE_S = 15.0
+"""How long that holds."""
+GRACE_S = 60.0
+"""How long a server without users goes on, so that a replaced replica finds what its predecessor stored."""
+
+Step = Literal["wait", "start", "kill"]
+
+_ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): \S|^.{0,40}\berror: \S|\bLMCache ERROR\b")
+
+
+def why_it_ended(lines: Sequence[str]) -> str:
+    """The line of a server's output that says most: the last error, else the last line."""
+    errors = [line for line in lines if _ERROR.search(line)]
+    return (errors or list(lines) or ["it said nothing"])[-1].strip()
+
+
+def restart_delay_s(num_quick_deaths: int) -> float:
+    """Seconds to wait before the next start: none after a long life, then 0.5, 1, 2, ... up to 15."""
+    if num_quick_deaths <= 0:
+        return 0.0
+    return float(min(0.5 * 2 ** min(num_quick_deaths - 1, 16), MAX_RESTART_DELAY_S))
+
+
+@dataclass
+class Life:
+    """What the supervisor knows about its server."""
+
+    started_at: float | None = None
+    """When the current process was started; None while none runs."""
+    healthy_at: float | None = None
+    """When it first answered; None until then."""
+    start_at: float = 0.0
+    """When the next one may be started."""
+    num_failed_probes: int = 0
+    """Failed in a row."""
+    num_quick_deaths: int = 0
+    """In a row."""
+    num_restarts: int = 0
+    """Starts after the first one."""
+
+    def step(self, now: float) -> Step:
+        """What to do: start a server, kill the one that hangs, or look again later."""
+        if self.started_at is None:
+            return "start" if now >= self.start_at else "wait"
+        if self.healthy_at is None:
+            return "kill" if now - self.started_at > START_TIMEOUT_S else "wait"
+        return "kill" if self.num_failed_probes >= MAX_FAILED_PROBES else "wait"
+
+    def started(self, now: float) -> None:
+        """A process runs."""
+        self.started_at, self.healthy_at, self.num_failed_probes = now, None, 0
+
+    def probed(self, answered: bool, now: float) -> None:
+        """A probe of the running process came back."""
+        if answered:
+            self.num_failed_probes = 0
+            self.healthy_at = self.healthy_at if self.healthy_at is not None else now
+        elif self.healthy_at is not None:
+            self.num_failed_probes += 1
+
+    def died(self, now: float) -> None:
+        """The process is gone, by itself or killed."""
+        quick = self.healthy_at is None or now - self.healthy_at < QUICK_DEATH_S
+        # The first early death may be an accident: only those that follow are waited for.
+        self.start_at = now + restart_delay_s(self.num_quick_deaths if quick else 0)
+        self.num_quick_deaths = self.num_quick_deaths + 1 if quick else 0
+        self.started_at, self.healthy_at = None, None
+        self.num_restarts += 1
+
+
+@dataclass
+class Leases:
+    """Who uses the server."""
+
+    idle_since: float
+    """When the last user left; the time of the start before the first one came."""
+    _until: dict[str, float] = field(default_factory=dict)
+
+    def renew(self, user: str, now: float) -> None:
+        """`user` uses the server for the next 15 s."""
+        self._until[user] = now + LEASE_S
+
+    def release(self, user: str, now: float) -> None:
+        """`user` does not need it any more. Unknown users are fine."""
+        if self._until.pop(user, None) is not None and not self._until:
+            self.idle_since = now
+
+    def num_users(self, now: float) -> int:
+        """Users whose lease runs."""
+        for user in [user for user, until in self._until.items() if until <= now]:
+            self.release(user, now)
+        return len(self._until)
+
+    def over(self, now: float, *, application_gone: bool) -> bool:
+        """Whether the server should end: nobody uses it, and nobody will or nobody came for a while."""
+        return self.num_users(now) == 0 and (application_gone or now - self.idle_since >= GRACE_S)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ports that the kernel chooses."""
+
+from __future__ import annotations
+
+import socket
+
+
+def free_port(host: str) -> int:
+    """A TCP port of `host` that is free at the moment. Whoever gets it binds it moments later, and fails loudly if it
+    is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache server's actor on a local Ray cluster: shared by replicas, back after a death, gone with its last user."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pools.cache_server_actor import CacheServerSpec, NodeCacheServer
+from pools.cache_server_probe import GET_CHUNK_SIZE, ask
+from pools.errors import EngineStartError
+from tests.support.stack import ROOT
+from transport.lmcache_server import shm_stem
+from transport.tiers import ManagedServerConfig
+
+BACK_S = 40.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A Ray cluster of this test, without Serve: to the actor, its application is gone as soon as nobody uses it."""
+    import ray
+
+    ray.init(
+        num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _use(user: str, **settings: Any) -> NodeCacheServer:
+    config = ManagedServerConfig.model_validate({"l1_gib": 0.1, "chunk_tokens": 64} | settings)
+    return NodeCacheServer(config, platform="cpu", host="127.0.0.1", application="disagg", user=user)
+
+
+async def _until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.1)
+
+
+def _servers() -> dict[int, int]:
+    """Pid of each LMCache server of this user, with the pid of its parent."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"lmcache.cli.main" in words and b"-S" not in words:
+                    found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    return found
+
+
+async def _answers(url: str, timeout_s: float) -> None:
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                assert await ask(url, GET_CHUNK_SIZE, timeout_s=1) == 64
+                return
+            except TimeoutError:
+                await asyncio.sleep(0.1)
+
+
+async def test_one_server_for_all_replicas_of_a_node() -> None:
+    """The second replica gets the first one's server; it outlives its actor's death at the same address, and goes with
+    its last user, leaving no process and no shared memory."""
+    before = set(_servers())
+    first, second = _use("replica-1"), _use("replica-2")
+    await first.start()
+    await second.start()
+    assert (first.url, first.http_url) == (second.url, second.http_url)
+    ((server, actor),) = ((pid, parent) for pid, parent in _servers().items() if pid not in before)
+    port = int(first.url.rsplit(":", 1)[1])
+
+    os.kill(actor, signal.SIGKILL)
+    await _until(lambda: server not in _servers(), 5, "the server ends with its actor")
+    await _answers(first.url, BACK_S)
+    ((again, _),) = ((pid, parent) for pid, parent in _servers().items() if pid not in before)
+    assert again != server
+
+    await first.stop()
+    await asyncio.sleep(3)
+    assert again in _servers(), "the second replica uses it"
+    await second.stop()
+    await _until(lambda: again not in _servers(), 15, "nobody uses it")
+    stem = shm_stem(port)
+    await _until(lambda: not any(f.name.startswith(stem) for f in Path("/dev/shm").iterdir()), 5, "no segment is left")
+
+
+async def test_a_server_that_cannot_start_is_a_start_error() -> None:
+    """The replica gets the reason, not Ray's wrapping of it, and nothing is left to restart."""
+    before = set(_servers())
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        use = _use("replica-3", port=taken.getsockname()[1])
+        with pytest.raises(EngineStartError, match=r"^shared_cache\.server: LMCache did not come up: .*already in use"):
+            await use.start()
+    await _until(lambda: set(_servers()) <= before, 15, "no server runs")
+
+
+def test_the_spec_is_json() -> None:
+    """Ray keeps it for the actor's restarts, and each restart reads the same."""
+    spec = CacheServerSpec(
+        application="a", platform="cpu", server=ManagedServerConfig(), host="127.0.0.1", port=1, http_port=2
+    )
+    assert CacheServerSpec.model_validate(spec.model_dump(mode="json")) == spec

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real `lmcache server` under its supervisor, without Ray and without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+
+from pools.cache_server import CacheServer, CacheServerAddress, has_module
+from pools.cache_server_probe import GET_CHUNK_SIZE, GET_EXPERIMENTAL, ask, check_external, http_get
+from pools.errors import EngineStartError
+from tests.support.stack import ROOT, free_port, wait_until
+from transport.lmcache_server import shm_stem
+from transport.tiers import ExternalServerConfig, ManagedServerConfig
+
+BACK_S = 25.0
+"""What a restart may take here; it is 6 s on an idle machine, most of it the import of torch."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def _server(port: int | None = None, **settings: Any) -> CacheServer:
+    config = ManagedServerConfig.model_validate({"l1_gib": 0.1, "chunk_tokens": 64} | settings)
+    return CacheServer(config, CacheServerAddress("127.0.0.1", port or free_port(), free_port()), platform="cpu")
+
+
+@asynccontextmanager
+async def _running(server: CacheServer) -> AsyncIterator[CacheServer]:
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def _until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float) -> float:
+    started = time.monotonic()
+    while True:
+        found = condition()
+        if found if isinstance(found, bool) else await found:
+            return time.monotonic() - started
+        assert time.monotonic() - started < timeout_s, f"still not after {timeout_s:g} s"
+        await asyncio.sleep(0.1)
+
+
+async def _status(server: CacheServer) -> dict[str, Any]:
+    code, body = await http_get(f"{server.address.http_url}/status", timeout_s=5)
+    assert code == 200
+    return json.loads(body)  # type: ignore[no-any-return]
+
+
+def _segments(port: int) -> list[str]:
+    return [file.name for file in SHARED_MEMORY.iterdir() if file.name.startswith(shm_stem(port))]
+
+
+def _pid(server: CacheServer) -> int:
+    pid = server.status()["pid"]
+    assert isinstance(pid, int)
+    return pid
+
+
+async def test_it_comes_up_comes_back_and_leaves_nothing() -> None:
+    """Healthy after its start; after SIGKILL healthy again at the same address with a new segment; then gone."""
+    async with _running(_server()) as server:
+        url, port = server.address.url, server.address.port
+        assert await ask(url, GET_CHUNK_SIZE, timeout_s=5) == 64
+        assert (await _status(server))["is_healthy"] is True
+        first, segments = _pid(server), _segments(port)
+        assert len(segments) == 1
+
+        os.kill(first, signal.SIGKILL)
+        await _until(lambda: not server.status()["healthy"], 3)
+        took = await _until(lambda: server.status()["healthy"], BACK_S)
+        print(f"back {took:.1f} s after it was killed")
+        assert server.status()["num_restarts"] == 1 and _pid(server) != first
+        assert await ask(url, GET_CHUNK_SIZE, timeout_s=5) == 64
+        assert len(_segments(port)) == 1 and _segments(port) != segments
+        last = _pid(server)
+    assert not _command_line(last)
+    assert _segments(port) == []
+
+
+async def test_a_server_whose_queue_is_dead_is_replaced() -> None:
+    """One malformed message ends LMCache's queue thread while `/healthcheck` stays 200; the probe notices."""
+    async with _running(_server()) as server:
+        first = _pid(server)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket_:
+            socket_.linger = 1000
+            socket_.connect(server.address.url)
+            socket_.send(b"x")
+            await _until(lambda: _is_silent(server.address.url), 10)
+            code, _ = await http_get(f"{server.address.http_url}/healthcheck", timeout_s=5)
+            assert code == 200
+            await _until(lambda: server.status()["num_restarts"] == 1, 30)
+        await _until(lambda: server.status()["healthy"], BACK_S)
+        assert _pid(server) != first
+        assert await ask(server.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
+
+
+async def _is_silent(url: str) -> bool:
+    try:
+        await ask(url, GET_CHUNK_SIZE, timeout_s=1)
+    except TimeoutError:
+        return True
+    return False
+
+
+async def test_a_server_that_cannot_start_says_why() -> None:
+    """A port that is taken is a start error with LMCache's own words and the field, and nothing runs on."""
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = _server(port)
+        with pytest.raises(EngineStartError, match=r"shared_cache\.server: .*Address already in use"):
+            await server.start()
+    assert server.status() == {"pid": None, "healthy": False, "num_restarts": 1}
+    assert _segments(port) == []
+
+
+async def test_storage_that_is_not_installed_is_refused_before_a_start() -> None:
+    """The message names the field and what to install."""
+    l2 = {"type": "mooncake_store", "master_server_address": "m:1", "metadata_server": "P2PHANDSHAKE"}
+    server = _server(l2=[l2])
+    assert not has_module("lmcache.lmcache_mooncake") and has_module("lmcache.lmcache_redis")
+    with pytest.raises(EngineStartError, match=r"shared_cache\.server\.l2\[0\]\.type: .*MOONCAKE_INCLUDE_DIR"):
+        await server.start()
+    assert server.status()["pid"] is None
+
+
+async def test_a_server_does_not_outlive_its_supervisor() -> None:
+    """SIGKILL of the process that runs the supervisor ends the server, and a successor clears what it left."""
+    port = free_port()
+    child = _supervise_and_die(port)
+    # A process that nobody waits for stays as a zombie, which has no command line.
+    await _until(lambda: not _command_line(child), 5)
+    left = SHARED_MEMORY / f"{shm_stem(port)}left"
+    left.touch()
+    async with _running(_server(port)):
+        assert len(_segments(port)) == 1 and not left.exists()
+    assert _segments(port) == []
+
+
+def _supervise_and_die(port: int) -> int:
+    """Pid of a server whose supervisor was killed after it came up."""
+    script = textwrap.dedent(f"""
+        import asyncio
+        from tests.engine.test_cache_server import _server
+        async def main():
+            server = _server({port})
+            await server.start()
+            print(server.status()["pid"], flush=True)
+            await asyncio.sleep(1000)
+        asyncio.run(main())
+    """)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        try:
+            child = int(parent.stdout.readline())
+            assert b"lmcache" in _command_line(child)
+        finally:
+            parent.kill()
+    return child
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+async def test_files_are_storage_behind_memory(tmp_path: Path) -> None:
+    """An `fs` L2 is taken up, its directory is made, and a restarted server has it again."""
+    path = tmp_path / "kv" / "tier"
+    async with _running(_server(l2=[{"type": "fs", "path": str(path)}])) as server:
+        assert path.is_dir()
+        for restarts in range(2):
+            storage = (await _status(server))["storage_manager"]
+            assert storage["num_l2_adapters"] == 1 and storage["l2_adapters"][0]["is_healthy"] is True
+            if restarts == 0:
+                os.kill(_pid(server), signal.SIGKILL)
+                await _until(lambda: server.status()["num_restarts"] == 1, 3)
+                await _until(lambda: server.status()["healthy"], BACK_S)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[int]:
+    """Port of a Redis server of this test, Debian's `redis-server`, which `scripts/setup.sh` installs."""
+    port = free_port()
+    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(
+        ["redis-server", *arguments, "--requirepass", "open sesame"],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: _redis(port, b"PING\r\n").startswith(b"-NOAUTH"), 10, "Redis answers")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _redis(port: int, command: bytes) -> bytes:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+            connection.sendall(command)
+            return connection.recv(65536)
+    except OSError:
+        return b""
+
+
+async def test_redis_is_storage_behind_memory(redis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `resp` L2 logs in with the password of the environment; the password is in no argument of the server."""
+    monkeypatch.setenv("KV_PASSWORD", "open sesame")
+    l2 = {"type": "resp", "host": "127.0.0.1", "port": redis, "password_env": "KV_PASSWORD"}
+    async with _running(_server(l2=[l2])) as server:
+        storage = (await _status(server))["storage_manager"]
+        assert storage["num_l2_adapters"] == 1 and storage["l2_adapters"][0]["is_healthy"] is True
+        clients = _redis(redis, b'AUTH "open sesame"\r\nCLIENT LIST\r\n')
+        assert clients.count(b"addr=") > 1, "LMCache is connected, beside this test"
+        assert b"open sesame" not in _command_line(_pid(server))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "tcp://127.0.0.1:{nobody}"}, r"shared_cache\.server\.url: no LMCache server answers at tcp"),
+        ({"url": "tcp://127.0.0.1:{http}"}, r"shared_cache\.server\.url: "),
+        ({"chunk_tokens": 256}, r"shared_cache\.server\.chunk_tokens is 256, .* --chunk-size 64"),
+        ({"http_url": "http://127.0.0.1:{nobody}"}, r"shared_cache\.server\.http_url: .* does not answer"),
+    ],
+    ids=["nobody", "not a queue", "another chunk size", "no http"],
+)
+async def test_an_external_server_that_does_not_fit_is_refused(
+    settings: dict[str, Any], message: str, shared: CacheServer
+) -> None:
+    """Each refusal names the field and ends within seconds; the same server with the right settings is accepted."""
+    ports = {"nobody": free_port(), "http": shared.address.http_port}
+    good = {"type": "external", "url": shared.address.url, "chunk_tokens": 64, "http_url": shared.address.http_url}
+    bad = {key: value.format(**ports) if isinstance(value, str) else value for key, value in settings.items()}
+    await check_external(ExternalServerConfig.model_validate(good))
+    started = time.monotonic()
+    with pytest.raises(EngineStartError, match=message):
+        await check_external(ExternalServerConfig.model_validate(good | bad))
+    assert time.monotonic() - started < 12
+
+
+@pytest.fixture
+async def shared() -> AsyncIterator[CacheServer]:
+    """One server for one test."""
+    async with _running(_server()) as server:
+        yield server
+
+
+async def test_an_older_external_server_is_refused() -> None:
+    """One that knows its chunk size but not all requests of this version is refused by name."""
+    port = free_port()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        router.bind(f"tcp://127.0.0.1:{port}")
+        config = ExternalServerConfig(type="external", url=f"tcp://127.0.0.1:{port}", chunk_tokens=64)
+        check = asyncio.create_task(check_external(config))
+        while not check.done():
+            await asyncio.sleep(0.05)
+            if router.poll(0):
+                identity, uid, operation = router.recv_multipart()
+                if msgspec.msgpack.decode(operation) == GET_CHUNK_SIZE:
+                    router.send_multipart([identity, uid, operation, msgspec.msgpack.encode(64)])
+        with pytest.raises(EngineStartError, match="does not know all requests of LMCache"):
+            await check
+
+
+def test_the_operations_are_those_of_the_installed_lmcache() -> None:
+    """The two numbers that the probe sends are frozen in LMCache under these names."""
+    from lmcache.v1.multiprocess.transport.zmq_impl.wire import LEGACY_OPERATION_IDS
+
+    assert LEGACY_OPERATION_IDS["get_chunk_size"] == GET_CHUNK_SIZE
+    assert LEGACY_OPERATION_IDS["get_experimental"] == GET_EXPERIMENTAL
+    assert max(LEGACY_OPERATION_IDS.values()) <= 33, "a newer request is known; ask for that one instead"

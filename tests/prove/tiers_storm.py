@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Line 6: three hundred clients that leave at random moments, with every tier on, over both transports."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+
+from tests.prove.report import ROOT, Row
+from tests.prove.serve_leaving import phases_at_the_gateway, wave
+from tests.support.answers import difference
+from tests.support.stack import Stack, running
+from tests.support.tiers import asked, balanced, case_of, prompts, settled_books, tiers
+
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+NUM_CLIENTS = 300
+AT_ONCE = 6
+IDLE_S = 60.0
+"""Well beyond a lease: what is not released by then never is."""
+
+
+def abort_storm() -> list[Row]:
+    rows = []
+    for transport in ("nixl", "mooncake"):
+        change = tiers(transport=transport, cpu_gib=0.25, sink="unused", l1_gib=0.25, blocks=200)
+        with running(CONFIG, name=f"prove-tiers-storm-{transport}", change=change) as stack:
+            rows += storm(stack, transport, NUM_CLIENTS)
+    return rows
+
+
+def storm(stack: Stack, transport: str, num_clients: int) -> list[Row]:
+    chooser = random.Random(6)
+    healthy = [case_of("healthy", prompts(1, seed=61, shortest=700)[0])]
+    [first] = asked(stack.url, healthy)
+    base = {pool: [s["kv_cache_usage"] for s in stats] for pool, stats in stack.stats().items()}
+    engines = {s["incarnation"] for pool in stack.stats().values() for s in pool}
+    seen: Counter[str] = Counter()
+    for start in range(0, num_clients, AT_ONCE):
+        clients = [(start + i, chooser.choice((0.05, 0.25, 0.5, 2.0)) * chooser.random()) for i in range(AT_ONCE)]
+        seen.update(asyncio.run(wave(stack.url, clients, chooser)))
+    idle = _idle(stack, base)
+    totals = settled_books(stack)
+    [last] = asked(stack.url, healthy)
+    same = {s["incarnation"] for pool in stack.stats().values() for s in pool} == engines
+    print(f"    {transport}: clients had {dict(seen)}, legs {phases_at_the_gateway(stack)}, books {totals}")
+    return [
+        Row(
+            6,
+            f"{transport}: clients that left, phases seen",
+            f"{sum(seen.values())}, {len(phases_at_the_gateway(stack))}",
+            f"{num_clients}, at least 2",
+            sum(seen.values()) == num_clients and len(phases_at_the_gateway(stack)) >= 2,
+        ),
+        Row(
+            6,
+            f"{transport}: both engines live on, same answer",
+            "yes" if same else "no",
+            "yes",
+            same and difference(first, last) is None,
+        ),
+        Row(6, f"{transport}: KV use is back where it was after", f"{idle:.1f} s", f"{IDLE_S:g} s", idle <= IDLE_S),
+        Row(
+            6,
+            f"{transport}: the books balance",
+            ", ".join(f"{k} {v}" for k, v in totals.items() if v),
+            "produced = sum of ends",
+            balanced(totals) and totals["produced"] > 0,
+        ),
+    ]
+
+
+def _idle(stack: Stack, base: dict[str, list[float]]) -> float:
+    """Seconds until nothing runs and KV use is what it was; more than IDLE_S when that does not come."""
+    started = time.monotonic()
+    while time.monotonic() - started <= IDLE_S:
+        busy = [
+            s
+            for pool, stats in stack.stats().items()
+            for s, usage in zip(stats, base[pool], strict=True)
+            if s["num_requests_running"] or s["num_requests_waiting"] or s["kv_cache_usage"] > usage + 1e-9
+        ]
+        if not busy:
+            return time.monotonic() - started
+        time.sleep(0.1)
+    return time.monotonic() - started

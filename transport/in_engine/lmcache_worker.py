@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps a worker alive and in step with its LMCache server whatever the server does.
+
+LMCache's heartbeat finds out that a server is gone, and registers the KV memory again when it is back. Three things it
+leaves open are closed here:
+
+- An operation that is under way when the server dies may raise, which would end the engine. It is reported as failed
+  instead. On a machine without an accelerator the copy runs inside the call, and the engine stands still until it gives
+  up; that takes `blocking_s` instead of the time that starting a server may take.
+- A server that is back before one heartbeat was missed does not know this worker, answers its pings all the same and
+  drops its operations without an answer. One that takes longer than `timeout_s` counts as an outage, so the next
+  heartbeat registers again.
+- The heartbeat starts with the first operation. It is started with the first step, because a server forgets a worker
+  that it has not heard of.
+
+Source:
+    LMCache 0.5.6 `LMCacheMPWorkerAdapter`, `HeartbeatThread`, `transfer_context/shm.py`, `modules/management.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_MAX_REPORTED = 10_000
+"""Finished ids that LMCache remembers so as not to report them twice; it repeats within a few steps only."""
+
+Finished = tuple[set[str] | None, set[str] | None]
+
+
+class WorkerGuard:
+    """Every operation of one rank goes through here.
+
+    Args:
+        adapter: LMCache's `LMCacheMPWorkerAdapter`.
+        lazy: whether stores are answered with receipts (`lmcache.mp.lazy_offload`).
+        timeout_s: seconds after which an operation without an answer is an outage.
+        blocking_s: the same for one that the engine waits for.
+    """
+
+    def __init__(
+        self,
+        adapter: Any,
+        *,
+        lazy: bool,
+        timeout_s: float,
+        blocking_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._adapter = adapter
+        self._lazy = lazy
+        self._timeout_s = timeout_s
+        self._blocking_s = blocking_s
+        self._clock = clock
+        self._since: dict[str, float] = {}
+        self._reported: deque[str] = deque()
+
+    def start(self) -> None:
+        """Start the heartbeat. Cheap when it runs."""
+        self._adapter._ensure_heartbeat_started()
+
+    def retrieve(self, requests: Iterable[Any]) -> None:
+        """Submit loads. One that fails is reported as failed by the next `finished`, and its prompt recomputed."""
+        self._submit(requests, self._adapter.submit_retrieve_request, self._retrieve_failed)
+
+    def store(self, requests: Iterable[Any]) -> None:
+        """Submit stores. One that fails is reported as failed with the next receipts."""
+        self._submit(requests, self._adapter.submit_store_request, self._store_failed)
+
+    def _submit(self, requests: Iterable[Any], submit: Callable[..., None], on_failure: Callable[[Any], None]) -> None:
+        event, ready = None, False
+        for meta in requests:
+            # Registering again makes a new one, so it is set each time.
+            if (copier := getattr(self._adapter.transfer_ctx, "_engine_driven_context", None)) is not None:
+                copier.mq_timeout = self._blocking_s
+            started = self._clock()
+            try:
+                if not ready:
+                    event, ready = self._adapter.create_recorded_event(), True
+                submit(
+                    meta.request_id,
+                    meta.op,
+                    event,
+                    cache_salt=meta.cache_salt,
+                    request_configs=meta.request_configs,
+                )
+            # Whatever it is, a cache that fails must not end the engine.
+            except Exception as error:
+                unexpected = not isinstance(error, TimeoutError)
+                logger.warning("LMCache operation of %s failed: %s", meta.request_id, error, exc_info=unexpected)
+                on_failure(meta)
+                self._outage("an operation failed")
+            else:
+                # LMCache hides the time-out of a load as a miss.
+                if self._clock() - started >= self._blocking_s:
+                    self._outage(f"an operation took more than {self._blocking_s:g} s")
+
+    def finished(self, poll: Callable[[], Finished]) -> Finished:
+        """What `poll`, LMCache's own, says has finished. After an outage everything under way has, as failed."""
+        now = self._clock()
+        under_way = (*self._adapter.store_futures, *self._adapter.retrieve_futures)
+        self._since = {i: self._since.get(i, now) for i in under_way}
+        if any(now - since >= self._timeout_s for since in self._since.values()):
+            self._outage(f"no answer within {self._timeout_s:g} s")
+        try:
+            sent, received = poll()
+        except Exception as error:
+            logger.warning("an LMCache operation ended with an error: %s", error, exc_info=True)
+            self._outage("an operation failed")
+            sent, received = poll()
+        self._forget(sent or ())
+        return sent, received
+
+    def _forget(self, reported: Iterable[str]) -> None:
+        # LMCache never removes an id from this set.
+        self._reported.extend(reported)
+        while len(self._reported) > _MAX_REPORTED:
+            self._adapter._returned_finished.discard(self._reported.popleft())
+
+    def _outage(self, why: str) -> None:
+        if self._adapter._health_event.is_set():
+            logger.warning("the LMCache server counts as lost until its next heartbeat: %s", why)
+            self._adapter._health_event.clear()
+
+    def _retrieve_failed(self, meta: Any) -> None:
+        self._adapter.retrieve_futures.pop(meta.request_id, None)
+        self._adapter.error_block_ids.update(meta.op.flat_block_ids)
+        self._adapter._failed_request_ids.add(meta.request_id)
+        self._adapter._dropped_retrieves.add(meta.request_id)
+
+    def _store_failed(self, meta: Any) -> None:
+        self._adapter.store_futures.pop(meta.request_id, None)
+        if self._lazy:
+            self._adapter._completed_store_requests[meta.request_id] = 1
+            self._adapter._failed_store_requests.add(meta.request_id)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What our MultiConnector asks of its children beyond vLLM's connector interface. No vLLM imports.
+
+A child that lacks one of these methods is not asked, so vLLM's own connectors work as children too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Outcome = Literal["consumed", "released", "expired"]
+"""How a hold ended: read by a decode engine, settled by the gateway, or out of lease."""
+Ended = dict[str, tuple[Outcome, float | None]]
+"""vLLM's request id -> outcome, and the seconds of lease that were left (None when unknown or not applicable)."""
+Event = dict[str, Any]
+"""One JSON-able engine event; `pools.engine.events` lists the kinds."""
+
+
+@runtime_checkable
+class TransferWorker(Protocol):
+    """Worker side of the child that moves KV between the pools. One instance a rank."""
+
+    def settle(self, req_ids: set[str]) -> None:
+        """Forget the lease of those still held.
+
+        They come out of the next `get_transfer_results` as `finished_sending`. Ids that are not held are ignored.
+        """
+        ...
+
+    def take_ended(self) -> Ended:
+        """What ended on this rank since the last call."""
+        ...
+
+
+@runtime_checkable
+class TransferScheduler(Protocol):
+    """Scheduler side of the same child."""
+
+    def take_unread(self) -> list[str]:
+        """Ids of hand-offs whose request ended here before its KV was read, since the last call."""
+        ...
+
+
+@runtime_checkable
+class EarlySettler(Protocol):
+    """Scheduler side of a transfer child whose reader may be waiting for KV that is not there yet."""
+
+    def settle_handoffs(self, handoff_ids: Collection[str]) -> None:
+        """These are not held, perhaps not yet; nobody will consume them. A waiting reader is told."""
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Scheduler side of the shared child where it stores what nobody consumed."""
+
+    def hold(self, request: Any, handoff_id: str, store: str | None) -> None:
+        """A finished request whose KV the transfer child keeps. Called before the child's own `request_finished`.
+
+        `store` is what the client said: "never", "always" or None.
+        """
+        ...
+
+    def decide(self, req_id: str, outcome: Outcome) -> bool:
+        """The hold of `req_id` is over; the scheduler frees its blocks after this call. True: the sink keeps them."""
+        ...
+
+    def take_events_of_sink(self) -> Iterable[Event]:
+        """`rescued` and `rescue_failed` events since the last call."""
+        ...
+
+
+@runtime_checkable
+class Skippable(Protocol):
+    """A child that needs to know a request whose KV comes from another one."""
+
+    def skip(self, request: Any) -> None:
+        """Make the per-request state without looking anything up."""
+        ...
