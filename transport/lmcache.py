@@ -46,7 +46,7 @@ def lmcache_child(config: SharedCacheConfig, facts: EngineFacts) -> dict[str, An
 
 def lmcache_env(config: SharedCacheConfig) -> dict[str, str]:
     """Environment of an engine that talks to an LMCache server."""
-    return {"LMCACHE_TRACK_USAGE": "false"}
+    return {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
 
 
 def _server_url(config: SharedCacheConfig, facts: EngineFacts) -> str:

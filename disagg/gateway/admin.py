@@ -141,6 +141,7 @@ class Admin:
             "url": member.info.url,
             "pid": stats.get("pid"),
             "warm_peers": sorted(member.warm_peers),
+            "lmcache_http_url": member.info.lmcache_http_url,
             "num_requests_running": stats.get("num_requests_running"),
             "num_requests_waiting": stats.get("num_requests_waiting"),
             "num_requests_in_flight": stats.get("num_requests_in_flight"),

@@ -36,6 +36,9 @@ class EngineMetric:
 ENGINE_METRICS = (
     EngineMetric("num_requests_running", "gauge", "Requests in the engine's current batch."),
     EngineMetric("num_requests_waiting", "gauge", "Requests queued in the engine."),
+    EngineMetric(
+        "num_requests_kv_fetch_waiting_to_start", "gauge", "Requests whose KV is elsewhere and not being fetched yet."
+    ),
     EngineMetric("kv_cache_usage", "gauge", "Share of the engine's KV blocks in use, 0 to 1."),
     EngineMetric("num_preemptions_total", "counter", "Requests that lost their KV space and are computed again."),
     EngineMetric("prompt_tokens_total", "counter", "Prompt tokens that the engine received."),
@@ -55,8 +58,13 @@ ENGINE_METRICS = (
         "nixl_num_failed_notifications_total", "counter", "Reads whose end could not be told to the prefill engine."
     ),
     EngineMetric("nixl_bytes_transferred_total", "counter", "Bytes of KV that the engine read over NIXL."),
+    EngineMetric(
+        "mooncake_num_failed_transfers_total", "counter", "Writes of KV that failed, and KV that did not come."
+    ),
+    EngineMetric("mooncake_bytes_transferred_total", "counter", "Bytes of KV that the engine wrote over Mooncake."),
     EngineMetric("kv_offload_load_bytes_total", "counter", "Bytes moved from host memory into the engine's KV space."),
     EngineMetric("kv_offload_store_bytes_total", "counter", "Bytes moved from there to host memory."),
+    EngineMetric("kv_offload_allocation_failures_total", "counter", "KV that host memory had no room for."),
 )
 
 

@@ -89,6 +89,7 @@ class Handoff:
                     body,
                     mode="handoff",
                     prefill_id=pair.prefill.info.replica_id,
+                    handoff_id=under_way.handoff_id,
                     on_sent=under_way.mark_taken,
                 )
             except ReplicaLostError as exc:

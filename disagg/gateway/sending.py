@@ -16,6 +16,7 @@ from disagg.gateway.legs import PATHS, Endpoint, PrefillReply, Store, prefill_re
 from disagg.gateway.membership import Member, Membership
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.wire import Exchange, Upstreams
+from pools.engine.base import HANDOFF_HEADER
 from pools.errors import ReplicaLostError
 
 logger = logging.getLogger(__name__)
@@ -116,16 +117,22 @@ class Sender:
         *,
         mode: str,
         prefill_id: str,
+        handoff_id: str | None = None,
         on_sent: Callable[[], None] = _nothing,
     ) -> Answer:
-        """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client."""
+        """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client.
+
+        Args:
+            handoff_id: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
+        """
+        headers = {"x-request-id": call.request_id, **call.headers}
+        if handoff_id is not None:
+            headers[HANDOFF_HEADER] = handoff_id
         exchange: Exchange | None = None
         counted = contextlib.ExitStack()
         counted.enter_context(self.carried(member))
         try:
-            exchange = await self._upstreams.get(member.info.url).open(
-                "POST", PATHS[call.endpoint], body, {"x-request-id": call.request_id, **call.headers}
-            )
+            exchange = await self._upstreams.get(member.info.url).open("POST", PATHS[call.endpoint], body, headers)
             on_sent()
             status = await exchange.head()
             # Not the body's `stream`: vLLM takes "yes" and 1 for true.

@@ -109,8 +109,8 @@ class Settling:
         """The client went away while the legs ran.
 
         Once the decode leg is sent, its engine alone knows whether it reads: closing the connection aborts the request
-        there, and the engine then says `unread` if it had read nothing. Should even the request be lost, the lease ends
-        the hand-off.
+        there, and the engine then says `unread` if it had read nothing, also when the request had not come as far as
+        its scheduler. Should even the request be lost, the lease ends the hand-off.
         """
         self._give_up(under_way, "client_left", settle=not under_way.taken)
 

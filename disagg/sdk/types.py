@@ -40,6 +40,8 @@ class Replica(_Answer):
     """Part of the KV blocks in use, 0 to 1."""
     uptime_s: float | None = None
     """Seconds since the engine came up."""
+    lmcache_http_url: str | None = None
+    """Address of the LMCache server on its node: health, status and metrics. None without a shared tier."""
     warm_peers: tuple[str, ...] = ()
     """Replicas of the other pool that it has exchanged KV with."""
 

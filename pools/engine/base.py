@@ -17,6 +17,10 @@ Role = Literal["prefill", "decode"]
 KVTransferParams = dict[str, Any]
 """One hand-off's `kv_transfer_params`, in vLLM's own keys. Single-use."""
 
+HANDOFF_HEADER = "x-disagg-handoff-id"
+"""Header of the leg that brings `kv_transfer_params` to a decode engine: the hand-off's id, so that the engine can tell
+it as `unread` when the leg ends before the engine has the request."""
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -60,7 +64,8 @@ class EngineStats:
     """Prompt tokens this engine computed itself."""
     generation_tokens_total: int
     nixl_bytes_transferred_total: int
-    """Bytes this engine pulled over NIXL; 0 on a prefill engine."""
+    """Bytes this engine pulled over NIXL; 0 on a prefill engine. Both `nixl_*` and `mooncake_*` are 0 with the other
+    transport."""
     nixl_num_failed_transfers_total: int
     num_kv_expired_reqs_total: int
     """Hand-offs whose lease ran out on this (prefill) engine."""
@@ -84,6 +89,14 @@ class EngineStats:
     """Bytes moved from host memory into this engine's KV space."""
     kv_offload_store_bytes_total: int = 0
     """Bytes moved the other way."""
+    kv_offload_allocation_failures_total: int = 0
+    """Times that host memory had no room for what was to be moved there."""
+    mooncake_bytes_transferred_total: int = 0
+    """Bytes this (prefill) engine wrote into decode engines over Mooncake."""
+    mooncake_num_failed_transfers_total: int = 0
+    """Writes that failed on this (prefill) engine, or hand-offs whose KV did not come to this (decode) engine."""
+    num_requests_kv_fetch_waiting_to_start: int = 0
+    """Requests on this (decode) engine whose KV is elsewhere and whose fetch has not begun. A gauge."""
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)

@@ -15,7 +15,7 @@ import json
 import socket
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -29,11 +29,11 @@ from pools.engine.fake_side_channel import SideChannel, named, read_handoff
 from pools.engine.fake_text import NUM_WORDS, WORD_BASE, answer, decode, fold, word
 from pools.engine.fake_tiers import FakeSharedCache
 from pools.engine.fake_wire import Answer, Framing, Generation, WireError
+from pools.engine.handoffs import Handoffs, consumed_by
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
 _STEP_S = 0.02
 """Longest wait between two looks at whether a request was aborted."""
-_MAX_REMEMBERED_HANDOFFS = 65_536
 _JSON = (b"content-type", b"application/json")
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
 
@@ -90,7 +90,8 @@ class FakeEngine:
         self._num_waiting = 0
         self._prefill_free_at = 0.0
         self._counts: Counter[str] = Counter()
-        self._handoffs: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._handoffs = Handoffs(self._log)
+        self._app = self._handoffs.watch(lambda scope, receive, send: self._serve(scope, receive, send))
         self._dead: BaseException | None = None
         self._stopped = False
         self._routes: dict[tuple[str, str], Callable[[Scope, Receive, Send], Any]] = {
@@ -117,7 +118,7 @@ class FakeEngine:
 
     @property
     def app(self) -> ASGIApp:
-        return self._serve
+        return self._app
 
     @property
     def events(self) -> EventLog:
@@ -188,7 +189,7 @@ class FakeEngine:
             nixl_bytes_transferred_total=self._counts["nixl_bytes"],
             nixl_num_failed_transfers_total=self._counts["failed_transfers"],
             num_kv_expired_reqs_total=self._kv.num_expired,
-            num_handoffs_admitted_total=self._counts["handoffs_admitted"],
+            num_handoffs_admitted_total=self._handoffs.num_admitted,
         )
 
     async def shutdown(self) -> None:
@@ -213,16 +214,10 @@ class FakeEngine:
     def _admit(self, generation: Generation, running: _Running) -> None:
         """Take the request's hand-off, if it has one. Raises HandoffRefusedError when it was taken before."""
         params = generation.kv_transfer_params
-        name = named(params) if self._role == "decode" else None
-        if params is None or name is None:
-            return
-        if name in self._handoffs:
-            raise HandoffRefusedError(f"hand-off {name[1]!r} was admitted before; parameters are single-use")
-        self._handoffs[name] = None
-        if len(self._handoffs) > _MAX_REMEMBERED_HANDOFFS:
-            self._handoffs.popitem(last=False)
-        running.unread = str(params.get("disagg.handoff_id") or name[1])
-        self._counts["handoffs_admitted"] += 1
+        handoff = consumed_by(params) if self._role == "decode" and named(params) else None
+        if handoff is not None:
+            self._handoffs.admit(handoff)
+            running.unread = handoff.id
 
     @contextlib.asynccontextmanager
     async def _prefilled(self, generation: Generation, running: _Running) -> AsyncIterator[int]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 import uuid
-from collections import Counter, OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +19,6 @@ from vllm.sampling_params import RequestOutputKind
 from pools.engine._vllm_compat import (
     AsyncLLM,
     StatLoggerBase,
-    VllmConfig,
     VllmEngineDeadError,
     VLLMValidationError,
     settle_request,
@@ -30,34 +27,14 @@ from pools.engine._vllm_compat import (
 )
 from pools.engine.base import Aborted, ASGIApp, EngineStats, KVTransferParams, ProbeResult
 from pools.engine.events import EventLog
+from pools.engine.handoffs import Handoff, Handoffs, consumed_by
+from pools.engine.vllm_tally import Tally
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
 logger = logging.getLogger(__name__)
 
 _LATE_OUTPUT_S = 0.5
 """How long an aborted request's last output may be on its way from EngineCore."""
-_REMEMBERED_HANDOFFS = 65_536
-"""Hand-off ids kept so that none is admitted twice; far beyond what a lease lets live at once."""
-_SOURCES = {
-    "p2p": "prompt_tokens_p2p",
-    "host": "prompt_tokens_host",
-    "disk": "prompt_tokens_disk",
-    "external_unspecified": "prompt_tokens_external",
-}
-"""vLLM's `CacheHitSource` -> counter."""
-_NIXL_COUNTS = {
-    "nixl_num_failed_transfers": ("num_failed_transfers", "num_failed_handshakes"),
-    "nixl_num_failed_notifications": ("num_failed_notifications",),
-    "num_kv_expired_reqs": ("num_kv_expired_reqs",),
-    "num_notifications_after_expiry": ("num_notifications_after_expiry",),
-}
-"""Counter -> lists in vLLM's statistics of NIXL with an entry for each case."""
-_TOTALS = (
-    *("prompt_tokens", "prompt_tokens_computed", "generation_tokens", "num_preemptions", "nixl_bytes_transferred"),
-    *("kv_offload_load_bytes", "kv_offload_store_bytes"),
-    *_SOURCES.values(),
-    *_NIXL_COUNTS,
-)
 
 
 class VllmEngine:
@@ -66,8 +43,8 @@ class VllmEngine:
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._arguments = dict(arguments)
         self._events = EventLog()
-        self._tally = _Tally(self._events)
-        self._handoffs = _Handoffs()
+        self._tally = Tally(self._events)
+        self._handoffs = Handoffs(self._events)
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._stopped = False
@@ -107,13 +84,16 @@ class VllmEngine:
     async def start(self) -> None:
         try:
             engine_args, namespace = split_args(self._arguments)
-            self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._tally.logger])
+            self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger])
             self._guard_admissions(self._llm)
             self._watch_late_outputs(self._llm)
-            self._app = await vllm_app(self._llm, namespace)
+            self._app = self._handoffs.watch(await vllm_app(self._llm, namespace))
         except Exception as exc:
             await self.shutdown()
             raise EngineStartError(f"vLLM did not start: {exc}") from exc
+
+    def _stat_logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        return _TallyLogger(self._tally)
 
     def _guard_admissions(self, llm: AsyncLLM) -> None:
         """See hand-off parameters on their way into the engine, by whatever route."""
@@ -121,7 +101,7 @@ class VllmEngine:
 
         async def admitting(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra = getattr(params, "extra_args", None) or {}
-            handoff = _handoff_id(extra.get("kv_transfer_params"))
+            handoff = consumed_by(extra.get("kv_transfer_params"))
             if handoff is None:
                 return await add_request(request_id, prompt, params, *args, **kwargs)
             try:
@@ -135,7 +115,7 @@ class VllmEngine:
             except asyncio.CancelledError:
                 # vLLM aborts only what it has a queue for. Cut off in between, the request would never be aborted and
                 # its KV never fetched, so let it reach the engine and abort it there.
-                self._keep(self._abort_added(llm, adding, extra["kv_transfer_params"]))
+                self._keep(self._abort_added(llm, adding, handoff))
                 raise
             except Exception:
                 self._handoffs.forget(handoff)
@@ -144,22 +124,21 @@ class VllmEngine:
         async def rejected(request_id: str, kv_transfer_params: dict[str, Any], **kwargs: Any) -> None:
             """A request that vLLM's server refused. vLLM would have the engine notify the producer as a reader does;
             the gateway sees the refusal and settles there, and these parameters are of no use here any more."""
-            handoff = _handoff_id(kv_transfer_params)
+            handoff = consumed_by(kv_transfer_params)
             if handoff is not None:
                 self._handoffs.refuse(handoff)
 
         llm.add_request = admitting
         llm.notify_kv_transfer_request_rejected = rejected
 
-    async def _abort_added(self, llm: AsyncLLM, adding: asyncio.Future[Any], params: KVTransferParams) -> None:
+    async def _abort_added(self, llm: AsyncLLM, adding: asyncio.Future[Any], handoff: Handoff) -> None:
         try:
             queue = await adding
         except Exception:
             logger.info("a hand-off was refused after its caller had left", exc_info=True)
-            handoff = str(_handoff_id(params))
             self._handoffs.forget(handoff)
             self._handoffs.refuse(handoff)
-            self._events.append({"kind": "unread", "at": time.time(), "id": _id_at_producer(params)})
+            self._handoffs.give_up(handoff.id)
         else:
             await llm.abort(queue.request_id, internal=True)
 
@@ -254,7 +233,7 @@ class VllmEngine:
         )
 
     def stats(self) -> EngineStats:
-        return self._tally.snapshot(self._handoffs)
+        return self._tally.snapshot(self._handoffs.num_admitted)
 
     async def shutdown(self) -> None:
         if self._stopped:
@@ -272,19 +251,6 @@ class VllmEngine:
         return self._llm
 
 
-def _handoff_id(params: Any) -> str | None:
-    """Identity of a hand-off at its consumer, or None for parameters that consume nothing."""
-    if not isinstance(params, dict) or not params.get("do_remote_prefill"):
-        return None
-    # Mooncake names a hand-off by `transfer_id` alone.
-    return f"{params.get('remote_engine_id')}/{params.get('remote_request_id') or params.get('transfer_id')}"
-
-
-def _id_at_producer(params: KVTransferParams) -> str:
-    """The id under which the prefill engine tracks this hand-off."""
-    return str(params.get("disagg.handoff_id") or params.get("remote_request_id") or params.get("transfer_id"))
-
-
 def _is_of(external_id: str, request_id: str) -> bool:
     """True when vLLM derived `external_id` from the `X-Request-Id` header `request_id`.
 
@@ -296,87 +262,10 @@ def _is_of(external_id: str, request_id: str) -> bool:
     return head == f"cmpl-{request_id}" and index.isdigit()
 
 
-class _Handoffs:
-    """Which hand-offs were admitted or refused, so that parameters are used once."""
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[str, bool] = OrderedDict()
-        self.num_admitted = 0
-
-    def admit(self, handoff: str) -> None:
-        if handoff in self._seen:
-            verb = "admitted" if self._seen[handoff] else "refused"
-            raise HandoffRefusedError(f"hand-off {handoff} was {verb} before; parameters are single-use")
-        self._remember(handoff, admitted=True)
-        self.num_admitted += 1
-
-    def forget(self, handoff: str) -> None:
-        """Take an admission back: the engine refused the request."""
-        if self._seen.pop(handoff, False):
-            self.num_admitted -= 1
-
-    def refuse(self, handoff: str) -> None:
-        if handoff not in self._seen:
-            self._remember(handoff, admitted=False)
-
-    def _remember(self, handoff: str, *, admitted: bool) -> None:
-        self._seen[handoff] = admitted
-        if len(self._seen) > _REMEMBERED_HANDOFFS:
-            self._seen.popitem(last=False)
-
-
-class _Tally:
-    """Counts what vLLM reports after each engine step, and passes on the events that come with it."""
-
-    def __init__(self, events: EventLog) -> None:
-        self._events = events
-        self.running = 0
-        self.waiting = 0
-        self.kv_cache_usage = 0.0
-        self.totals: Counter[str] = Counter()
-
-    def logger(self, vllm_config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
-        return _TallyLogger(self)
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
-        totals = self.totals
-        if iteration_stats is not None:
-            totals["prompt_tokens"] += iteration_stats.prompt_token_stats.total
-            totals["prompt_tokens_computed"] += iteration_stats.prompt_token_stats.computed
-            totals["generation_tokens"] += iteration_stats.num_generation_tokens
-            totals["num_preemptions"] += iteration_stats.num_preempted_reqs
-        if scheduler_stats is None:
-            return
-        self.running = scheduler_stats.num_running_reqs
-        self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-        self.kv_cache_usage = scheduler_stats.kv_cache_usage
-        if (loads := scheduler_stats.connector_prefix_cache_stats) is not None:
-            for source, tokens in loads.hits_by_source.items():
-                if source in _SOURCES:
-                    totals[_SOURCES[source]] += tokens
-        children = scheduler_stats.kv_connector_stats or {}
-        nixl = children.get("NixlConnector") or {}
-        totals["nixl_bytes_transferred"] += sum(nixl.get("bytes_transferred", ()))
-        for name, keys in _NIXL_COUNTS.items():
-            totals[name] += sum(len(nixl.get(key, ())) for key in keys)
-        offload = (children.get("OffloadingConnector") or {}).get("data", {})
-        for name in ("kv_offload_load_bytes", "kv_offload_store_bytes"):
-            totals[name] += int(sum(offload.get(f"vllm:{name}", {}).values()))
-        for event in (children.get("Handoffs") or {}).get("events", ()):
-            self._events.append(event)
-
-    def snapshot(self, handoffs: _Handoffs) -> EngineStats:
-        return EngineStats(
-            num_requests_running=self.running,
-            num_requests_waiting=self.waiting,
-            kv_cache_usage=self.kv_cache_usage,
-            num_handoffs_admitted_total=handoffs.num_admitted,
-            **{f"{name}_total": self.totals[name] for name in _TOTALS},
-        )
-
-
 class _TallyLogger(StatLoggerBase):
-    def __init__(self, tally: _Tally) -> None:
+    """Hands vLLM's statistics to the tally as they arrive."""
+
+    def __init__(self, tally: Tally) -> None:
         self._tally = tally
 
     def record(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The applications that the end-to-end tests share: one on real engines, one on fake ones, started once."""
+"""The applications that the end-to-end tests share: one on real engines, one on fake ones.
+
+Each is started once a module, so that they do not fill the memory together.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from tests.support.stack import ROOT, Stack, running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_stack() -> Iterator[Stack]:
     """1P1D of real vLLM engines behind Serve's own proxy: `configs/quickstart.yaml`."""
     with running(ROOT / "configs" / "quickstart.yaml", name="e2e-real") as stack:

@@ -30,16 +30,14 @@ def first_tokens() -> list[Row]:
     warm = prompts(5, seed=72, shortest=600, longest=600)
     with running(CONFIG, name="prove-tiers-mooncake", change=tiers(transport="mooncake")) as stack:
         passes_of(stack, warm)
-        times = asyncio.run(_timed(stack.url, chosen))
+        times = timed(stack.url, chosen)
         totals = settled_books(stack)
         mooncake = statistics.median(passes_of(stack, sample))
         failed = sum(s["num_requests_waiting"] for pool in stack.stats().values() for s in pool)
     with running(CONFIG, name="prove-tiers-nixl", change=tiers(transport="nixl")) as stack:
         passes_of(stack, warm)
         nixl = statistics.median(passes_of(stack, sample))
-    early = [took for case, took in zip(chosen, times, strict=True) if case.name != "ordinary"]
-    ordinary = [took for case, took in zip(chosen, times, strict=True) if case.name == "ordinary"]
-    limit = max(ordinary) + SLACK_S
+    early, ordinary, limit = in_time(chosen, times)
     figure = f"{1e3 * mooncake:.1f} / {1e3 * nixl:.1f} ms = {mooncake / nixl:.2f}"
     return [
         Row(7, "requests that end at their first token", f"{len(early)} of {len(chosen)}", "some", len(early) >= 20),
@@ -80,8 +78,19 @@ def requests(number: int) -> list[Case]:
     return found
 
 
-async def _timed(url: str, chosen: list[Case]) -> list[float]:
+def in_time(chosen: list[Case], times: list[float]) -> tuple[list[float], list[float], float]:
+    """Seconds of those that end at their first token, of the others, and what the former may take at most."""
+    early = [took for case, took in zip(chosen, times, strict=True) if case.name != "ordinary"]
+    ordinary = [took for case, took in zip(chosen, times, strict=True) if case.name == "ordinary"]
+    return early, ordinary, max(ordinary) + SLACK_S
+
+
+def timed(url: str, chosen: list[Case]) -> list[float]:
     """Seconds of each request. Raises when one fails, or does not end where it should."""
+    return asyncio.run(_timed(url, chosen))
+
+
+async def _timed(url: str, chosen: list[Case]) -> list[float]:
     times = [0.0] * len(chosen)
     todo = iter(range(len(chosen)))
 

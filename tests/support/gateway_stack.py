@@ -91,12 +91,9 @@ class WatchedEngine(FakeEngine):
         self.hook: Hook | None = None
 
     @property
-    def app(self) -> ASGIApp:
-        return self._watched
-
-    @property
     def own_app(self) -> ASGIApp:
-        return super().app
+        """The engine behind its HTTP server: where requests are taken and answered."""
+        return super()._serve
 
     async def abort(self, request_id: str) -> Aborted:
         self.aborts.append(request_id)
@@ -122,7 +119,7 @@ class WatchedEngine(FakeEngine):
         self.probes.append(list(prompt_token_ids))
         return await super().probe(prompt_token_ids, kv_transfer_params)
 
-    async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             receive = await self._note(scope, receive)
             if self.hook is not None and await self.hook(scope, receive, send):

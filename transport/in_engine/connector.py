@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiCo
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorStats
 
 from transport.digests import chunk_digests
+from transport.in_engine.block_bytes import block_bytes
 from transport.in_engine.handoff_metadata import HandoffMetadata, HandoffWorkerMetadata
 from transport.in_engine.handoff_stats import STATS_KEY, HandoffStats, MultiPromMetrics
 from transport.in_engine.holds import Holds
@@ -47,7 +48,7 @@ class MultiConnector(VllmMultiConnector):
         self._events: list[Event] = []
         self._hidden: set[str] = set()
         self._local_tokens: dict[str, int] = {}
-        self._block_bytes = _block_bytes(kv_cache_config) * vllm_config.parallel_config.world_size
+        self._block_bytes = block_bytes(kv_cache_config) * vllm_config.parallel_config.world_size
 
     # Scheduler side: a request's way in.
 
@@ -269,15 +270,3 @@ def _settle_ids(request: Any) -> list[str] | None:
     """The hand-offs that a pre-aborted request of `VllmEngine.settle` names, None for any other request."""
     ids = (request.kv_transfer_params or {}).get(SETTLE)
     return None if ids is None else [str(handoff_id) for handoff_id in ids]
-
-
-def _block_bytes(kv_cache_config: Any) -> int:
-    """Bytes of one KV block over all layers of one rank.
-
-    Cache groups share tensors, and a block id belongs to one group, so this holds for hybrid models too.
-    Source: vLLM 0.32 `KVCacheConfig.kv_cache_tensors`.
-    """
-    if not kv_cache_config.num_blocks:
-        return 0
-    total = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-    return int(total // kv_cache_config.num_blocks)

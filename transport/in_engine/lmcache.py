@@ -31,6 +31,7 @@ from lmcache.integration.vllm.lmcache_mp_metadata import (
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorRole
 
 from transport.digests import chunk_digests
+from transport.in_engine.block_bytes import block_bytes
 from transport.in_engine.lmcache_worker import Finished, WorkerGuard
 from transport.in_engine.protocols import Event, Outcome
 from transport.in_engine.sink import Rescues, Store
@@ -84,7 +85,7 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
             )
             own: Any = self._lazy_offload_manager if self._sink == "evicted" else None
             self._lazy_offload_manager = SinkManager(self._rescues, own)
-        self._block_bytes = _block_bytes(kv_cache_config)
+        self._block_bytes = block_bytes(kv_cache_config)
 
     # Worker side
 
@@ -218,10 +219,3 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
             bytes=len(block_ids) * self._block_bytes * int(self.scheduler_adapter.world_size),
             chunks=tuple(digests[start // self.chunk_tokens :]),
         )
-
-
-def _block_bytes(kv_cache_config: KVCacheConfig | None) -> int:
-    """Bytes of one KV block on one rank, all layers. Cache groups share tensors, and a block belongs to one group."""
-    if kv_cache_config is None or not kv_cache_config.num_blocks:
-        return 0
-    return int(sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks)

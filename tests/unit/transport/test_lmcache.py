@@ -83,4 +83,4 @@ def test_before_a_server_runs_the_settings_name_it(
 
 def test_environment_has_no_telemetry() -> None:
     """LMCache reports its use over the internet unless told not to."""
-    assert lmcache_env(SharedCacheConfig()) == {"LMCACHE_TRACK_USAGE": "false"}
+    assert lmcache_env(SharedCacheConfig()) == {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}

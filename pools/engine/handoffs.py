@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which hand-offs an engine took as their consumer, so that parameters are used once, and which it never will.
+
+A request can end in the HTTP server, before the engine has it: while its prompt is rendered, or by a refusal. No
+scheduler tells of that, so the leg that brings the hand-off says its id in a header, and what was not admitted when the
+leg is over is told as `unread`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from pools.engine.base import HANDOFF_HEADER, ASGIApp, KVTransferParams, Receive, Scope, Send
+from pools.engine.events import EventLog
+from pools.errors import HandoffRefusedError
+
+_MAX_REMEMBERED = 65_536
+"""Hand-offs kept so that none is admitted twice; far beyond what a lease lets live at once."""
+_HEADER = HANDOFF_HEADER.encode("latin-1")
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """One hand-off, as its consumer sees it."""
+
+    key: str
+    """Names the KV in all engines: vLLM's own ids."""
+    id: str
+    """Under which the prefill engine and the gateway know it."""
+
+
+def consumed_by(params: KVTransferParams | None) -> Handoff | None:
+    """The hand-off that a request with these parameters reads, None for one that reads nothing."""
+    if not isinstance(params, dict) or not params.get("do_remote_prefill"):
+        return None
+    # Mooncake names a hand-off by `transfer_id` alone.
+    name = params.get("remote_request_id") or params.get("transfer_id")
+    return Handoff(f"{params.get('remote_engine_id')}/{name}", str(params.get("disagg.handoff_id") or name))
+
+
+class Handoffs:
+    """The hand-offs of one engine, the newest of them. Used from one event loop."""
+
+    def __init__(self, events: EventLog) -> None:
+        self._events = events
+        self._admitted: OrderedDict[str, bool] = OrderedDict()
+        self._ids: OrderedDict[str, bool] = OrderedDict()
+        self.num_admitted = 0
+
+    def admit(self, handoff: Handoff) -> None:
+        """Let a request take this hand-off. Raises HandoffRefusedError when one had it, or was to have it, before."""
+        if handoff.key in self._admitted:
+            verb = "admitted" if self._admitted[handoff.key] else "refused"
+            raise HandoffRefusedError(f"hand-off {handoff.key} was {verb} before; parameters are single-use")
+        if not self._ids.get(handoff.id, True):
+            # Its producer may have freed the blocks by now.
+            raise HandoffRefusedError(f"hand-off {handoff.id} was given up before; parameters are single-use")
+        _remember(self._admitted, handoff.key, True)
+        _remember(self._ids, handoff.id, True)
+        self.num_admitted += 1
+
+    def forget(self, handoff: Handoff) -> None:
+        """Take an admission back: the engine refused the request."""
+        if self._admitted.pop(handoff.key, False):
+            self.num_admitted -= 1
+            self._ids.pop(handoff.id, None)
+
+    def refuse(self, handoff: Handoff) -> None:
+        """Never admit this hand-off, unless it was."""
+        if handoff.key not in self._admitted:
+            _remember(self._admitted, handoff.key, False)
+
+    def give_up(self, handoff_id: str) -> None:
+        """Tell, once, that nobody will read this hand-off here, unless it was admitted: then the scheduler tells."""
+        if handoff_id not in self._ids:
+            _remember(self._ids, handoff_id, False)
+            self._events.append({"kind": "unread", "at": time.time(), "id": handoff_id})
+
+    def watch(self, app: ASGIApp) -> ASGIApp:
+        """`app`, whose requests give up at their end what their header names and the engine has not admitted."""
+
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            handoff_id = next((value for name, value in scope.get("headers", ()) if name == _HEADER), None)
+            if handoff_id is None:
+                await app(scope, receive, send)
+                return
+            try:
+                await app(scope, receive, send)
+            finally:
+                self.give_up(handoff_id.decode("latin-1"))
+
+        return watched
+
+
+def _remember(table: OrderedDict[str, bool], key: str, value: bool) -> None:
+    table[key] = value
+    if len(table) > _MAX_REMEMBERED:
+        table.popitem(last=False)
