@@ -44,7 +44,8 @@ class GatewayConfig(Config):
     min_handoff_tokens: NonNegativeInt = 1
     """Prompts shorter than this many tokens are prefilled by the decode engine itself. 1 hands every prompt over."""
     prefill_timeout_s: Seconds = 120.0
-    """Seconds that the prefill leg may take in all, retries included. Then the decode engine prefills itself."""
+    """Seconds that the prefill leg may take in all, retries included. Then the decode engine prefills itself. With
+    Mooncake it waits no longer than `transport.kv_lease_duration_s`, and the prefill leg is stopped after it."""
     connect_timeout_s: Seconds = 2.0
     """Seconds to connect to a replica before another one is tried."""
     first_byte_timeout_s: Seconds = 600.0
@@ -115,6 +116,7 @@ class AppConfig(Config):
                     allowed="a directory of its own",
                     action="change one of them",
                 )
+        self._check_cache_timeout()
         if self.gateway.connect_timeout_s >= self.transport.kv_lease_duration_s:
             raise PydanticCustomError(
                 "lease_too_short",
@@ -123,6 +125,26 @@ class AppConfig(Config):
                 {"lease": self.transport.kv_lease_duration_s, "connect": self.gateway.connect_timeout_s},
             )
         return self
+
+    def _check_cache_timeout(self) -> None:
+        """A scheduler blocked by a server that does not answer must not look like an engine that hangs."""
+        if self.shared_cache is None:
+            return
+        limits = {
+            "prefill.health_probe_timeout_s": self.prefill.health_probe_timeout_s,
+            "decode.health_probe_timeout_s": self.decode.health_probe_timeout_s,
+        }
+        where, limit = min(limits.items(), key=lambda item: item[1])
+        if 2 * self.shared_cache.mq_timeout_s > limit:
+            raise refusal(
+                "cache_timeout",
+                f"a server that does not answer can block an engine's scheduler for {self.shared_cache.mq_timeout_s:g} "
+                f"s, twice before it is noticed, and a health probe fails after {limit:g} s ({where}); healthy replicas "
+                "would be replaced",
+                field="shared_cache.mq_timeout_s",
+                allowed=f"{limit / 2:g} or less, half of {where}",
+                action=f"lower it, or raise {where}",
+            )
 
     def _engine_kwargs(self) -> dict[str, dict[str, Any]]:
         return {

@@ -6,8 +6,11 @@ What a tier's own models can tell is checked there; what only a running LMCache 
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, TypeGuard
 
 from disagg.config import AppConfig
@@ -84,7 +87,7 @@ def check_tiers(config: AppConfig, environment: Mapping[str, str], prefix: str) 
     Args:
         environment: variables of this process; passwords are looked for in it and not read further.
     """
-    problems = _check_blocks(config, prefix)
+    problems = [*_check_blocks(config, prefix), *_check_directories_apart(config, prefix)]
     named = " and ".join(name for name in ("offload", "shared_cache") if getattr(config, name) is not None)
     kwargs = config.model.engine_kwargs
     if named and kwargs.get("enable_prefix_caching") is False:
@@ -239,20 +242,46 @@ def check_gpu_node(config: AppConfig, sizes: Mapping[str, int], machine: Machine
 
 def check_directories(config: AppConfig, trouble: Callable[[str], str | None], prefix: str) -> list[Problem]:
     """Directories of the tiers, on a machine that runs replicas."""
-    wanted = []
+    return [
+        Problem(
+            f"{prefix}.{field}",
+            f"cannot write below {directory!r}: {reason}",
+            "a directory that replicas may write to",
+            "change it",
+        )
+        for field, directory in _directories(config)
+        if (reason := trouble(directory))
+    ]
+
+
+def _directories(config: AppConfig) -> list[tuple[str, str]]:
+    """Fields that name directories of tiers, and their values."""
+    found = []
     if config.offload is not None and config.offload.disk is not None:
-        wanted.append((f"{prefix}.offload.disk.path", config.offload.disk.path))
+        found.append(("offload.disk.path", config.offload.disk.path))
     server = config.shared_cache.server if config.shared_cache else None
     for index, l2 in enumerate(server.l2 if isinstance(server, ManagedServerConfig) else ()):
         if isinstance(l2, FsL2Config):
-            wanted.append((f"{prefix}.shared_cache.server.l2[{index}].path", l2.path))
-    return [
-        Problem(
-            path, f"cannot write below {directory!r}: {reason}", "a directory that replicas may write to", "change it"
-        )
-        for path, directory in wanted
-        if (reason := trouble(directory))
-    ]
+            found.append((f"shared_cache.server.l2[{index}].path", l2.path))
+    return found
+
+
+def _check_directories_apart(config: AppConfig, prefix: str) -> list[Problem]:
+    """No tier's directory is, holds or lies in that of another one, however it is spelled."""
+    problems = []
+    for (_, first), (field, second) in itertools.combinations(_directories(config), 2):
+        a, b = PurePath(os.path.abspath(first)), PurePath(os.path.abspath(second))
+        if a.is_relative_to(b) or b.is_relative_to(a):
+            how = "the same as" if a == b else "inside" if b.is_relative_to(a) else "around"
+            problems.append(
+                Problem(
+                    f"{prefix}.{field}",
+                    f"{str(b)!r} is {how} the directory of another tier, {str(a)!r}",
+                    "a directory of its own",
+                    "change one of them",
+                )
+            )
+    return problems
 
 
 def _check_blocks(config: AppConfig, prefix: str) -> list[Problem]:

@@ -19,6 +19,8 @@ from disagg.gateway.metrics import AMOUNTS, TIERS, Metrics
 
 LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "beam_search": "the request uses beam search",
+    "decode_did_not_wait": "with Mooncake, prefill took longer than `transport.kv_lease_duration_s`; the decode engine "
+    "computed the prompt and the prefill leg was stopped",
     "decode_error": "the decode leg of a hand-off was answered with a status of 500 or more",
     "decode_lost": "the decode replica of a hand-off was lost before its first bytes",
     "empty_prompt": "a prompt has no token",
@@ -63,9 +65,10 @@ it by hand; the text around the tables is in `disagg/metrics_page.py`.
 
 ## The gateway
 
-`GET /metrics`, Prometheus text format. The counts are those of one gateway replica, and they start at 0 with it. With
-more than one, a scrape through Serve's HTTP port reaches any of them; behind HAProxy scrape each gateway replica's own
-port instead ([operations](operations.md#ports)). No label ever holds the id of a request.
+`GET /metrics`, Prometheus text format. The counts are those of one gateway replica, and they start at 0 with it. Sum
+them over gateway replicas, except `disagg_tier_degraded_total`: each gateway counts the same events of the engines, so
+there the maximum counts. A scrape through Serve's HTTP port reaches any one of them; behind HAProxy scrape each gateway
+replica's own port instead ([operations](operations.md#ports)). No label ever holds the id of a request.
 """
 
 _COUNTED = """`disagg_requests_total` counts completions that were answered, and refusals. A refusal before the request
@@ -102,6 +105,9 @@ several hand-offs have in common counts for the one that stored it first. What t
 store is not counted here: the cache takes it from the engine's memory and knows no hand-off. A gateway counts the
 hand-offs that it made itself; sum over gateway replicas. The records are in `GET /admin/v1/handoffs` and
 `disagg handoffs`.
+
+`disagg_stores_total` counts what requests said with `disagg_store`, whatever the sink makes of it: with sink `off`, and
+without a shared cache, it says what was asked for and had no effect.
 """
 
 _ENGINES = """## The engines, as the gateway sees them
@@ -123,7 +129,7 @@ _ALERTS = """## Worth an alert
 `unused` it is `rescued` |
 | `histogram_quantile(0.01, rate(disagg_handoff_lease_left_seconds_bucket[5m])) < 2` | hand-offs nearly expire before \
 they are read: the decode pool is too small, or raise `transport.kv_lease_duration_s` |
-| `increase(disagg_tier_degraded_total[10m]) > 0` | a tier stopped working; engines go on without it |
+| `max by (tier) (increase(disagg_tier_degraded_total[10m])) > 0` | a tier stopped working; engines go on without it |
 | `rate(disagg_ledger_events_lost_total[10m]) > 0` | the gateway is too slow to read events; outcomes become `failed` |
 | `increase(disagg_pair_warm_attempts_total{outcome="failed"}[10m]) > 5` | a pair of replicas cannot move KV |
 | `increase(disagg_engine_num_notifications_after_expiry_total[10m]) > 0` | page: KV was read after its lease, so an \

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from pools import cache_server_child
-from pools.cache_server_policy import PROBE_PERIOD_S, PROBE_TIMEOUT_S, Life, why_it_ended
+from pools.cache_server_policy import PROBE_PERIOD_S, PROBE_TIMEOUT_S, Life, restart_pause_s, why_it_ended
 from pools.cache_server_probe import http_get, is_well
 from pools.errors import EngineStartError
-from transport.lmcache_server import new_shm_name, server_argv, server_env, server_problems, shm_stem
+from transport.lmcache_server import HTTP_HOST, new_shm_name, server_argv, server_env, server_problems, shm_stem
 from transport.tiers import ManagedServerConfig
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class CacheServerAddress:
     port: int
     """Port of the message queue."""
     http_port: int
-    """Port of health, status and metrics."""
+    """Port of health, status and metrics, on loopback."""
 
     @property
     def url(self) -> str:
@@ -54,8 +54,8 @@ class CacheServerAddress:
 
     @property
     def http_url(self) -> str:
-        """Base URL of the HTTP API, which asks nobody for a key."""
-        return f"http://{self.host}:{self.http_port}"
+        """Base URL of the HTTP API, for processes of the node: it asks nobody for a key and shows the environment."""
+        return f"http://{HTTP_HOST}:{self.http_port}"
 
 
 class CacheServer:
@@ -67,13 +67,22 @@ class CacheServer:
         address: CacheServerAddress,
         *,
         platform: str,
+        heartbeat_interval_s: float,
+        replaces: bool = False,
         shared_memory: Path = _SHARED_MEMORY,
     ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            heartbeat_interval_s: that of its engines; a restart takes at least two of them.
+            replaces: a server at this address has just ended, so the first start is a restart to engines.
+        """
         self.address = address
         self._config = config
         self._platform = platform
         self._shared_memory = shared_memory
-        self._life = Life()
+        self._life = Life(pause_s=restart_pause_s(heartbeat_interval_s))
+        self._replaces = replaces
         self._process: subprocess.Popen[str] | None = None
         self._output: deque[str] = deque()
         self._reader: threading.Thread | None = None
@@ -90,7 +99,13 @@ class CacheServer:
         problems = server_problems(self._config, os.environ, has_module)
         if problems:
             raise EngineStartError("; ".join(f"shared_cache.server.{path}: {text}" for path, text in problems))
-        self._spawn()
+        self._make_directories()
+        if self._replaces:
+            await asyncio.sleep(self._life.pause_s)
+        try:
+            self._spawn()
+        except OSError as exc:
+            raise EngineStartError(f"shared_cache.server: LMCache cannot be started: {exc}") from exc
         self._watch = asyncio.create_task(self._supervise())
         while not self._healthy.is_set():
             if self._life.num_restarts:
@@ -135,9 +150,6 @@ class CacheServer:
             http_port=self.address.http_port,
             shm_name=new_shm_name(self.address.port, uuid.uuid4().hex[:8]),
         )
-        for l2 in self._config.l2:
-            if l2.type == "fs":
-                Path(l2.path).mkdir(parents=True, exist_ok=True)
         # Never in a helper thread: the kernel ends the server together with the thread that started it.
         self._output = deque(maxlen=60)
         self._process = subprocess.Popen(
@@ -155,6 +167,15 @@ class CacheServer:
         self._reader = threading.Thread(target=self._read, args=(self._process, self._output), daemon=True)
         self._reader.start()
         self._life.started(time.monotonic())
+
+    def _make_directories(self) -> None:
+        for index, l2 in enumerate(self._config.l2):
+            if l2.type == "fs":
+                try:
+                    Path(l2.path).mkdir(parents=True, exist_ok=True)
+                except OSError as exc:
+                    path = f"shared_cache.server.l2[{index}].path"
+                    raise EngineStartError(f"{path}: {l2.path} cannot be made: {exc.strerror or exc}") from exc
 
     def _read(self, process: subprocess.Popen[str], output: deque[str]) -> None:
         """Keep the last lines for an error message, and show its warnings and errors."""
@@ -179,12 +200,22 @@ class CacheServer:
             await self._probe()
         step = self._life.step(time.monotonic())
         if step == "start":
-            self._spawn()
+            self._start_again()
         elif step == "kill":
             assert self._process is not None
             self._process.kill()
             await self._ended(_STOP_S)
             self._died("it did not answer and was killed")
+
+    def _start_again(self) -> None:
+        """One try; what cannot even be started waits like what dies young."""
+        try:
+            self._make_directories()
+            self._spawn()
+        except (EngineStartError, OSError) as exc:
+            logger.error("the LMCache server at %s cannot be started: %s", self.address.url, exc)
+            self._last_end = str(exc)
+            self._life.died(time.monotonic())
 
     async def _probe(self) -> None:
         """Ask the server, and notice at once when its process ends meanwhile."""

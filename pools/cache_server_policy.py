@@ -22,6 +22,8 @@ START_TIMEOUT_S = 120.0
 QUICK_DEATH_S = 30.0
 """A server that dies younger than this dies of its settings or its surroundings, and is restarted ever more slowly."""
 MAX_RESTART_DELAY_S = 15.0
+FASTEST_START_S = 3.0
+"""From start to the first answer at least, whatever the machine: the import of torch."""
 
 RENEW_PERIOD_S = 3.0
 """How often a replica says that it uses the server."""
@@ -29,8 +31,23 @@ LEASE_S = 15.0
 """How long that holds."""
 GRACE_S = 60.0
 """How long a server without users goes on, so that a replaced replica finds what its predecessor stored."""
+MAX_RETRY_DELAY_S = 60.0
+"""Between two tries of a replica to make a lost server again, at most."""
+PORT_WAIT_S = 660.0
+"""How long a new server waits for the configured port of its predecessor, whose replicas drain: for 600 s by default.
+"""
 
 Step = Literal["wait", "start", "kill"]
+
+
+@dataclass(frozen=True)
+class LeaseTimes:
+    """Seconds of the agreement between a server and its users."""
+
+    renew_period_s: float = RENEW_PERIOD_S
+    lease_s: float = LEASE_S
+    grace_s: float = GRACE_S
+    port_wait_s: float = PORT_WAIT_S
 
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): \S|^.{0,40}\berror: \S|\bLMCache ERROR\b")
 
@@ -48,10 +65,26 @@ def restart_delay_s(num_quick_deaths: int) -> float:
     return float(min(0.5 * 2 ** min(num_quick_deaths - 1, 16), MAX_RESTART_DELAY_S))
 
 
+def restart_pause_s(heartbeat_interval_s: float) -> float:
+    """Seconds from the end of a server to the start of the next one, at least.
+
+    An engine notices that its server is gone by two heartbeats without an answer. If another one answers before that,
+    the engine goes on with a registration which that one does not know, and waits for it until a request times out.
+    """
+    return max(0.0, 2 * heartbeat_interval_s - FASTEST_START_S)
+
+
+def retry_delay_s(num_tries: int, first_s: float) -> float:
+    """Seconds until a replica tries again to make a lost server: doubled with every try, up to 60."""
+    return float(min(first_s * 2 ** min(max(num_tries - 1, 0), 16), MAX_RETRY_DELAY_S))
+
+
 @dataclass
 class Life:
     """What the supervisor knows about its server."""
 
+    pause_s: float = 0.0
+    """From a death to the next start at least; `restart_pause_s`."""
     started_at: float | None = None
     """When the current process was started; None while none runs."""
     healthy_at: float | None = None
@@ -89,7 +122,7 @@ class Life:
         """The process is gone, by itself or killed."""
         quick = self.healthy_at is None or now - self.healthy_at < QUICK_DEATH_S
         # The first early death may be an accident: only those that follow are waited for.
-        self.start_at = now + restart_delay_s(self.num_quick_deaths if quick else 0)
+        self.start_at = now + max(restart_delay_s(self.num_quick_deaths if quick else 0), self.pause_s)
         self.num_quick_deaths = self.num_quick_deaths + 1 if quick else 0
         self.started_at, self.healthy_at = None, None
         self.num_restarts += 1
@@ -101,11 +134,14 @@ class Leases:
 
     idle_since: float
     """When the last user left; the time of the start before the first one came."""
+    times: LeaseTimes = LeaseTimes()
+    _used: bool = False
     _until: dict[str, float] = field(default_factory=dict)
 
     def renew(self, user: str, now: float) -> None:
         """`user` uses the server for the next 15 s."""
-        self._until[user] = now + LEASE_S
+        self._used = True
+        self._until[user] = now + self.times.lease_s
 
     def release(self, user: str, now: float) -> None:
         """`user` does not need it any more. Unknown users are fine."""
@@ -118,6 +154,15 @@ class Leases:
             self.release(user, now)
         return len(self._until)
 
-    def over(self, now: float, *, application_gone: bool) -> bool:
-        """Whether the server should end: nobody uses it, and nobody will or nobody came for a while."""
-        return self.num_users(now) == 0 and (application_gone or now - self.idle_since >= GRACE_S)
+    def over(self, now: float, *, unwanted: bool) -> bool:
+        """Whether the server should end: nobody uses it, and nobody should any more or nobody came for the grace.
+
+        Args:
+            unwanted: the application is gone, or a server with other settings waits for this one's port. A server
+                that was never used still waits for the time of a lease: its actor may have been restarted, and users
+                have yet to renew.
+        """
+        if self.num_users(now):
+            return False
+        enough = self.times.grace_s if not unwanted else 0.0 if self._used else self.times.lease_s
+        return now - self.idle_since >= enough

@@ -82,6 +82,7 @@ class _Replica:
         self._cache_server = NodeCacheServer(
             shared_cache.server,
             platform=self._spec.platform,
+            heartbeat_interval_s=shared_cache.heartbeat_interval_s,
             host=self._host,
             application=serve.get_replica_context().app_name,
             user=f"{self._replica_id}-{self._incarnation[:8]}",

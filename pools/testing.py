@@ -27,6 +27,7 @@ from pools.testing_handoffs import (
     settle_after_the_read_changes_nothing,
     settle_frees_the_prefill_engine,
     settle_may_come_first,
+    tells_what_it_never_took,
 )
 from pools.testing_tools import (
     LONG,
@@ -236,6 +237,7 @@ CHECKS: tuple[Check, ...] = (
     says_what_became_of_a_handoff,
     settle_frees_the_prefill_engine,
     settle_may_come_first,
+    tells_what_it_never_took,
     settle_after_the_read_changes_nothing,
     parameters_are_used_once,
     events_are_a_long_poll,

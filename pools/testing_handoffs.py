@@ -7,7 +7,9 @@ import asyncio
 import socket
 import time
 import uuid
+from typing import Any
 
+from pools.engine.base import HANDOFF_HEADER
 from pools.testing_client import request
 from pools.testing_tools import (
     HANDOFF_ID,
@@ -178,6 +180,32 @@ async def parameters_are_used_once(engines: Engines) -> None:
     await answer_of(engines, body)
     expect_error(await request("POST", f"{engines.decode}/v1/completions", body), None)
     await answer_of(engines, completion_body(engines, ids))
+
+
+async def tells_what_it_never_took(engines: Engines) -> None:
+    """A leg that ends before the engine has its request is told as unread, once; one that was read is not."""
+    ids = await fresh_prompt(engines)
+    after = await newest_event(engines.decode)
+    read = await prefill_leg(engines, ids)
+    body = completion_body(engines, ids)
+    reply = await request(
+        "POST", f"{engines.decode}/v1/completions", body | {"kv_transfer_params": read}, headers=_names(read)
+    )
+    expect(reply.status == 200, f"the leg answered {reply.status}")
+    async with held_handoff(engines, await fresh_prompt(engines)) as refused:
+        bad = body | {"kv_transfer_params": refused, "max_tokens": -1}
+        for _ in range(2):
+            reply = await request("POST", f"{engines.decode}/v1/completions", bad, headers=_names(refused))
+            expect_error(reply, 400)
+        again = body | {"kv_transfer_params": refused}
+        expect_error(await request("POST", f"{engines.decode}/v1/completions", again, headers=_names(refused)), None)
+    unread = [event["id"] for event in await events_of(engines.decode, after) if event["kind"] == "unread"]
+    expect(unread == [refused[HANDOFF_ID]], f"unread: {unread}")
+
+
+def _names(params: dict[str, Any]) -> dict[str, str]:
+    """The header of a decode leg that says which hand-off it brings."""
+    return {HANDOFF_HEADER: params[HANDOFF_ID]}
 
 
 async def events_are_a_long_poll(engines: Engines) -> None:

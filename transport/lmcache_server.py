@@ -20,6 +20,10 @@ REGISTRATION_GRACE_S = 10 * 365 * 24 * 3600
 """The same for an engine that has not sent one yet, which it does with its first request: ten years, so that one that
 waits for its first request is kept."""
 
+HTTP_HOST = "127.0.0.1"
+"""Where the HTTP API listens, on every node. It asks for no key, and `GET /env` prints the server's environment: the
+password of Redis and whatever cloud keys the node has. They stay in the environment, for boto3 looks there."""
+
 _SHM_PREFIX = "lmcache_l1_pool_"
 """What LMCache puts before a segment's name."""
 
@@ -34,16 +38,17 @@ def server_argv(
 ) -> list[str]:
     """Arguments after `lmcache server`.
 
-    Metrics are served at `/metrics` of the HTTP port, so there is no further port for Prometheus.
+    Metrics are served at `/metrics` of the HTTP port, so there is no further port for Prometheus. That port is bound to
+    loopback, because the HTTP API tells secrets; see `HTTP_HOST`.
 
     Args:
         platform: `cpu` engines copy through one shared-memory segment, which needs all of L1 allocated at start (pages
             are taken when they are first written). On `cuda` the server copies itself, out of pinned memory that grows.
-        host: private address that both ports are bound to; neither asks who is there.
+        host: private address that the message queue is bound to; it does not ask who is there.
         shm_name: name from `new_shm_name`; unused on `cuda`.
     """
     argv = [
-        *("--host", host, "--port", str(port), "--http-host", host, "--http-port", str(http_port)),
+        *("--host", host, "--port", str(port), "--http-host", HTTP_HOST, "--http-port", str(http_port)),
         *("--supported-transfer-mode", "auto", "--chunk-size", str(config.chunk_tokens)),
         *("--max-workers", str(config.max_workers)),
         *("--l1-size-gb", f"{config.l1_gib:g}", "--eviction-policy", config.eviction_policy),

@@ -210,7 +210,9 @@ class Handoff:
                 return "prefill_lost" if tried else "no_warm_pair"
             under_way = self._begin(call, pair, len(prompt))
             try:
-                return await self._transfer.run(self._attempt(call, prompt, under_way, take, drop), deadline=deadline)
+                result = await self._transfer.run(
+                    self._attempt(call, prompt, under_way, take, drop), deadline=deadline
+                )
             except asyncio.CancelledError:
                 self._metrics.disconnects.labels("decode" if under_way.leg_done else "prefill").inc()
                 self._settling.client_left(under_way)
@@ -221,10 +223,18 @@ class Handoff:
                     self._sender.lost(pair.prefill, exc.__cause__)
                 if not exc.retry:
                     return exc.reason
+            else:
+                if not under_way.leg_done:
+                    self._background.spawn(self._stop_outlived(under_way))
+                return result
             finally:
                 under_way.reserved.close()
             self._metrics.retries.labels("prefill").inc()
             tried.add(pair.prefill.info.replica_id)
+
+    async def _stop_outlived(self, under_way: UnderWay) -> None:
+        if await self._settling.outlived(under_way):
+            self._metrics.local_prefill("decode_did_not_wait")
 
     def _begin(self, call: Call, pair: Pair, num_tokens: int) -> UnderWay:
         handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"

@@ -26,6 +26,8 @@ TOTALS = ("produced", *ENDS, "stored", "reused")
 
 _ENGINE_ENDS = frozenset(("consumed", "released", "expired"))
 _MAX_OPEN = 65_536
+_MAX_GONE = 1024
+"""Replicas that ended, to remember; what such a one says later is old news."""
 _MAX_TEXT = 200
 
 
@@ -137,6 +139,7 @@ class Ledger:
         self._orphaned: OrderedDict[str, Record] = OrderedDict()
         self._chunks: ChunkIndex[Record] = ChunkIndex()
         self._num_suspect = 0
+        self._gone: OrderedDict[str, None] = OrderedDict()
         self._handlers: dict[str, Callable[[ReplicaInfo, Mapping[str, Any], float], None]] = {
             "produced": self._produced,
             "ended": self._hold_ended,
@@ -200,7 +203,13 @@ class Ledger:
                     self._num_suspect += 1
 
     def replica_gone(self, incarnation: str) -> None:
-        """The replica ended, and its KV with it: what was open there has failed."""
+        """The replica ended, and its KV with it: what was open there has failed.
+
+        Should it live after all, what it says of these hand-offs counts no second time, remembered or not.
+        """
+        self._gone[incarnation] = None
+        if len(self._gone) > _MAX_GONE:
+            self._gone.popitem(last=False)
         now = self._clock()
         for record in [r for r in self._announced.values() if r.prefill_incarnation == incarnation]:
             self._forget_announced(record)
@@ -250,7 +259,7 @@ class Ledger:
             self.num_foreign += 1
             return
         tokens, num_bytes = int(event["tokens"]), int(event["bytes"])
-        if handoff_id in self._open or self._ended(handoff_id):
+        if handoff_id in self._open or self._is_over(handoff_id, replica):
             self.num_repeated += 1
             return
         self._enter(handoff_id, replica, at, tokens, num_bytes)
@@ -317,11 +326,17 @@ class Ledger:
             return record
         if not self.is_own(handoff_id):
             return None
-        if self._ended(handoff_id):
+        if self._is_over(handoff_id, replica):
             self.num_repeated += 1
             return None
         announced = self._announced.get(handoff_id)
         return self._enter(handoff_id, replica, at, announced.tokens if announced else 0, 0)
+
+    def _is_over(self, handoff_id: str, replica: ReplicaInfo) -> bool:
+        """Whether an own hand-off that is not open has ended, or may have: its replica was written off meanwhile."""
+        if self._ended(handoff_id):
+            return True
+        return replica.incarnation in self._gone and handoff_id not in self._announced
 
     def _enter(self, handoff_id: str, replica: ReplicaInfo, at: float, tokens: int, num_bytes: int) -> Record:
         record = self._announced.pop(handoff_id, None)

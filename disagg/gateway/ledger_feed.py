@@ -3,13 +3,16 @@
 
 One task a replica, with a connection of its own: a long poll of `/disagg/v1/events`, and `/disagg/v1/stats` every few
 seconds. Nothing ends such a task but the replica's end. A replica that Serve has taken out of its list is read on until
-it stops answering, because it still gives out KV while it drains.
+nothing listens at its address, because it still gives out KV while it drains. One that is merely late is read on, too,
+for minutes. What was read of a replica is never read again, should it come back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +41,10 @@ _PACE_S = 0.05
 """Least time between two polls that brought something: events of a busy engine come in batches."""
 _FIRST_RETRY_S = 0.1
 _MAX_RETRY_S = 5.0
+_SILENT_S = 600.0
+"""How long a replica that is out of the list may say nothing, e.g. because its node is gone."""
+_MAX_REMEMBERED = 1024
+"""Incarnations that are not followed any more and may come back."""
 
 
 class _Batch(msgspec.Struct):
@@ -59,6 +66,8 @@ class _Followed:
     """Number of the last event read."""
     stats_at: float = 0.0
     """When its statistics are due, on the loop's clock."""
+    heard_at: float = 0.0
+    """When its events were last read, or its task began, on the loop's clock."""
 
 
 class LedgerFeed:
@@ -75,8 +84,15 @@ class LedgerFeed:
         connect_timeout_s: float,
         wait_s: float = _WAIT_S,
         stats_s: float = _STATS_S,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`wait_s`: longest that one poll waits for events. `stats_s`: seconds between two looks at statistics."""
+        """Start with nobody to follow.
+
+        Args:
+            wait_s: longest that one poll waits for events.
+            stats_s: seconds between two looks at statistics.
+            clock: unix seconds. Tiers that degraded before this call are not counted.
+        """
         self._ledger = ledger
         self._membership = membership
         self._metrics = metrics
@@ -85,14 +101,17 @@ class LedgerFeed:
         self._connect_timeout_s = connect_timeout_s
         self._wait_s = wait_s
         self._stats_s = stats_s
+        self._started_at = clock()
         self._followed: dict[str, _Followed] = {}
+        # Incarnation to the number of the last event read, of those that are not followed any more.
+        self._read: OrderedDict[str, int] = OrderedDict()
 
     def members_changed(self) -> None:
         """Begin with every replica that is not followed. Returns at once."""
         members = {m.info.incarnation: m.info for pool in POOLS for m in self._membership.members(pool)}
         for incarnation, info in members.items():
             if incarnation not in self._followed:
-                followed = self._followed[incarnation] = _Followed(info)
+                followed = self._followed[incarnation] = _Followed(info, after=self._read.pop(incarnation, 0))
                 followed.task = self._background.forever(self._follow(followed))
         for incarnation, followed in self._followed.items():
             followed.leaving = incarnation not in members
@@ -106,12 +125,15 @@ class LedgerFeed:
 
     async def _follow(self, followed: _Followed) -> None:
         upstream = Upstream(followed.info.url, connect_timeout_s=self._connect_timeout_s)
+        loop = asyncio.get_running_loop()
         delay = _FIRST_RETRY_S
+        followed.heard_at = loop.time()
         try:
             while True:
                 try:
                     found = await self._poll(upstream, followed)
                     delay = _FIRST_RETRY_S
+                    followed.heard_at = loop.time()
                     if found:
                         await asyncio.sleep(_PACE_S)
                     continue
@@ -121,7 +143,7 @@ class LedgerFeed:
                 except Exception as exc:
                     problem = exc
                     logger.exception("events of %s could not be taken over", followed.info.replica_id)
-                if followed.leaving and isinstance(problem, ReplicaLostError | _UnusableAnswerError):
+                if followed.leaving and (_is_gone(problem) or loop.time() - followed.heard_at > _SILENT_S):
                     return
                 self._metrics.ledger_feed_errors.inc()
                 await asyncio.sleep(delay)
@@ -129,6 +151,9 @@ class LedgerFeed:
         finally:
             upstream.close()
             self._followed.pop(followed.info.incarnation, None)
+            self._read[followed.info.incarnation] = followed.after
+            if len(self._read) > _MAX_REMEMBERED:
+                self._read.popitem(last=False)
             self._ledger.replica_gone(followed.info.incarnation)
 
     async def _poll(self, upstream: Upstream, followed: _Followed) -> bool:
@@ -148,7 +173,7 @@ class LedgerFeed:
             raise _UnusableAnswerError(f"/disagg/v1/events answered {status}: {payload[:200]!r}")
         batch = _decode_batch(payload)
         if batch.incarnation != followed.info.incarnation:
-            raise _UnusableAnswerError("another engine answers at its address")
+            raise _ReplacedError("another engine answers at its address")
         if batch.lost:
             # What was overwritten before the first read is from before this gateway knew the replica.
             if followed.after:
@@ -168,7 +193,9 @@ class LedgerFeed:
                 self._ledger.note(handoff_id, "unread")
                 self._on_unread(handoff_id)
         elif kind == "tier_degraded":
-            self._metrics.count_degraded(event.get("tier"))
+            at = event.get("at")
+            if isinstance(at, int | float) and at >= self._started_at:
+                self._metrics.count_degraded(event.get("tier"))
         else:
             self._ledger.apply(replica, event)
 
@@ -180,6 +207,17 @@ class LedgerFeed:
 
 class _UnusableAnswerError(Exception):
     """The address is answered, but not with this replica's events."""
+
+
+class _ReplacedError(_UnusableAnswerError):
+    """Another incarnation has the address, so this one is gone."""
+
+
+def _is_gone(problem: Exception) -> bool:
+    """Whether the replica is at its end for certain: its port refuses, or is another one's. Late is not gone."""
+    if isinstance(problem, ReplicaLostError):
+        return problem.gone and not problem.sent
+    return isinstance(problem, _ReplacedError)
 
 
 _decode_batch = msgspec.json.Decoder(_Batch).decode

@@ -91,7 +91,8 @@ class Metrics:
         )
         self.tier_degraded = Counter(
             "disagg_tier_degraded",
-            "Times that a tier stopped working in some engine, which then went on without it.",
+            "Times that a tier stopped working in some engine, which then went on without it. Each gateway replica "
+            "counts those of all engines since its own start: take the maximum over gateways, not the sum.",
             ["tier"],
             registry=registry,
         )

@@ -30,8 +30,18 @@ _MAX_REMEMBERED = 65_536
 """Hand-offs whose prefill replica is known; far more than a lease lets live at once."""
 _GRACE_S = 1.0
 """How long an abort may take from a decode engine's server to its scheduler."""
+_ANSWER_GRACE_S = 1.0
+"""How much later than the decode leg's first bytes a prefill leg may be answered whose KV they are made of."""
 
-Reason = Literal["client_left", "decode_lost", "decode_rejected", "decode_error", "abandoned", "prefill_lost"]
+Reason = Literal[
+    "client_left",
+    "decode_lost",
+    "decode_rejected",
+    "decode_error",
+    "decode_did_not_wait",
+    "abandoned",
+    "prefill_lost",
+]
 
 
 class Ledger(Protocol):
@@ -66,6 +76,8 @@ class UnderWay:
     """The prefill leg, once it was sent."""
     taken: bool = False
     """Whether the decode leg was sent. From then on its engine may be reading."""
+    given_up: bool = False
+    """Whether something has ended it before its time, and what there is to do about that is under way."""
     reserved: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Counts the request on the decode replica until the decode leg does so itself."""
 
@@ -149,7 +161,25 @@ class Settling:
         elif status >= 500:
             self._give_up(under_way, "decode_error", settle=True, grace=True)
 
+    async def outlived(self, under_way: UnderWay) -> bool:
+        """Stop a prefill leg that runs on although the decode leg has answered; whether there was one.
+
+        With both legs sent at once, decode waits for KV no longer than a lease and then computes the prompt itself. Its
+        first bytes show that it reads nothing any more, so what is settled is of no use to it. On the ordinary way they
+        may come a moment before the prefill leg's own answer, hence the wait; to abort and settle what was consumed
+        would change nothing.
+        """
+        leg = under_way.leg
+        if leg is None or under_way.given_up:
+            return False
+        await asyncio.wait({leg}, timeout=_ANSWER_GRACE_S)
+        if leg.done():
+            return False
+        self._give_up(under_way, "decode_did_not_wait", settle=True)
+        return True
+
     def _give_up(self, under_way: UnderWay, reason: Reason, *, settle: bool, grace: bool = False) -> None:
+        under_way.given_up = True
         self._ledger.note(under_way.handoff_id, reason)
         leg = under_way.leg
         if leg is not None:

@@ -55,8 +55,9 @@ class Transfer(Protocol):
     async def run(self, attempt: Attempt[T], *, deadline: float) -> T:
         """Both legs, up to what `take` returns.
 
-        Cancelling it ends the decode leg; the prefill leg is the caller's to stop. Raises PrefillFailed when the
-        prefill side failed or was not over by `deadline` (loop time); the decode leg is ended by then.
+        Cancelling it ends the decode leg; the prefill leg is the caller's to stop, also when it runs on beside a result
+        that did not wait for it. Raises PrefillFailed when the prefill side failed or was not over by `deadline` (loop
+        time); the decode leg is ended by then.
         """
         ...
 

@@ -2,7 +2,8 @@
 """The prefill engine pushes (Mooncake): both legs at once, matched by a transfer id that the gateway chooses.
 
 The first token takes as long as the slower leg. Decode waits for KV that may never come, so the prefill leg is watched
-until decode has shown something.
+until decode has shown something. It waits no longer than a lease: then it computes the prompt itself and answers beside
+a prefill leg that still runs, which is the caller's to stop.
 """
 
 from __future__ import annotations

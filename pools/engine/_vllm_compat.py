@@ -16,7 +16,6 @@ from typing import Any
 
 from starlette.datastructures import State
 from vllm import AsyncEngineArgs, SamplingParams
-from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
@@ -31,7 +30,6 @@ __all__ = [
     "AsyncLLM",
     "StatLoggerBase",
     "VLLMValidationError",
-    "VllmConfig",
     "VllmEngineDeadError",
     "init_app_state",
     "settle_request",

@@ -24,7 +24,8 @@ import zmq
 from pools.cache_server import CacheServer, CacheServerAddress, has_module
 from pools.cache_server_probe import GET_CHUNK_SIZE, GET_EXPERIMENTAL, ask, check_external, http_get
 from pools.errors import EngineStartError
-from tests.support.stack import ROOT, free_port, wait_until
+from tests.support.redis import PASSWORD, redis_command, redis_server
+from tests.support.stack import ROOT, free_port
 from transport.lmcache_server import shm_stem
 from transport.tiers import ExternalServerConfig, ManagedServerConfig
 
@@ -200,38 +201,19 @@ async def test_files_are_storage_behind_memory(tmp_path: Path) -> None:
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[int]:
-    """Port of a Redis server of this test, Debian's `redis-server`, which `scripts/setup.sh` installs."""
-    port = free_port()
-    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    process = subprocess.Popen(
-        ["redis-server", *arguments, "--requirepass", "open sesame"],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        wait_until(lambda: _redis(port, b"PING\r\n").startswith(b"-NOAUTH"), 10, "Redis answers")
+    """Port of a Redis server of this test."""
+    with redis_server(tmp_path) as port:
         yield port
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def _redis(port: int, command: bytes) -> bytes:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
-            connection.sendall(command)
-            return connection.recv(65536)
-    except OSError:
-        return b""
 
 
 async def test_redis_is_storage_behind_memory(redis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `resp` L2 logs in with the password of the environment; the password is in no argument of the server."""
-    monkeypatch.setenv("KV_PASSWORD", "open sesame")
+    monkeypatch.setenv("KV_PASSWORD", PASSWORD)
     l2 = {"type": "resp", "host": "127.0.0.1", "port": redis, "password_env": "KV_PASSWORD"}
     async with _running(_server(l2=[l2])) as server:
         storage = (await _status(server))["storage_manager"]
         assert storage["num_l2_adapters"] == 1 and storage["l2_adapters"][0]["is_healthy"] is True
-        clients = _redis(redis, b'AUTH "open sesame"\r\nCLIENT LIST\r\n')
+        clients = redis_command(redis, b'AUTH "open sesame"\r\nCLIENT LIST\r\n')
         assert clients.count(b"addr=") > 1, "LMCache is connected, beside this test"
         assert b"open sesame" not in _command_line(_pid(server))
 

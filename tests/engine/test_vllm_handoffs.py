@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 import uuid
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from pools.config import CpuConfig, ModelConfig, PoolConfig
+from pools.engine.base import HANDOFF_HEADER
 from pools.launch import engine_args
 from pools.placement import placement
 from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
@@ -46,8 +48,11 @@ class Pair:
         return ids, answer.json()["kv_transfer_params"] | ours
 
     async def answer(self, ids: list[int], params: dict[str, Any] | None, **more: Any) -> httpx.Response:
+        """A decode leg, with the header that names its hand-off."""
         body = {"model": "tiny", "prompt": ids, "max_tokens": 4, "kv_transfer_params": params, **more}
-        return await self._client.post(f"{self.decode}/v1/completions", json=body)
+        named = str((params or {}).get("disagg.handoff_id", ""))
+        headers = {HANDOFF_HEADER: named} if named else {}
+        return await self._client.post(f"{self.decode}/v1/completions", json=body, headers=headers)
 
     async def settle(self, *handoff_ids: str) -> None:
         answer = await self._client.post(f"{self.prefill}/disagg/v1/settle", json={"handoff_ids": handoff_ids})
@@ -232,7 +237,8 @@ def test_unread(urls: tuple[str, str]) -> None:
 
 
 def test_refused(urls: tuple[str, str]) -> None:
-    """A request that vLLM's own server refuses tells the producer nothing, and its parameters are used up here."""
+    """A request that vLLM's own server refuses is told as unread, once. Its producer hears nothing, and its parameters
+    are used up here."""
 
     async def test(pair: Pair) -> None:
         ids, params = await pair.leg("refused-1")
@@ -241,11 +247,42 @@ def test_refused(urls: tuple[str, str]) -> None:
         again = await pair.answer(ids, params)
         assert again.status_code == 400
         assert "single-use" in again.text
+        (unread,) = await pair.events(pair.decode, 1)
+        assert (unread["kind"], unread["id"]) == ("unread", "refused-1")
         with contextlib.suppress(TimeoutError):
             raise AssertionError(await pair.events(pair.prefill, 1, within_s=0.5))
         await pair.settle("refused-1")
         (second,) = await pair.events(pair.prefill, 1)
         ended(second, "refused-1", "released")
+
+    check(urls, test)
+
+
+def test_left_before_the_engine(urls: tuple[str, str]) -> None:
+    """A caller that leaves while vLLM's server still works on its prompt: told as unread, once, like one that leaves
+    later."""
+
+    async def test(pair: Pair) -> None:
+        ids, params = await pair.leg("left-1")
+        await pair.events(pair.prefill, 1)
+        before = await pair.stats(pair.decode)
+        # Half a request: the server waits for the rest of the body.
+        url = httpx.URL(pair.decode)
+        body = json.dumps({"model": "tiny", "prompt": ids, "max_tokens": 4, "kv_transfer_params": params}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head += f"{HANDOFF_HEADER}: left-1\r\ncontent-length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(head.encode() + body[:-10])
+        await writer.drain()
+        while not (await pair.stats(pair.decode))["num_requests_in_flight"]:
+            await asyncio.sleep(0.01)
+        writer.close()
+        (unread,) = await pair.events(pair.decode, 1)
+        assert (unread["kind"], unread["id"]) == ("unread", "left-1")
+        assert (await pair.stats(pair.decode))["num_handoffs_admitted_total"] == before["num_handoffs_admitted_total"]
+        await pair.settle("left-1")
+        (released,) = await pair.events(pair.prefill, 1)
+        ended(released, "left-1", "released")
 
     check(urls, test)
 

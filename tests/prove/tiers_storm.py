@@ -38,7 +38,7 @@ def storm(stack: Stack, transport: str, num_clients: int) -> list[Row]:
     engines = {s["incarnation"] for pool in stack.stats().values() for s in pool}
     seen: Counter[str] = Counter()
     for start in range(0, num_clients, AT_ONCE):
-        clients = [(start + i, chooser.choice((0.05, 0.25, 0.5, 2.0)) * chooser.random()) for i in range(AT_ONCE)]
+        clients = [(start + i, chooser.choice((0.1, 0.5, 1.0, 3.0)) * chooser.random()) for i in range(AT_ONCE)]
         seen.update(asyncio.run(wave(stack.url, clients, chooser)))
     idle = _idle(stack, base)
     totals = settled_books(stack)

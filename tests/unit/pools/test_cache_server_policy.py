@@ -93,7 +93,7 @@ def test_a_used_server_goes_on() -> None:
     now = 0.0
     while now < 10 * GRACE_S:
         leases.renew("a", now)
-        assert not leases.over(now, application_gone=True)
+        assert not leases.over(now, unwanted=True)
         now += RENEW_PERIOD_S
 
 
@@ -102,10 +102,10 @@ def test_a_server_without_users_waits_for_a_grace() -> None:
     leases = Leases(idle_since=0.0)
     leases.renew("a", 100.0)
     leases.release("a", 110.0)
-    assert not leases.over(110.0 + GRACE_S - 1, application_gone=False)
-    assert leases.over(110.0 + GRACE_S, application_gone=False)
+    assert not leases.over(110.0 + GRACE_S - 1, unwanted=False)
+    assert leases.over(110.0 + GRACE_S, unwanted=False)
     leases.renew("b", 120.0)
-    assert not leases.over(121.0, application_gone=False)
+    assert not leases.over(121.0, unwanted=False)
 
 
 def test_a_killed_replica_counts_until_its_lease_is_over() -> None:
@@ -114,8 +114,8 @@ def test_a_killed_replica_counts_until_its_lease_is_over() -> None:
     leases.renew("a", 100.0)
     assert leases.num_users(100.0 + LEASE_S - 1) == 1
     assert leases.num_users(100.0 + LEASE_S) == 0
-    assert not leases.over(100.0 + LEASE_S + GRACE_S - 1, application_gone=False)
-    assert leases.over(100.0 + LEASE_S + GRACE_S, application_gone=False)
+    assert not leases.over(100.0 + LEASE_S + GRACE_S - 1, unwanted=False)
+    assert leases.over(100.0 + LEASE_S + GRACE_S, unwanted=False)
 
 
 def test_a_server_of_an_application_that_is_gone_ends_at_once() -> None:
@@ -123,9 +123,9 @@ def test_a_server_of_an_application_that_is_gone_ends_at_once() -> None:
     leases = Leases(idle_since=0.0)
     leases.renew("a", 1.0)
     leases.release("nobody", 1.0)
-    assert not leases.over(2.0, application_gone=True)
+    assert not leases.over(2.0, unwanted=True)
     leases.release("a", 2.0)
-    assert leases.over(2.0, application_gone=True)
+    assert leases.over(2.0, unwanted=True)
 
 
 @pytest.mark.parametrize(

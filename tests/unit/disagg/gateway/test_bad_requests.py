@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 
 from disagg.config import AdminConfig, GatewayConfig
+from pools.engine.base import HANDOFF_HEADER
 from tests.support.bad_requests import COMPLETIONS, BadRequest, bad_requests, error_fault
 from tests.support.gateway_stack import JSON_HEADERS, MODEL, Stack, connected, request_bytes, running_stack
 
@@ -112,6 +113,7 @@ HEADERS = {
     "x-disagg-prefill": "p9",
     "x-disagg-decode": "d9",
     "x-disagg-anything": "x",
+    "x-disagg-handoff-id": "h9",
     "x-priority": "9",
     "priority": "u=0",
     "x-session-id": "s",
@@ -136,7 +138,9 @@ async def test_client_headers_stay_outside(stack: Stack) -> None:
     own = {"host", "content-type", "content-length", "x-request-id"}
     assert prefill.headers.keys() == own
     assert prefill.headers["x-request-id"] != "mine-1.2:3_4"
-    assert decode.headers.keys() == own | {"traceparent", "tracestate"}
+    assert decode.headers.keys() == own | {"traceparent", "tracestate", HANDOFF_HEADER}
+    assert decode.headers[HANDOFF_HEADER] == prefill.headers["x-request-id"]
+    assert decode.headers[HANDOFF_HEADER] == decode.body["kv_transfer_params"]["disagg.handoff_id"]
     assert decode.headers["x-request-id"] == "mine-1.2:3_4"
 
 

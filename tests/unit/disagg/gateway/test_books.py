@@ -114,7 +114,8 @@ async def test_rescued_and_reused(config: GatewayConfig) -> None:
         await closed(stack)
         assert counts(stack) == {"produced": 10, "rescued": 10, "stored": 10}
         records = (await handoffs(stack, "?outcome=rescued"))["records"]
-        assert [record["reason"] for record in records] == ["decode_rejected"] * 10
+        # The decode engine says `unread` of them too, before or after.
+        assert all("decode_rejected" in record["reason"] for record in records)
         await asyncio.gather(stack.prefill[0].restart(), stack.decode[0].restart())
         stack.announce()
         await stack.warmed()
