@@ -139,7 +139,7 @@ class AppConfig(Config):
             raise refusal(
                 "cache_timeout",
                 f"a server that does not answer can block an engine's scheduler for {self.shared_cache.mq_timeout_s:g} "
-                f"s, twice before it is noticed, and a health probe fails after {limit:g} s ({where}); healthy replicas "
+                f"s, twice before it is noticed; a health probe fails after {limit:g} s ({where}), so healthy replicas "
                 "would be replaced",
                 field="shared_cache.mq_timeout_s",
                 allowed=f"{limit / 2:g} or less, half of {where}",

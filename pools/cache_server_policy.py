@@ -24,6 +24,7 @@ QUICK_DEATH_S = 30.0
 MAX_RESTART_DELAY_S = 15.0
 FASTEST_START_S = 3.0
 """From start to the first answer at least, whatever the machine: the import of torch."""
+MAX_RESTART_PAUSE_S = 60.0
 
 RENEW_PERIOD_S = 3.0
 """How often a replica says that it uses the server."""
@@ -49,6 +50,9 @@ class LeaseTimes:
     grace_s: float = GRACE_S
     port_wait_s: float = PORT_WAIT_S
 
+
+TIMES = LeaseTimes()
+
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): \S|^.{0,40}\berror: \S|\bLMCache ERROR\b")
 
 
@@ -70,8 +74,9 @@ def restart_pause_s(heartbeat_interval_s: float) -> float:
 
     An engine notices that its server is gone by two heartbeats without an answer. If another one answers before that,
     the engine goes on with a registration which that one does not know, and waits for it until a request times out.
+    At most a minute, which with the start is well below what a replica waits for a server.
     """
-    return max(0.0, 2 * heartbeat_interval_s - FASTEST_START_S)
+    return min(max(0.0, 2 * heartbeat_interval_s - FASTEST_START_S), MAX_RESTART_PAUSE_S)
 
 
 def retry_delay_s(num_tries: int, first_s: float) -> float:
@@ -134,7 +139,7 @@ class Leases:
 
     idle_since: float
     """When the last user left; the time of the start before the first one came."""
-    times: LeaseTimes = LeaseTimes()
+    times: LeaseTimes = TIMES
     _used: bool = False
     _until: dict[str, float] = field(default_factory=dict)
 

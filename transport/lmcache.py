@@ -9,6 +9,9 @@ from transport.facts import EngineFacts
 from transport.tiers import ExternalServerConfig, SharedCacheConfig
 
 _MODULE = "transport.in_engine.lmcache"
+_CUDA_TIMEOUTS = 10
+"""With an accelerator the server copies by itself, and may still do what an engine has given up on: an engine waits for
+so many times `mq_timeout_s` before it gives the blocks away. On a CPU the engine copies."""
 
 
 def lmcache_child(config: SharedCacheConfig, facts: EngineFacts) -> dict[str, Any]:
@@ -30,8 +33,9 @@ def lmcache_child(config: SharedCacheConfig, facts: EngineFacts) -> dict[str, An
         "lmcache.mp.heartbeat_interval": config.heartbeat_interval_s,
         "lmcache.mp.mp_transfer_mode": "auto",
         "disagg.sink": sink,
+        "disagg.operation_timeout": config.mq_timeout_s * (_CUDA_TIMEOUTS if facts.platform == "cuda" else 1),
     }
-    if sink in ("unused", "evicted"):
+    if sink != "off":
         extra["lmcache.mp.lazy_offload"] = True
     if sink == "evicted":
         extra["lmcache.mp.lazy_offload_policy"] = "EVICTION_AWARE"

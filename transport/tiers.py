@@ -140,7 +140,7 @@ class ManagedServerConfig(Config):
     port: Port | None = None
     """Port for the engines. Unset: the kernel chooses; set it when a firewall must know it."""
     http_port: Port | None = None
-    """Port for health, status and metrics of the server. Unset: the kernel chooses."""
+    """Port for health, status and metrics of the server, on 127.0.0.1. Unset: the kernel chooses."""
     max_workers: PositiveInt = 4
     """Threads of one server that copy KV, and as many that look it up. LMCache's own default is 1."""
     l2: tuple[L2Config, ...] = ()

@@ -210,9 +210,7 @@ class Handoff:
                 return "prefill_lost" if tried else "no_warm_pair"
             under_way = self._begin(call, pair, len(prompt))
             try:
-                result = await self._transfer.run(
-                    self._attempt(call, prompt, under_way, take, drop), deadline=deadline
-                )
+                result = await self._transfer.run(self._attempt(call, prompt, under_way, take, drop), deadline=deadline)
             except asyncio.CancelledError:
                 self._metrics.disconnects.labels("decode" if under_way.leg_done else "prefill").inc()
                 self._settling.client_left(under_way)

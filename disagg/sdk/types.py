@@ -41,7 +41,8 @@ class Replica(_Answer):
     uptime_s: float | None = None
     """Seconds since the engine came up."""
     lmcache_http_url: str | None = None
-    """Address of the LMCache server on its node: health, status and metrics. None without a shared tier."""
+    """Address of the LMCache server on its node: health, status and metrics. A managed server is on 127.0.0.1, so it is
+    reached from the node itself only. None without a shared tier."""
     warm_peers: tuple[str, ...] = ()
     """Replicas of the other pool that it has exchanged KV with."""
 

@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,13 +16,16 @@ from typing import Any
 import pytest
 
 from pools.cache_server_actor import CacheServerSpec, NodeCacheServer
+from pools.cache_server_policy import TIMES, LeaseTimes
 from pools.cache_server_probe import GET_CHUNK_SIZE, ask
 from pools.errors import EngineStartError
-from tests.support.stack import ROOT
+from tests.support.stack import ROOT, free_port
 from transport.lmcache_server import shm_stem
 from transport.tiers import ManagedServerConfig
 
 BACK_S = 40.0
+MARK = f"TEST_CLUSTER={os.getpid()}".encode()
+"""In the environment of all that this test's cluster runs."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,18 +33,26 @@ def cluster() -> Iterator[None]:
     """A Ray cluster of this test, without Serve: to the actor, its application is gone as soon as nobody uses it."""
     import ray
 
-    ray.init(
-        num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
-    )
+    name, _, value = MARK.decode().partition("=")
+    env_vars = {"PYTHONPATH": str(ROOT), name: value}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env_vars})
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _use(user: str, **settings: Any) -> NodeCacheServer:
+def _use(user: str, times: LeaseTimes = TIMES, **settings: Any) -> NodeCacheServer:
     config = ManagedServerConfig.model_validate({"l1_gib": 0.1, "chunk_tokens": 64} | settings)
-    return NodeCacheServer(config, platform="cpu", host="127.0.0.1", application="disagg", user=user)
+    return NodeCacheServer(
+        config,
+        platform="cpu",
+        heartbeat_interval_s=1.0,
+        host="127.0.0.1",
+        application="disagg",
+        user=user,
+        times=times,
+    )
 
 
 async def _until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -50,13 +62,14 @@ async def _until(condition: Callable[[], bool], timeout_s: float, what: str) -> 
 
 
 def _servers() -> dict[int, int]:
-    """Pid of each LMCache server of this user, with the pid of its parent."""
+    """Pid of each LMCache server of this test, with the pid of its parent."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"lmcache.cli.main" in words and b"-S" not in words:
+                mine = MARK in (entry / "environ").read_bytes().split(b"\0")
+                if b"lmcache.cli.main" in words and b"-S" not in words and mine:
                     found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
@@ -111,9 +124,73 @@ async def test_a_server_that_cannot_start_is_a_start_error() -> None:
     await _until(lambda: set(_servers()) <= before, 15, "no server runs")
 
 
+async def test_a_directory_that_cannot_be_made_is_a_start_error(tmp_path: Path) -> None:
+    """The replica is told the field, whatever process noticed it."""
+    (tmp_path / "file").touch()
+    use = _use("replica-4", l2=[{"type": "fs", "path": str(tmp_path / "file" / "kv")}])
+    with pytest.raises(EngineStartError, match=r"^shared_cache\.server\.l2\[0\]\.path: .* Not a directory"):
+        await use.start()
+
+
+async def test_a_replica_whose_event_loop_is_blocked_keeps_the_server() -> None:
+    """As it is while an engine starts: for longer than lease and grace, after which the server would end."""
+    import ray
+
+    class Replica:
+        async def start(self, times: LeaseTimes) -> str:
+            self.use = _use("replica-5", times)
+            await self.use.start()
+            return self.use.url
+
+        async def block(self, seconds: float) -> None:
+            time.sleep(seconds)  # noqa: ASYNC251  # to block the loop is the point
+
+        async def stop(self) -> None:
+            await self.use.stop()
+
+    before = set(_servers())
+    replica: Any = ray.remote(Replica).options(num_cpus=0).remote()
+    await replica.start.remote(LeaseTimes(renew_period_s=0.3, lease_s=2.0, grace_s=1.0))
+    (server,) = set(_servers()) - before
+    await replica.block.remote(8.0)
+    assert server in _servers()
+    await replica.stop.remote()
+    await _until(lambda: server not in _servers(), 15, "nobody uses it")
+    ray.kill(replica)
+
+
+async def test_a_server_with_other_settings_waits_for_the_configured_port() -> None:
+    """Until the replicas of the former settings have ended; then it starts at once, and not after a grace. A wait that
+    is too long is a start error that says what to do."""
+    before, port = set(_servers()), free_port()
+    old, new = _use("old", port=port), _use("new", port=port, l1_gib=0.2)
+    late = _use("late", LeaseTimes(port_wait_s=1.0), port=port, l1_gib=0.3)
+    await old.start()
+    (server,) = set(_servers()) - before
+    starting = asyncio.create_task(new.start())
+    with pytest.raises(
+        EngineStartError, match=rf"^shared_cache\.server\.port \({port}\): in use .* leave the ports to"
+    ):
+        await late.start()
+    assert server in _servers() and not starting.done(), "it is in use"
+    await old.stop()
+    async with asyncio.timeout(BACK_S):
+        await starting
+    assert new.url == old.url and server not in _servers()
+    await new.stop()
+    await _until(lambda: set(_servers()) <= before, 15, "nobody uses it")
+
+
 def test_the_spec_is_json() -> None:
     """Ray keeps it for the actor's restarts, and each restart reads the same."""
     spec = CacheServerSpec(
-        application="a", platform="cpu", server=ManagedServerConfig(), host="127.0.0.1", port=1, http_port=2
+        application="a",
+        platform="cpu",
+        server=ManagedServerConfig(),
+        host="127.0.0.1",
+        port=1,
+        http_port=2,
+        heartbeat_interval_s=3.0,
+        times=LeaseTimes(lease_s=1.0),
     )
     assert CacheServerSpec.model_validate(spec.model_dump(mode="json")) == spec

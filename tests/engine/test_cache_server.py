@@ -34,9 +34,12 @@ BACK_S = 25.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def _server(port: int | None = None, **settings: Any) -> CacheServer:
+def _server(
+    port: int | None = None, *, host: str = "127.0.0.1", heartbeat_interval_s: float = 1.0, **settings: Any
+) -> CacheServer:
     config = ManagedServerConfig.model_validate({"l1_gib": 0.1, "chunk_tokens": 64} | settings)
-    return CacheServer(config, CacheServerAddress("127.0.0.1", port or free_port(), free_port()), platform="cpu")
+    address = CacheServerAddress(host, port or free_port(), free_port())
+    return CacheServer(config, address, platform="cpu", heartbeat_interval_s=heartbeat_interval_s)
 
 
 @asynccontextmanager
@@ -75,8 +78,9 @@ def _pid(server: CacheServer) -> int:
 
 
 async def test_it_comes_up_comes_back_and_leaves_nothing() -> None:
-    """Healthy after its start; after SIGKILL healthy again at the same address with a new segment; then gone."""
-    async with _running(_server()) as server:
+    """Healthy after its start; after SIGKILL healthy again at the same address with a new segment, no sooner than two
+    heartbeats later; then gone."""
+    async with _running(_server(heartbeat_interval_s=6)) as server:
         url, port = server.address.url, server.address.port
         assert await ask(url, GET_CHUNK_SIZE, timeout_s=5) == 64
         assert (await _status(server))["is_healthy"] is True
@@ -87,12 +91,25 @@ async def test_it_comes_up_comes_back_and_leaves_nothing() -> None:
         await _until(lambda: not server.status()["healthy"], 3)
         took = await _until(lambda: server.status()["healthy"], BACK_S)
         print(f"back {took:.1f} s after it was killed")
+        assert took >= 12
         assert server.status()["num_restarts"] == 1 and _pid(server) != first
         assert await ask(url, GET_CHUNK_SIZE, timeout_s=5) == 64
         assert len(_segments(port)) == 1 and _segments(port) != segments
         last = _pid(server)
     assert not _command_line(last)
     assert _segments(port) == []
+
+
+async def test_the_http_api_answers_the_node_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prints its environment, secrets included, so it does not listen at the node's address, as the queue does."""
+    monkeypatch.setenv("A_CLOUD_KEY", "hunter2")
+    async with _running(_server(host="127.0.0.2")) as server:
+        assert await ask(f"tcp://127.0.0.2:{server.address.port}", GET_CHUNK_SIZE, timeout_s=5) == 64
+        with pytest.raises(ConnectionRefusedError):
+            await http_get(f"http://127.0.0.2:{server.address.http_port}/env", timeout_s=5)
+        assert server.address.http_url.startswith("http://127.0.0.1:")
+        _, body = await http_get(f"{server.address.http_url}/env", timeout_s=5)
+        assert "hunter2" in body, "LMCache keeps it to itself; the docs may be gentler"
 
 
 async def test_a_server_whose_queue_is_dead_is_replaced() -> None:
@@ -139,6 +156,18 @@ async def test_storage_that_is_not_installed_is_refused_before_a_start() -> None
     server = _server(l2=[l2])
     assert not has_module("lmcache.lmcache_mooncake") and has_module("lmcache.lmcache_redis")
     with pytest.raises(EngineStartError, match=r"shared_cache\.server\.l2\[0\]\.type: .*MOONCAKE_INCLUDE_DIR"):
+        await server.start()
+    assert server.status()["pid"] is None
+
+
+async def test_a_directory_that_cannot_be_made_is_refused_before_a_start(tmp_path: Path) -> None:
+    """The message names the field and the reason."""
+    (tmp_path / "file").touch()
+    l2 = [{"type": "fs", "path": str(tmp_path / "kv")}, {"type": "fs", "path": str(tmp_path / "file" / "kv")}]
+    server = _server(l2=l2)
+    with pytest.raises(
+        EngineStartError, match=r"^shared_cache\.server\.l2\[1\]\.path: .*/kv cannot be made: Not a dir"
+    ):
         await server.start()
     assert server.status()["pid"] is None
 

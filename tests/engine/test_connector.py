@@ -18,10 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from transport.config import NixlConfig
+from transport.digests import chunk_digests
 from transport.in_engine.connector import MultiConnector
 from transport.in_engine.handoff_metadata import HandoffWorkerMetadata
 from transport.launch import EngineFacts, launch
@@ -111,10 +113,14 @@ class SharedTier(Child):
     """A tier with a sink."""
 
     chunk_tokens = 4
+    token_offset = 0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.adopts = False
+
+    def token_ids(self, request: Any) -> list[int]:
+        return [token + self.token_offset for token in request.all_token_ids]
 
     def skip(self, request: Any) -> None:
         self.calls.append(("skip", request.request_id))
@@ -160,6 +166,14 @@ def request(req_id: str, tokens: int = 12, **params: Any) -> Any:
         num_prompt_tokens=tokens,
         cache_salt=None,
     )
+
+
+def blocks(*block_ids: int) -> Any:
+    """New blocks of one group, after one that a prefix hit gave and the null block."""
+    known = SimpleNamespace(block_id=1, block_hash=b"h", is_null=False)
+    null = SimpleNamespace(block_id=0, block_hash=None, is_null=True)
+    new = [SimpleNamespace(block_id=i, block_hash=None, is_null=False) for i in block_ids]
+    return SimpleNamespace(blocks=([known, null, *new],))
 
 
 def step(*finished: str) -> Any:
@@ -285,7 +299,7 @@ def test_transfer_goes_before_tiers(make: Any) -> None:
     assert connector.get_num_new_matched_tokens(request("r-1"), 0) == (8, True)
     assert tier.calls == []
     assert shared.calls == [("skip", "r-1")]
-    connector.update_state_after_alloc(request("r-1"), None, 8)
+    connector.update_state_after_alloc(request("r-1"), blocks(5), 8)
     assert [dict(child.calls)["alloc"] for child in connector.sub_connectors] == [8, 0, 0]
     assert events(connector) == []
 
@@ -294,8 +308,8 @@ def test_transfer_goes_before_tiers(make: Any) -> None:
     ("offload", "shared", "expected", "source"),
     [
         ((4, True), (8, True), (8, True), "SharedTier"),
-        ((8, False), (4, True), (8, False), "Tier"),
-        ((8, True), (8, False), (8, True), "Tier"),
+        ((8, True), (4, True), (8, True), "Tier"),
+        ((8, True), (8, True), (8, True), "Tier"),
         ((0, False), (0, False), (0, False), None),
         ((None, False), (8, True), (None, False), None),
         ((8, True), (None, True), (None, False), None),
@@ -308,14 +322,95 @@ def test_the_tier_with_most_tokens_loads(make: Any, offload: Any, shared: Any, e
     assert connector.get_num_new_matched_tokens(request("r-1"), 4) == expected
     assert all(child.calls == [("match", "r-1")] for child in connector.sub_connectors)
     if source is not None:
-        connector.update_state_after_alloc(request("r-1"), None, expected[0])
+        connector.update_state_after_alloc(request("r-1"), blocks(5), expected[0])
+        assert events(connector) == []
+        connector.update_connector_output(KVConnectorOutput(finished_recving={"r-1"}))
         (loaded,) = events(connector)
         assert (loaded["kind"], loaded["source"], loaded["tokens"]) == ("loaded", source, 8)
         # Twelve tokens, of which four were there: the second and third chunk of four.
         assert len(loaded.get("chunks", ())) == (2 if source == "SharedTier" else 0)
         # The same request again, when its load is over.
-        connector.update_state_after_alloc(request("r-1"), None, 0)
+        connector.update_state_after_alloc(request("r-1"), blocks(5), 0)
         assert events(connector) == []
+
+
+@pytest.mark.parametrize("how", ["invalid", "failed", "aborted"])
+def test_a_load_that_failed_is_not_told(make: Any, how: str) -> None:
+    """Nothing came from the tier that anybody used."""
+    connector = make(Transfer, SharedTier)
+    connector.sub_connectors[1].matched = (8, True)
+    connector.get_num_new_matched_tokens(request("r-1"), 4)
+    connector.update_state_after_alloc(request("r-1"), blocks(5, 6), 8)
+    if how == "aborted":
+        connector.request_finished(request("r-1"), [1, 5, 6])
+    output = KVConnectorOutput(
+        finished_recving={"r-1"},
+        failed_recving={"r-1"} if how == "failed" else set(),
+        invalid_block_ids={6} if how == "invalid" else set(),
+    )
+    connector.update_connector_output(output)
+    assert events(connector) == []
+
+
+def test_chunks_are_named_by_what_the_tier_stores(make: Any) -> None:
+    """A prompt with images is known to the tier by other tokens, which a rescue of it names as well."""
+    connector = make(Transfer, SharedTier)
+    shared = connector.sub_connectors[1]
+    shared.matched, shared.token_offset = (8, True), 100
+    connector.get_num_new_matched_tokens(request("r-1"), 4)
+    connector.update_state_after_alloc(request("r-1"), blocks(5), 8)
+    connector.update_connector_output(KVConnectorOutput(finished_recving={"r-1"}))
+    (loaded,) = events(connector)
+    assert loaded["chunks"] == chunk_digests(list(range(100, 112)), 4, None)[1:]
+
+
+class OffloadingConnector(Child):
+    """The host tier, with what is used of its scheduler half."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.connector_scheduler: Any = SimpleNamespace(_current_batch_allocated_block_ids=set())
+
+
+@pytest.mark.parametrize(("loader", "given"), [(0, {5, 6}), (1, set()), (2, {5, 6}), (None, set())])
+def test_the_host_tier_learns_which_blocks_others_load_into(make: Any, loader: int | None, given: set[int]) -> None:
+    """Its pending stores of these blocks' former KV must be over before another child writes to them."""
+    connector = make(Transfer, OffloadingConnector, SharedTier)
+    if loader is not None:
+        connector.sub_connectors[loader].matched = (8, True)
+    tokens, _ = connector.get_num_new_matched_tokens(request("r-1"), 4)
+    connector.sub_connectors[1].connector_scheduler._current_batch_allocated_block_ids = set()
+    connector.update_state_after_alloc(request("r-1"), blocks(5, 6), tokens)
+    assert connector.sub_connectors[1].connector_scheduler._current_batch_allocated_block_ids == given
+
+
+def test_vllms_host_tier_waits_for_stores_of_such_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set that is added to is the one that vLLM flushes by, and it is new after each step."""
+    scheduler = OffloadingConnectorScheduler.__new__(OffloadingConnectorScheduler)
+    for name in ("_build_partial_tail_store_jobs", "_build_store_jobs"):
+        monkeypatch.setattr(scheduler, name, lambda _: {})
+    monkeypatch.setattr(scheduler, "_update_req_states", lambda _: None)
+    scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None)  # type: ignore[assignment]
+    scheduler._req_status = {}
+    scheduler._current_batch_load_jobs, scheduler._current_batch_jobs_to_flush = {}, set()
+    scheduler._block_id_to_pending_jobs = {5: {41}, 7: {42}}
+    scheduler._current_batch_allocated_block_ids = {5, 6}
+    output: Any = SimpleNamespace(scheduled_new_reqs=[], preempted_req_ids=None, finished_req_ids=())
+    meta: Any = scheduler.build_connector_meta(output)
+    assert meta.jobs_to_flush == {41}
+    assert scheduler._current_batch_allocated_block_ids == set()
+
+
+def test_another_vllms_host_tier_is_refused_at_start(make: Any) -> None:
+    """Without that set KV would be stored under the wrong name, in silence."""
+
+    class Other(Child):
+        connector_scheduler = SimpleNamespace()
+
+    Other.__name__ = "OffloadingConnector"
+    with pytest.raises(RuntimeError, match="_current_batch_allocated_block_ids"):
+        make(Transfer, Other)
+    make(Transfer, Other, role=KVConnectorRole.WORKER)
 
 
 def test_unread_is_passed_on(make: Any) -> None:

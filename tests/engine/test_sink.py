@@ -177,8 +177,12 @@ def test_a_server_that_was_never_missed(tier: Tier) -> None:
 
 @pytest.mark.parametrize("sink", ["evicted", "write_through", "off"])
 def test_the_other_sinks(sink: str) -> None:
-    """`never` stores nothing with any of them; `always` is stored at once with `evicted`, and ignored with `off`."""
-    with lmcache_server() as server, engine("prefill", server, sink) as prefill:  # type: ignore[arg-type]
+    """`never` stores nothing with any of them; `always` is stored at once with `evicted`, and ignored with `off`.
+
+    With `write_through` a prompt of several steps is several stores.
+    """
+    steps = {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK} if sink == "write_through" else None
+    with lmcache_server() as server, engine("prefill", server, sink, engine_kwargs=steps) as prefill:  # type: ignore[arg-type]
         full = 700 // CHUNK * CHUNK * TOKEN_BYTES
         never = {"disagg.store": "never", "lmcache.max_offload_tokens": 0}
         for name, params, stored in (
@@ -194,6 +198,13 @@ def test_the_other_sinks(sink: str) -> None:
             time.sleep(0.5)
             assert server.stored_bytes() - before == stored, name
         assert prefill.frees_all()
+        if sink == "write_through":
+            tokens = prompt(sum(map(ord, "plain")), 700)
+            expected = prefill.tokens(tokens)
+            prefill.forget_prefixes()
+            assert prefill.tokens(tokens) == expected
+            prefill.event(kind="loaded", source="lmcache", tokens=700 // CHUNK * CHUNK)
+            assert prefill.frees_all()
         server.kill()
         prefill.prefill(prompt(400, 700), "dead")
         prefill.settle("dead")

@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import asyncio
-import copy
+import contextlib
 import random
 import statistics
 import time
-from typing import Any
 
 from benchmarks.real import Sample, ThroughGateway
 from tests.prove.report import ROOT, Row
 from tests.support.stack import running
-from tests.support.tiers import tiers
+from tests.support.tiers import Change, tiers
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 TURNS = 8
+"""Turns of each application that are judged; those that are only printed get half as many."""
 REQUESTS = 60
 CLIENTS = 4
 PROMPT_TOKENS = 600
@@ -26,7 +26,7 @@ TTFT = 1.03
 
 
 def hot_path() -> list[Row]:
-    throughput, ttft = against("off", "unused")
+    throughput, ttft = against("off", "unused", TURNS)
     rows = [
         Row(
             4, "throughput, sink unused / off", f"{throughput:.3f}", f"at least {THROUGHPUT}", throughput >= THROUGHPUT
@@ -34,44 +34,43 @@ def hot_path() -> list[Row]:
         Row(4, "TTFT p50, sink unused / off", f"{ttft:.3f}", f"at most {TTFT}", ttft <= TTFT),
     ]
     for one, other in ((None, "unused"), ("off", "write_through"), ("off", "evicted")):
-        throughput, ttft = against(one, other)
+        throughput, ttft = against(one, other, TURNS // 2)
         what = f"sink {other} / {one or 'no shared tier'}: throughput, TTFT p50"
         rows.append(Row(4, what, f"{throughput:.3f}, {ttft:.3f}", "printed", throughput > 0))
     return rows
 
 
-def against(one: str | None, other: str | None) -> tuple[float, float]:
+def against(one: str | None, other: str | None, turns: int) -> tuple[float, float]:
     """Throughput and TTFT p50 of the second setting over those of the first, medians of turns."""
 
-    def change(config: dict[str, Any]) -> None:
-        first = config["applications"][0]
-        first["args"]["cpu"] = {"num_cpus": 0.25}
-        second = copy.deepcopy(first)
-        second |= {"name": "other", "route_prefix": "/other"}
-        config["applications"] = [first, second]
-        for application, sink in ((first, one), (second, other)):
-            tiers(sink=sink, l1_gib=0.5, blocks=200)({"applications": [application]})
-
     chooser = random.Random(41)
-    rates: dict[str, list[float]] = {"": [], "/other": []}
-    firsts: dict[str, list[float]] = {"": [], "/other": []}
-    with running(CONFIG, name="prove-tiers-hot-path", change=change, timeout_s=400) as stack:
+    rates: tuple[list[float], list[float]] = ([], [])
+    firsts: tuple[list[float], list[float]] = ([], [])
+    with contextlib.ExitStack() as both:
+        urls = [
+            both.enter_context(running(CONFIG, name=f"prove-tiers-hot-{name}", change=_change(sink), timeout_s=400)).url
+            for name, sink in (("one", one), ("other", other))
+        ]
         time.sleep(5)
-        for turn in range(TURNS + 1):
-            for prefix in ("", "/other") if turn % 2 else ("/other", ""):
-                rate, ttft = asyncio.run(_turn(stack.url + prefix, chooser))
+        for turn in range(turns + 1):
+            for side in (0, 1) if turn % 2 else (1, 0):
+                rate, ttft = asyncio.run(_turn(urls[side], chooser))
                 if turn:  # the first turn is the warm-up
-                    rates[prefix].append(rate)
-                    firsts[prefix].append(ttft)
-    throughput = statistics.median(b / a for a, b in zip(rates[""], rates["/other"], strict=True))
-    ttft = statistics.median(b / a for a, b in zip(firsts[""], firsts["/other"], strict=True))
+                    rates[side].append(rate)
+                    firsts[side].append(ttft)
+    throughput = statistics.median(b / a for a, b in zip(*rates, strict=True))
+    ttft = statistics.median(b / a for a, b in zip(*firsts, strict=True))
     print(
-        f"    {one or 'none'} against {other}: requests/s {statistics.median(rates['']):.2f} and "
-        f"{statistics.median(rates['/other']):.2f}, TTFT p50 {1e3 * statistics.median(firsts['']):.1f} and "
-        f"{1e3 * statistics.median(firsts['/other']):.1f} ms; ratios {throughput:.3f}, {ttft:.3f}",
+        f"    {one or 'none'} against {other}: requests/s {statistics.median(rates[0]):.2f} and "
+        f"{statistics.median(rates[1]):.2f}, TTFT p50 {1e3 * statistics.median(firsts[0]):.1f} and "
+        f"{1e3 * statistics.median(firsts[1]):.1f} ms; ratios {throughput:.3f}, {ttft:.3f}",
         flush=True,
     )
     return throughput, ttft
+
+
+def _change(sink: str | None) -> Change:
+    return tiers(sink=sink, l1_gib=0.5, blocks=200)
 
 
 async def _turn(url: str, chooser: random.Random) -> tuple[float, float]:

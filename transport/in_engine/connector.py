@@ -13,8 +13,8 @@ request as sent only when all ranks did. Until then the outcomes of single ranks
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -27,11 +27,21 @@ from transport.in_engine.block_bytes import block_bytes
 from transport.in_engine.handoff_metadata import HandoffMetadata, HandoffWorkerMetadata
 from transport.in_engine.handoff_stats import STATS_KEY, HandoffStats, MultiPromMetrics
 from transport.in_engine.holds import Holds
-from transport.in_engine.protocols import EarlySettler, Event, Sink, Skippable, TransferScheduler, TransferWorker
+from transport.in_engine.protocols import (
+    Chunked,
+    EarlySettler,
+    Event,
+    Sink,
+    Skippable,
+    TransferScheduler,
+    TransferWorker,
+)
+from transport.in_engine.tier_loads import TierLoads, new_block_ids
 
 HANDOFF_ID = "disagg.handoff_id"
 SETTLE = "disagg.settle"
 STORE = "disagg.store"
+_BLOCKS_OF_STEP = "_current_batch_allocated_block_ids"
 _SOURCES = {"OffloadingConnector": "offload", "LMCacheMPConnector": "lmcache"}
 
 
@@ -48,6 +58,8 @@ class MultiConnector(VllmMultiConnector):
         self._events: list[Event] = []
         self._hidden: set[str] = set()
         self._local_tokens: dict[str, int] = {}
+        self._loads = TierLoads()
+        self._blocks_of_step = _blocks_of_step(tiers, role)
         self._block_bytes = block_bytes(kv_cache_config) * vllm_config.parallel_config.world_size
 
     # Scheduler side: a request's way in.
@@ -88,25 +100,31 @@ class MultiConnector(VllmMultiConnector):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        index = self._requests_to_connector.get(request.request_id, 0)
         local_tokens = self._local_tokens.pop(request.request_id, 0)
-        if not index or not num_external_tokens:
+        if not num_external_tokens:
             return
-        tier = self._connectors[index]
-        event: Event = {
-            "kind": "loaded",
-            "source": _SOURCES.get(type(tier).__name__, type(tier).__name__),
-            "tokens": num_external_tokens,
-        }
-        chunk_tokens = getattr(tier, "chunk_tokens", None)
-        if chunk_tokens:
-            loaded = request.all_token_ids[: local_tokens + num_external_tokens]
+        index = self._requests_to_connector.get(request.request_id, 0)
+        loader = self._connectors[index]
+        loaded_into = new_block_ids(blocks)
+        if self._blocks_of_step is not None and _source(loader) != "offload":
+            self._blocks_of_step().update(loaded_into)
+        if index:
+            # All tiers here load between steps, so that vLLM is told of the end of each load.
+            event = self._loaded(loader, request, local_tokens, num_external_tokens)
+            self._loads.started(request.request_id, event, loaded_into)
+
+    @staticmethod
+    def _loaded(tier: Any, request: Any, local_tokens: int, num_external_tokens: int) -> Event:
+        event: Event = {"kind": "loaded", "source": _source(tier), "tokens": num_external_tokens}
+        if isinstance(tier, Chunked):
+            token_ids = tier.token_ids(request)
+            loaded = token_ids[: local_tokens + num_external_tokens]
             # vLLM leaves the last token of a prompt that is cached in full for itself to compute.
-            if len(loaded) + 1 == len(request.all_token_ids):
-                loaded = request.all_token_ids
-            digests = chunk_digests(list(loaded), chunk_tokens, request.cache_salt)
-            event["chunks"] = digests[local_tokens // chunk_tokens :]
-        self._emit(event)
+            if len(loaded) + 1 == len(token_ids):
+                loaded = token_ids
+            digests = chunk_digests(loaded, tier.chunk_tokens, request.cache_salt)
+            event["chunks"] = digests[local_tokens // tier.chunk_tokens :]
+        return event
 
     def build_connector_meta(self, scheduler_output: Any) -> HandoffMetadata:
         # Settle requests were never scheduled. Without this children would see their ids as finished, on both sides,
@@ -166,6 +184,7 @@ class MultiConnector(VllmMultiConnector):
             return delayed, answer
 
         self._local_tokens.pop(request.request_id, None)
+        self._loads.forget(request.request_id)
         result: tuple[bool, dict[str, Any] | None] = self._aggregate_request_finished(request, finish)
         if held:
             self._holds.produced(request.request_id, handoff_id)
@@ -184,6 +203,12 @@ class MultiConnector(VllmMultiConnector):
         if meta is not None:
             self._holds.note(meta.ended)
         super().update_connector_output(connector_output)
+        for event in self._loads.ended(
+            connector_output.finished_recving or (),
+            connector_output.failed_recving or (),
+            connector_output.invalid_block_ids or (),
+        ):
+            self._emit(event)
         # vLLM frees the blocks of these right after this call.
         for req_id in connector_output.finished_sending or ():
             hold = self._holds.close(req_id)
@@ -270,3 +295,30 @@ def _settle_ids(request: Any) -> list[str] | None:
     """The hand-offs that a pre-aborted request of `VllmEngine.settle` names, None for any other request."""
     ids = (request.kv_transfer_params or {}).get(SETTLE)
     return None if ids is None else [str(handoff_id) for handoff_id in ids]
+
+
+def _source(tier: Any) -> str:
+    name = type(tier).__name__
+    return _SOURCES.get(name, name)
+
+
+def _blocks_of_step(tiers: Sequence[Any], role: KVConnectorRole) -> Callable[[], set[int]] | None:
+    """Where the offload child collects the blocks that this step gave away; None without it.
+
+    Before a step's loads and its forward pass the child waits for its pending stores of such blocks. It learns of those
+    of its own loads and of scheduled requests, not of those that another child loads into: the next owner's KV would be
+    stored as the former one's.
+
+    Source: vLLM 0.32 `offloading/scheduler.py`: `build_connector_meta`, `worker.py`: `handle_preemptions`.
+
+    Raises:
+        RuntimeError: this vLLM's offload scheduler keeps them elsewhere.
+    """
+    offload = next((tier for tier in tiers if _source(tier) == "offload"), None)
+    if offload is None or role != KVConnectorRole.SCHEDULER:
+        return None
+    scheduler = offload.connector_scheduler
+    if not isinstance(getattr(scheduler, _BLOCKS_OF_STEP, None), set):
+        raise RuntimeError(f"vLLM's {type(scheduler).__name__} has no {_BLOCKS_OF_STEP}: not the vLLM this is made for")
+    # A new set each step.
+    return lambda: cast("set[int]", getattr(scheduler, _BLOCKS_OF_STEP))

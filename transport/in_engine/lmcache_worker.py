@@ -9,7 +9,8 @@ leaves open are closed here:
   up; that takes `blocking_s` instead of the time that starting a server may take.
 - A server that is back before one heartbeat was missed does not know this worker, answers its pings all the same and
   drops its operations without an answer. One that takes longer than `timeout_s` counts as an outage, so the next
-  heartbeat registers again.
+  heartbeat registers again. With an accelerator the server copies by itself, and one that is merely slow would read or
+  write blocks that have long been given away; the limit is minutes there.
 - The heartbeat starts with the first operation. It is started with the first step, because a server forgets a worker
   that it has not heard of.
 
@@ -57,7 +58,7 @@ class WorkerGuard:
         self._timeout_s = timeout_s
         self._blocking_s = blocking_s
         self._clock = clock
-        self._since: dict[str, float] = {}
+        self._since: dict[tuple[str, str], tuple[Any, float]] = {}
         self._reported: deque[str] = deque()
 
     def start(self) -> None:
@@ -102,19 +103,48 @@ class WorkerGuard:
 
     def finished(self, poll: Callable[[], Finished]) -> Finished:
         """What `poll`, LMCache's own, says has finished. After an outage everything under way has, as failed."""
-        now = self._clock()
-        under_way = (*self._adapter.store_futures, *self._adapter.retrieve_futures)
-        self._since = {i: self._since.get(i, now) for i in under_way}
-        if any(now - since >= self._timeout_s for since in self._since.values()):
+        if self._is_overdue():
             self._outage(f"no answer within {self._timeout_s:g} s")
         try:
             sent, received = poll()
         except Exception as error:
             logger.warning("an LMCache operation ended with an error: %s", error, exc_info=True)
             self._outage("an operation failed")
-            sent, received = poll()
+            try:
+                sent, received = poll()
+            # The heartbeat may have found the server well again in between.
+            except Exception as again:
+                logger.warning("everything under way is given up: %s", again)
+                sent, received = None, self._give_up()
         self._forget(sent or ())
         return sent, received
+
+    def _is_overdue(self) -> bool:
+        """Whether one operation has been under way for too long. The same id may come again, as another operation."""
+        now = self._clock()
+        under_way = {("store", i): operation for i, operation in self._adapter.store_futures.items()}
+        under_way.update({("load", i): operation for i, operation in self._adapter.retrieve_futures.items()})
+        known = self._since
+        self._since = {}
+        for key, operation in under_way.items():
+            earlier, since = known.get(key, (None, now))
+            self._since[key] = (operation, since if earlier is operation else now)
+        return any(now - since >= self._timeout_s for _, since in self._since.values())
+
+    def _give_up(self) -> set[str]:
+        """What LMCache does itself after an outage; the ids of the loads, all failed."""
+        adapter = self._adapter
+        for request_id, (_, block_ids) in adapter.retrieve_futures.items():
+            adapter.error_block_ids.update(block_ids)
+            adapter._failed_request_ids.add(request_id)
+        received = {*adapter.retrieve_futures, *adapter._dropped_retrieves}
+        if self._lazy:
+            adapter._completed_store_requests.update(dict.fromkeys(adapter.store_futures, 1))
+            adapter._failed_store_requests.update(adapter.store_futures)
+        for entries in (adapter.store_futures, adapter.store_events, adapter.retrieve_futures, adapter.retrieve_events):
+            entries.clear()
+        adapter._dropped_retrieves = set()
+        return received
 
     def _forget(self, reported: Iterable[str]) -> None:
         # LMCache never removes an id from this set.

@@ -78,3 +78,14 @@ class Skippable(Protocol):
     def skip(self, request: Any) -> None:
         """Make the per-request state without looking anything up."""
         ...
+
+
+@runtime_checkable
+class Chunked(Protocol):
+    """A child that stores chunks of tokens under what these are."""
+
+    chunk_tokens: int
+
+    def token_ids(self, request: Any) -> list[int]:
+        """The tokens that name the request's chunks; not the prompt's own where it has images."""
+        ...

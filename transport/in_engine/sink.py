@@ -263,3 +263,24 @@ class Rescues:
     def _bound(self) -> BlockPool:
         assert self._pool is not None, "bind comes first"
         return self._pool
+
+
+def leading_tokens(
+    block_ids: Iterable[Sequence[int]], group_tokens: Iterable[int], start: int, end: int, chunk_tokens: int
+) -> int:
+    """Where the whole chunks from `start` end that have every block; at most `end`.
+
+    vLLM takes away what fell out of a sliding window and leaves block 0, which holds no KV and must never be stored.
+
+    Args:
+        block_ids: for each cache group the blocks of `[start, end)`; a list that is too short lacks its last ones.
+        group_tokens: for each group the tokens of a block, 0 for one that is not stored. Each divides `chunk_tokens`.
+    """
+    groups = [(ids, tokens) for ids, tokens in zip(block_ids, group_tokens, strict=True) if tokens]
+    for chunk in range((end - start) // chunk_tokens):
+        for ids, tokens in groups:
+            per_chunk = chunk_tokens // tokens
+            of_chunk = ids[chunk * per_chunk : (chunk + 1) * per_chunk]
+            if len(of_chunk) < per_chunk or 0 in of_chunk:
+                return start + chunk * chunk_tokens
+    return start + (end - start) // chunk_tokens * chunk_tokens

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our sink behind the calls that LMCache's connector makes on its `LazyOffloadManager`. No vLLM or LMCache imports.
 
-With the sink `unused` it stands alone. With `evicted` it stands before LMCache's own manager and adds what a client
-asked to store at once; the two share the workers' reports, which the ids of the stores tell apart.
+With the sink `unused` it stands alone. With `write_through` it makes each candidate a store at once. With `evicted` it
+stands before LMCache's own manager and adds what a client asked to store at once. They share the workers' reports,
+which the ids of the stores tell apart.
 
 Source:
     LMCache 0.5.6 `integration/vllm/lazy_offload_manager.py` and the calls in `lmcache_mp_connector.py`.
@@ -10,10 +11,14 @@ Source:
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from transport.in_engine.sink import Rescues
+from transport.in_engine.write_through import WriteThrough
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,31 +32,46 @@ class SinkActions:
 
 
 class SinkManager:
-    """`LazyOffloadManager` for the connector, `Rescues` behind it, and LMCache's own manager if there is one."""
+    """`LazyOffloadManager` for the connector, `Rescues` behind it, and what takes LMCache's candidates, if anything.
 
-    def __init__(self, rescues: Rescues, own: Any | None = None) -> None:
+    Args:
+        own: LMCache's own manager.
+        through: instead of it, our `WriteThrough`.
+    """
+
+    def __init__(self, rescues: Rescues, own: Any | None = None, through: WriteThrough | None = None) -> None:
         self._rescues = rescues
         self._own = own
+        self._through = through
 
     def bind_block_pool(self, gpu_block_pool: Any) -> None:
         """Called once, before the first request."""
         self._rescues.bind(gpu_block_pool)
+        if self._through is not None:
+            self._through.bind(gpu_block_pool)
         if self._own is not None:
             self._own.bind_block_pool(gpu_block_pool)
 
     def add_store_candidate(self, metadata: Any) -> None:
-        """A chunk was computed. Only LMCache's own policy wants to know."""
+        """Chunks are computed in the step that is being scheduled; `on_scheduler_step` of it comes next."""
+        if self._through is not None:
+            self._through.add(metadata)
         if self._own is not None:
             self._own.add_store_candidate(metadata)
 
     def on_scheduler_step(self, scheduler_output: Any) -> SinkActions:
         """Stores for this step, which may be one without tokens."""
         actions = self._actions(None if self._own is None else self._own.on_scheduler_step(scheduler_output))
+        if self._through is not None:
+            actions.stores_to_submit.extend(self._through.next_stores())
         actions.stores_to_submit.extend(self._rescues.next_stores())
         return actions
 
     def on_store_results(self, failed: set[str], completed: dict[str, int]) -> SinkActions:
         """Reports of the workers. A store of ours has a session of its own, which ends with it."""
+        if self._through is not None:
+            ended = self._through.report(completed)
+            return SinkActions(sessions_to_end=ended + self._rescues.report(failed, completed))
         ours = {i: n for i, n in completed.items() if self._rescues.is_under_way(i)}
         actions = SinkActions()
         if self._own is not None:
@@ -79,10 +99,14 @@ class SinkManager:
 
     def has_inflight_store_work(self) -> bool:
         """Whether the engine must keep stepping. Queued stores of ours count, for they go out on any step."""
-        return self._rescues.has_work() or (self._own is not None and self._own.has_inflight_store_work())
+        if self._rescues.has_work() or (self._through is not None and self._through.has_work()):
+            return True
+        return self._own is not None and bool(self._own.has_inflight_store_work())
 
     def log_final_stats(self) -> None:
         """At shutdown."""
+        if self._through is not None and self._through.num_dropped:
+            logger.warning("%d stores of the shared tier were dropped in all", self._through.num_dropped)
         if self._own is not None:
             self._own.log_final_stats()
 

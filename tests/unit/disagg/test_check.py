@@ -382,6 +382,48 @@ BAD: dict[str, Case] = {
         f"{A}.shared_cache.server.http_url",
         "http://",
     ),
+    "server that may block for as long as a probe of prefill": (
+        args(shared_cache={"mq_timeout_s": 16}),
+        f"{A}.shared_cache.mq_timeout_s",
+        "15 or less, half of prefill.health_probe_timeout_s; lower it, or raise prefill.health_probe_timeout_s",
+    ),
+    "server that may block for as long as a probe of decode": (
+        args(shared_cache={"mq_timeout_s": 10}, decode__health_probe_timeout_s=19.9),
+        f"{A}.shared_cache.mq_timeout_s",
+        "9.95 or less, half of decode.health_probe_timeout_s",
+    ),
+    "one directory for two tiers": (
+        args(offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv"})),
+        f"{A}.shared_cache.server.l2[0].path",
+        "is the directory of offload.disk already",
+    ),
+    "one directory, spelled twice": (
+        args(
+            offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "./x/../kv/"})
+        ),
+        f"{A}.shared_cache.server.l2[0].path",
+        "kv' is the same as the directory of another tier",
+    ),
+    "directory inside another tier's": (
+        args(
+            offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv/../kv/l2"})
+        ),
+        f"{A}.shared_cache.server.l2[0].path",
+        "kv/l2' is inside the directory",
+    ),
+    "directory around another tier's": (
+        args(
+            offload={"cpu_gib": 1, "disk": {"path": "/mnt/kv/disk"}},
+            shared_cache=lmcache({"type": "fs", "path": "/mnt//kv"}),
+        ),
+        f"{A}.shared_cache.server.l2[0].path",
+        "'/mnt/kv' is around the directory",
+    ),
+    "one directory for two L2": (
+        args(shared_cache=lmcache({"type": "fs", "path": "a/kv"}, {"type": "fs", "path": "./a/kv"})),
+        f"{A}.shared_cache.server.l2[1].path",
+        "is the same as the directory",
+    ),
     "server type missing": (args(shared_cache={"server": {"l1_gib": 2}}), f"{A}.shared_cache.server.type", "missing"),
     "same ports": (
         args(shared_cache=lmcache(port=5555, http_port=5555)),
@@ -424,6 +466,21 @@ def test_good(base: dict[str, Any], tmp_path: Path) -> None:
     assert "VLLM_NIXL_SIDE_CHANNEL_PORT=<free port>" in text
     assert '"kv_role": "kv_consumer"' in text
     assert json.loads(json.dumps(report.as_dict()))["ok"] is True
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        args(shared_cache={"mq_timeout_s": 15}),
+        args(shared_cache={"mq_timeout_s": 40}, prefill__health_probe_timeout_s=80, decode__health_probe_timeout_s=80),
+        args(offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv2"})),
+    ],
+    ids=["default times", "long times", "directories side by side"],
+)
+def test_tiers_that_fit(change: Callable[[dict[str, Any]], None], base: dict[str, Any], tmp_path: Path) -> None:
+    """What is just right is no problem."""
+    change(base)
+    assert check(base, tmp_path).problems == ()
 
 
 @pytest.mark.parametrize("name", BAD)

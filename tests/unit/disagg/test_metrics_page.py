@@ -94,7 +94,7 @@ def test_check_says_which_page_is_stale(
 
 
 def reasons_in_code() -> set[str]:
-    """Words of local routes in `legs`, of `PrefillFailed`, and those that `handoff` passes to `_local` or returns."""
+    """Words of local routes in `legs`, of `PrefillFailed`, and those that `handoff` passes on, returns or counts."""
     found: set[str] = set()
     for call in calls(parsed("legs.py"), "Route"):
         mode, *reason = call.args
@@ -106,6 +106,8 @@ def reasons_in_code() -> set[str]:
     tree = parsed("handoff.py")
     for call in calls(tree, "_local"):
         found |= words(*call.args[1:2])
+    for call in calls(tree, "local_prefill"):
+        found |= words(*call.args[:1])
     for function in ast.walk(tree):
         if isinstance(function, ast.AsyncFunctionDef) and function.name == "_tried":
             for statement in ast.walk(function):

@@ -10,12 +10,16 @@ from pools.cache_server_policy import (
     LEASE_S,
     MAX_FAILED_PROBES,
     MAX_RESTART_DELAY_S,
+    MAX_RETRY_DELAY_S,
     QUICK_DEATH_S,
     RENEW_PERIOD_S,
     START_TIMEOUT_S,
     Leases,
+    LeaseTimes,
     Life,
     restart_delay_s,
+    restart_pause_s,
+    retry_delay_s,
     why_it_ended,
 )
 
@@ -62,6 +66,26 @@ def test_a_crash_loop_is_slowed_down_and_forgiven() -> None:
 def test_a_delay_is_bounded(num_quick_deaths: int) -> None:
     """No number of deaths overflows or stops the restarts."""
     assert 0.0 <= restart_delay_s(num_quick_deaths) <= MAX_RESTART_DELAY_S
+
+
+def test_a_restart_lasts_long_enough_for_engines_to_notice() -> None:
+    """With the start of LMCache, 3 s at least, two heartbeats go by; a crash loop's own delays are not added."""
+    assert [restart_pause_s(interval) for interval in (0.5, 1.5, 3.0, 10.0, 1e3)] == [0, 0, 3, 17, 60]
+    life = Life(pause_s=3.0)
+    life.started(0.0)
+    life.probed(True, 0.0)
+    life.died(QUICK_DEATH_S + 1)
+    assert life.step(QUICK_DEATH_S + 3) == "wait" and life.step(QUICK_DEATH_S + 4) == "start"
+    for _ in range(9):
+        life.started(0.0)
+        life.died(0.0)
+    assert life.start_at == MAX_RESTART_DELAY_S
+
+
+def test_a_lost_server_is_made_again_ever_more_slowly() -> None:
+    """From one renewal to a minute, and no number of tries overflows."""
+    assert [retry_delay_s(tries, 3.0) for tries in (1, 2, 3, 4, 5, 6, 7, 10**6)] == [3, 6, 12, 24, 48, 60, 60, 60]
+    assert MAX_RETRY_DELAY_S == 60
 
 
 def test_a_server_that_misses_several_probes_is_killed() -> None:
@@ -116,6 +140,17 @@ def test_a_killed_replica_counts_until_its_lease_is_over() -> None:
     assert leases.num_users(100.0 + LEASE_S) == 0
     assert not leases.over(100.0 + LEASE_S + GRACE_S - 1, unwanted=False)
     assert leases.over(100.0 + LEASE_S + GRACE_S, unwanted=False)
+
+
+@pytest.mark.parametrize(("unwanted", "end_s"), [(False, 20.0), (True, 5.0)], ids=["in use", "gone"])
+def test_a_server_that_nobody_came_to_ends(unwanted: bool, end_s: float) -> None:
+    """After the grace, and after the time of a lease when nobody is expected: a restarted actor has forgotten who uses
+    it, and hears of them within one."""
+    leases = Leases(idle_since=0.0, times=LeaseTimes(lease_s=5.0, grace_s=20.0))
+    assert not leases.over(end_s - 1, unwanted=unwanted)
+    assert leases.over(end_s, unwanted=unwanted)
+    leases.renew("a", end_s)
+    assert not leases.over(end_s + 4, unwanted=unwanted)
 
 
 def test_a_server_of_an_application_that_is_gone_ends_at_once() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -28,7 +29,7 @@ def facts(role: str = "prefill", url: str | None = "tcp://10.0.0.5:7001") -> Eng
     [
         ("prefill", "unused", "kv_both", True),
         ("prefill", "evicted", "kv_both", True),
-        ("prefill", "write_through", "kv_both", None),
+        ("prefill", "write_through", "kv_both", True),
         ("prefill", "off", "kv_consumer", None),
         ("decode", "unused", "kv_consumer", None),
         ("decode", "write_through", "kv_consumer", None),
@@ -60,9 +61,18 @@ def test_child() -> None:
             "lmcache.mp.mp_transfer_mode": "auto",
             "lmcache.mp.lazy_offload": True,
             "disagg.sink": "unused",
+            "disagg.operation_timeout": 9.0,
         },
     }
     assert json.loads(json.dumps(child)) == child
+
+
+def test_an_accelerators_server_gets_more_time() -> None:
+    """It copies by itself, so blocks must not be given away while it may still do so."""
+    config = SharedCacheConfig(mq_timeout_s=9)
+    child = lmcache_child(config, dataclasses.replace(facts(), platform="cuda"))
+    extra = child["kv_connector_extra_config"]
+    assert (extra["lmcache.mp.mq_timeout"], extra["disagg.operation_timeout"]) == (9.0, 90.0)
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,14 @@ def _has(*missing: str) -> Callable[[str], bool]:
     return lambda name: name not in missing
 
 
-def test_both_ports_are_bound_to_the_private_address() -> None:
-    """Neither the queue nor the HTTP API, which asks for no key, listens elsewhere."""
+def test_the_http_api_is_for_the_node_alone() -> None:
+    """The queue is bound to the private address. The HTTP API, which prints the environment with its secrets to whoever
+    asks, is bound to loopback."""
     argv = _argv(_config())
     assert [_value(argv, option) for option in ("--host", "--port", "--http-host", "--http-port")] == [
         "10.0.0.1",
         "7001",
-        "10.0.0.1",
+        "127.0.0.1",
         "7002",
     ]
 

@@ -3,43 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from transport.in_engine.sink import MAX_UNDER_WAY, NO_ANSWER, NO_ROOM, STORE_FAILED, TOO_LATE, Rescues, Store
+from tests.support.block_pool import Pool
+from transport.in_engine.sink import (
+    MAX_UNDER_WAY,
+    NO_ANSWER,
+    NO_ROOM,
+    STORE_FAILED,
+    TOO_LATE,
+    Rescues,
+    Store,
+    leading_tokens,
+)
 from transport.in_engine.sink_manager import SinkActions, SinkManager
 
 DEADLINE_S = 30.0
 BLOCK_TOKENS = 128
-
-
-@dataclass
-class Block:
-    block_id: int
-    ref_cnt: int = 0
-
-
-class Pool:
-    """vLLM's block pool, as far as references go."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_gpu_blocks = num_blocks
-        self.blocks = [Block(i) for i in range(num_blocks)]
-
-    def touch(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            block.ref_cnt += 1
-
-    def free_blocks(self, ordered_blocks: Iterable[Block]) -> None:
-        for block in ordered_blocks:
-            assert block.ref_cnt > 0, "freed twice"
-            block.ref_cnt -= 1
-
-    def pinned(self) -> list[int]:
-        return [b.block_id for b in self.blocks if b.ref_cnt]
 
 
 @dataclass(frozen=True)
@@ -283,3 +267,21 @@ def test_manager_forgets_a_hold_when_its_id_returns() -> None:
         bench.sink.hold("a", "hand-a", [1])
         getattr(SinkManager(bench.sink), call)("a")
         assert bench.sink.num_held == 0
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "group_tokens", "end"),
+    [
+        ([[1, 2, 3, 4]], [4], 24),
+        ([[1, 2, 0, 4]], [4], 16),
+        ([[0, 2, 3, 4]], [4], 8),
+        ([[1, 2, 3]], [4], 16),
+        ([[]], [4], 8),
+        ([[1, 2, 3, 4], [5, 6]], [4, 8], 24),
+        ([[1, 2, 3, 4], [5, 0]], [4, 8], 16),
+        ([[1, 2, 3, 4], []], [4, 0], 24),
+    ],
+)
+def test_what_lacks_a_block_is_not_stored(block_ids: list[list[int]], group_tokens: list[int], end: int) -> None:
+    """Two chunks of eight tokens from token 8 on; block 0 stands where vLLM has taken one away."""
+    assert leading_tokens(block_ids, group_tokens, 8, 24, 8) == end

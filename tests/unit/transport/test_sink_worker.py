@@ -32,6 +32,8 @@ class Adapter:
         self._health_event.set()
         self.store_futures: dict[str, Any] = {}
         self.retrieve_futures: dict[str, Any] = {}
+        self.store_events: dict[str, Any] = {}
+        self.retrieve_events: dict[str, Any] = {}
         self.error_block_ids: set[int] = set()
         self._failed_request_ids: set[str] = set()
         self._dropped_retrieves: set[str] = set()
@@ -139,6 +141,36 @@ def test_each_operation_has_its_own_time(adapter: Adapter) -> None:
         watch.finished(lambda: (None, None))
         adapter.now += TIMEOUT_S - 1
     assert adapter._health_event.is_set()
+
+
+def test_an_id_that_comes_again_is_another_operation(adapter: Adapter) -> None:
+    """A request that stores chunk after chunk, or loads and stores, has each in its own time."""
+    watch = guard(adapter)
+    for i in range(5):
+        (adapter.store_futures if i % 2 else adapter.retrieve_futures)["r"] = object()
+        watch.finished(lambda: (None, None))
+        adapter.now += TIMEOUT_S - 1
+        watch.finished(lambda: (None, None))
+        adapter.store_futures["r"] = object()
+        adapter.retrieve_futures.clear()
+    assert adapter._health_event.is_set()
+
+
+def test_a_second_error_does_not_leave_the_worker_either(adapter: Adapter) -> None:
+    """The heartbeat may have found the server well in between. Everything is given up, and reported once."""
+    adapter.store_futures = {"s/through-1": object()}
+    adapter.retrieve_futures = {"r": (object(), [7, 8])}
+    adapter._dropped_retrieves = {"d"}
+
+    def poll() -> Finished:
+        raise RuntimeError("ipc")
+
+    watch = guard(adapter)
+    assert watch.finished(poll) == (None, {"r", "d"})
+    assert (adapter.error_block_ids, adapter._failed_request_ids) == ({7, 8}, {"r"})
+    assert adapter._completed_store_requests == {"s/through-1": 1}
+    assert adapter._failed_store_requests == {"s/through-1"}
+    assert not adapter.store_futures and not adapter.retrieve_futures and not adapter._dropped_retrieves
 
 
 def test_an_error_while_polling_does_not_leave_the_worker(adapter: Adapter) -> None:

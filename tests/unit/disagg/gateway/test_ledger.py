@@ -484,3 +484,24 @@ def test_true_stories_are_told_truly(seed: int) -> None:
             stories.remove(story)
     assert {word: total.count for word, total in ledger.totals.items()} == expected
     assert ledger.num_open == ledger.num_repeated == 0
+
+
+def test_a_replica_that_was_written_off_counts_nothing_twice(clock: Clock) -> None:
+    """What it says of forgotten hand-offs is a repetition; those announced since are counted."""
+    ledger = Ledger(clock=clock, num_records=1)
+    for number in (1, 2, 3):
+        ledger.open(f"gw-{number}", f"request-{number}", P0, D0, 100)
+        ledger.apply(P0, produced(f"gw-{number}"))
+    ledger.replica_gone(P0.incarnation)
+    before = {word: total.count for word, total in ledger.totals.items()}
+    for event in (produced("gw-1"), ended("gw-1", "consumed"), ended("gw-2", "released"), ended("gw-3", "expired")):
+        ledger.apply(P0, event)
+    assert {word: total.count for word, total in ledger.totals.items()} == before
+    assert ledger.num_repeated == 4
+    ledger.open("gw-4", "request-4", P0, D0, 100)
+    ledger.apply(P0, produced("gw-4"))
+    ledger.apply(P0, ended("gw-4", "consumed"))
+    assert ledger.totals["produced"].count == 4 and ledger.totals["consumed"].count == 1
+    ledger.apply(P1, produced("gw-9"))
+    assert ledger.totals["produced"].count == 5, "another replica's, though not announced"
+    assert ledger.balanced

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from disagg.gateway import ledger_feed
 from disagg.gateway.background import Background
 from disagg.gateway.ledger import Ledger
 from disagg.gateway.ledger_feed import LedgerFeed
@@ -35,6 +37,8 @@ class StubReplica:
         self.seen: list[str] = []
         self.answer: tuple[int, bytes] | None = None
         """Replaces every answer."""
+        self.silent = False
+        """Answers nothing, and leaves every connection open."""
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> None:
@@ -62,6 +66,8 @@ class StubReplica:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 target = head.split(b" ")[1].decode()
                 self.seen.append(target)
+                while self.silent:
+                    await asyncio.sleep(0.01)
                 status, body = self.answer or (200, json.dumps(await self._answer(target)).encode())
                 writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -234,6 +240,65 @@ async def test_dead_replica_fails_once_it_is_out_of_the_list() -> None:
         await until(lambda: it.count("failed") == 1)
 
 
+async def test_a_late_replica_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of the list, a replica that does not answer in time, or badly, is read on; what it did is counted once."""
+    monkeypatch.setattr(ledger_feed, "_POLL_TIMEOUT_S", 0.05)
+    async with running(wait_s=0.02) as it:
+        it.prefill.events.append(produced("gw-1"))
+        await until(lambda: it.count("produced") == 1)
+        it.prefill.silent = True
+        it.announce(it.decode)
+        await until(lambda: (it.value("disagg_ledger_feed_errors_total") or 0) >= 2)
+        it.prefill.silent, it.prefill.answer = False, (500, b"{}")
+        await until(lambda: (it.value("disagg_ledger_feed_errors_total") or 0) >= 4)
+        assert it.count("failed") == 0 and it.ledger.num_open == 1
+        it.prefill.answer = None
+        it.prefill.events.append(ended("gw-1"))
+        await until(lambda: it.count("consumed") == 1)
+        assert it.count("failed") == 0 and it.count("produced") == 1
+
+
+async def test_what_was_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that was written off and comes back is read on where it was left, and nothing counts twice."""
+    monkeypatch.setattr(ledger_feed, "_POLL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(ledger_feed, "_SILENT_S", 0.1)
+    async with running(wait_s=0.02) as it:
+        # No ended record is remembered, as after many more.
+        it.ledger._num_records = 0
+        for event in (produced("gw-1"), ended("gw-1"), produced("gw-2"), produced("other-1")):
+            it.prefill.events.append(event)
+        it.prefill.events.append({"kind": "tier_degraded", "tier": "lmcache", "at": time.time()})
+        await until(lambda: it.value("disagg_tier_degraded_total", tier="lmcache") == 1)
+        it.prefill.silent = True
+        it.announce(it.decode)
+        await until(lambda: it.count("failed") == 1)
+        it.prefill.silent = False
+        it.ledger.open("gw-4", "request-4", it.prefill.info, it.decode.info, 100)
+        it.announce(it.prefill, it.decode)
+        for event in (ended("gw-2"), produced("gw-4"), ended("gw-4")):
+            it.prefill.events.append(event)
+        await until(lambda: it.count("consumed") == 2)
+        assert (it.count("produced"), it.count("failed"), it.ledger.num_foreign) == (3, 1, 1)
+        assert it.value("disagg_tier_degraded_total", tier="lmcache") == 1
+        assert it.value("disagg_ledger_events_lost_total") == 0
+        assert it.ledger.balanced and it.ledger.num_open == 0
+
+
+async def test_memory_of_what_was_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas that came and went are forgotten, the oldest first."""
+    monkeypatch.setattr(ledger_feed, "_MAX_REMEMBERED", 2)
+    async with running(wait_s=0.02) as it:
+        passing = [await it.join(f"p{number}") for number in (7, 8, 9)]
+        it.announce(it.prefill, it.decode, *passing)
+        await until(lambda: all(replica.seen for replica in passing))
+        it.announce(it.prefill, it.decode)
+        for number, replica in enumerate(passing):
+            replica.kill()
+            await until(lambda incarnation=replica.incarnation: incarnation in it.feed._read)
+            assert len(it.feed._read) == min(number + 1, 2)
+        assert list(it.feed._read) == ["p8-1", "p9-1"]
+
+
 async def test_successor_is_followed_beside_the_old_one() -> None:
     """A new incarnation under the same replica id has events of its own."""
     async with running() as it:
@@ -319,9 +384,21 @@ async def test_degraded_tiers() -> None:
     """A tier that stops working is counted by its name; names that nobody knows share one series."""
     async with running() as it:
         for tier in ("lmcache", "lmcache", "moon", None):
-            it.decode.events.append({"kind": "tier_degraded", "tier": tier, "at": 1.0})
+            it.decode.events.append({"kind": "tier_degraded", "tier": tier, "at": time.time()})
         await until(lambda: it.value("disagg_tier_degraded_total", tier="other") == 2)
         assert it.value("disagg_tier_degraded_total", tier="lmcache") == 2
+
+
+async def test_tiers_that_degraded_before_the_gateway_began() -> None:
+    """A new gateway reads what engines did in their whole life, and counts from its own start."""
+    async with running() as it:
+        old = await it.join("p9")
+        for at in (1.0, time.time() - 60, None, "soon"):
+            old.events.append({"kind": "tier_degraded", "tier": "lmcache", "at": at})
+        old.events.append({"kind": "tier_degraded", "tier": "sink", "at": time.time()})
+        it.announce(it.prefill, it.decode, old)
+        await until(lambda: it.value("disagg_tier_degraded_total", tier="sink") == 1)
+        assert it.value("disagg_tier_degraded_total", tier="lmcache") is None
 
 
 async def test_busy_engines_are_read_in_batches() -> None:

@@ -149,21 +149,23 @@ async def test_decode_is_late_and_says_unread(transport: Any) -> None:
     config = GatewayConfig(first_byte_timeout_s=0.2)
     timing = {"max_num_seqs": 1, "itl_ms": 5}
     async with running_stack(num_decode=2, transport=transport, config=config, **timing) as stack:
-        await asyncio.gather(*(busy(stack) for _ in range(2)))
+        # Kept, or the garbage collector ends them.
+        streams = await asyncio.gather(*(busy(stack) for _ in range(2)))
         reply = asyncio.create_task(stack.complete(PROMPT))
         await until(lambda: any(r.engine.happened("unread") for r in stack.decode))
         await until(lambda: len(settled(stack)) == 1)
         await until(lambda: "released" in outcomes(stack))
-        reply.cancel()
-        await asyncio.gather(reply, return_exceptions=True)
+        for task in (reply, *streams):
+            task.cancel()
+        await asyncio.gather(reply, *streams, return_exceptions=True)
 
 
-async def busy(stack: Stack) -> None:
+async def busy(stack: Stack) -> asyncio.Task[Any]:
     """A stream that runs on for as long as the stack does."""
     running = asyncio.create_task(stack.complete(PROMPT, stream=True, max_tokens=1000))
     before = stack.metric("disagg_streams_total", path="splice")
     await until(lambda: running.done() or stack.metric("disagg_streams_total", path="splice") > before)
-    stack.gateway.background._tasks.discard(running)
+    return running
 
 
 @TRANSPORTS
@@ -286,6 +288,63 @@ async def test_prefill_is_late_while_decode_waits() -> None:
         await until(lambda: stack.decode[0].engine.happened("unread"))
         assert reason(stack, engine.aborts[0]) == "abandoned"
         assert stack.metric("disagg_local_prefills_total", reason="prefill_timeout") == 1
+        stack.prefill[0].cut()
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"n": 2}], ids=["whole", "streamed", "primed"])
+async def test_prefill_has_a_backlog(more: dict[str, Any]) -> None:
+    """Mooncake: decode waits for a lease and computes the prompt; the prefill leg, still queued, is stopped then."""
+    async with running_stack(transport="mooncake", lease_s=0.2, max_num_seqs=1, itl_ms=5) as stack:
+        engine = stack.prefill[0].engine
+        engine.hook = once(hang)
+        reply = await stack.complete(PROMPT, **more)
+        assert (reply.status, reply.text) == (200, EXPECTED)
+        leg_id = engine.seen[0].headers["x-request-id"]
+        await until(lambda: engine.aborts == [leg_id] and settled(stack) == [leg_id])
+        assert reason(stack, leg_id) == "decode_did_not_wait"
+        assert stack.metric("disagg_local_prefills_total", reason="decode_did_not_wait") == 1
+        stack.prefill[0].cut()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_decode_is_faster_than_the_prefill_answer(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Mooncake: an answer made of KV that arrived, a moment before the prefill leg's own answer, stops nothing."""
+    monkeypatch.setattr(settling, "_ANSWER_GRACE_S", 0.5)
+    async with running_stack(transport="mooncake") as stack:
+        engine = stack.prefill[0].engine
+
+        async def late(scope: Scope, receive: Receive, send: Send) -> bool:
+            async def slow(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    await asyncio.sleep(0.1)
+                await send(message)
+
+            await engine.own_app(scope, receive, slow)
+            return True
+
+        engine.hook = once(late)
+        reply = await stack.complete(PROMPT, stream=stream)
+        assert (reply.text, is_local(reply)) == (EXPECTED, False)
+        leg_id = engine.seen[0].headers["x-request-id"]
+        assert stack.gateway.membership.members("prefill")[0].num_in_flight == 1, "the leg is not answered yet"
+        await stack.settled()
+        await asyncio.sleep(0.05)
+        assert (outcomes(stack), engine.aborts, settled(stack)) == (["consumed"], [], [])
+        assert not reason(stack, leg_id)
+        assert stack.metric("disagg_local_prefills_total", reason="decode_did_not_wait") in (None, 0)
+
+
+async def test_a_refused_request_is_aborted_once() -> None:
+    """Mooncake: decode's refusal stops a prefill leg that runs, and nothing else does so a second time."""
+    async with running_stack(transport="mooncake") as stack:
+        engine = stack.prefill[0].engine
+        engine.hook = once(hang)
+        stack.decode[0].engine.hook = once(respond(400))
+        assert (await stack.complete(PROMPT)).status == 400
+        leg_id = engine.seen[0].headers["x-request-id"]
+        await until(lambda: settled(stack) == [leg_id])
+        await asyncio.sleep(0.1)
+        assert (engine.aborts, reason(stack, leg_id)) == ([leg_id], "decode_rejected")
         stack.prefill[0].cut()
 
 
