@@ -134,7 +134,8 @@ they are read: the decode pool is too small, or raise `transport.kv_lease_durati
 | `increase(disagg_pair_warm_attempts_total{outcome="failed"}[10m]) > 5` | a pair of replicas cannot move KV |
 | `increase(disagg_engine_num_notifications_after_expiry_total[10m]) > 0` | page: KV was read after its lease, so an \
 answer may be wrong. Raise `transport.kv_lease_duration_s` |
-| `rate(disagg_engine_nixl_num_failed_transfers_total[5m]) > 0` | handshakes or reads fail, each costs a recomputation |
+| `rate(disagg_engine_nixl_num_failed_transfers_total[5m]) > 0`, the same with `mooncake` | transfers fail, each costs \
+a recomputation |
 | `rate(disagg_engine_num_preemptions_total[5m]) > 0` | KV space is too small for `max_num_seqs` |
 """
 
