@@ -29,8 +29,8 @@ from tests.support.stack import ROOT, free_port
 from transport.lmcache_server import shm_stem
 from transport.tiers import ExternalServerConfig, ManagedServerConfig
 
-BACK_S = 25.0
-"""What a restart may take here; it is 6 s on an idle machine, most of it the import of torch."""
+BACK_S = 60.0
+"""What a restart may take here; it is 6 s on an idle machine, most of it the import of torch, and many on a busy one."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -87,9 +87,11 @@ async def test_it_comes_up_comes_back_and_leaves_nothing() -> None:
         first, segments = _pid(server), _segments(port)
         assert len(segments) == 1
 
+        killed_at = time.monotonic()
         os.kill(first, signal.SIGKILL)
-        await _until(lambda: not server.status()["healthy"], 3)
-        took = await _until(lambda: server.status()["healthy"], BACK_S)
+        await _until(lambda: not server.status()["healthy"], 10)
+        await _until(lambda: server.status()["healthy"], BACK_S)
+        took = time.monotonic() - killed_at
         print(f"back {took:.1f} s after it was killed")
         assert took >= 12
         assert server.status()["num_restarts"] == 1 and _pid(server) != first
