@@ -30,7 +30,7 @@ from transport.lmcache_server import shm_stem
 from transport.tiers import ExternalServerConfig, ManagedServerConfig
 
 BACK_S = 60.0
-"""What a restart may take here; it is 6 s on an idle machine, most of it the import of torch, and many on a busy one."""
+"""What a restart may take here; it is 6 s on an idle machine, most of it the import of torch."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
