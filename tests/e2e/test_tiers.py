@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.prove.tiers_durable import durable
+from tests.prove.tiers_durable import two_lives
 from tests.prove.tiers_mooncake import in_time, requests, timed
 from tests.prove.tiers_server import server_process
 from tests.prove.tiers_storm import storm
@@ -22,6 +22,7 @@ from tests.support.tiers import (
     books,
     case_of,
     events,
+    fresh_dir,
     orphan,
     prompts,
     replica_urls,
@@ -122,8 +123,10 @@ class TestMooncake:
         assert [row.text() for row in storm(mooncake_stack, "mooncake", 24) if not row.holds] == []
 
 
-def test_the_second_life_serves_the_first_ones_prompts() -> None:
-    assert [row.text() for row in durable(4) if not row.holds] == []
+def test_the_second_life_serves_the_first_ones_prompts(reference: Reference) -> None:
+    """From files behind LMCache, after everything was ended and started again."""
+    rows = two_lives("fs", {"type": "fs", "path": fresh_dir("e2e-tiers-l2")}, *reference)
+    assert [row.text() for row in rows if not row.holds] == []
 
 
 def _server_pid(stack: Stack) -> int | None:

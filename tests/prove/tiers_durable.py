@@ -32,15 +32,21 @@ PASSWORD_ENV = "DISAGG_TEST_REDIS_PASSWORD"
 
 
 def durable(num_prompts: int = NUM_PROMPTS) -> list[Row]:
-    candidates = prompts(num_prompts + num_prompts // 2, seed=81, shortest=512, longest=2048)
-    chosen, expected = steady([case_of(f"p{i}", p) for i, p in enumerate(candidates)], num_prompts)
-    assert len(chosen) == num_prompts
+    chosen, expected = reference(num_prompts)
     rows = two_lives("fs", {"type": "fs", "path": fresh_dir("prove-tiers-l2")}, chosen, expected)
     with redis_server(Path(fresh_dir("prove-tiers-redis"))) as port:
         os.environ[PASSWORD_ENV] = PASSWORD
         redis = {"type": "resp", "host": "127.0.0.1", "port": port, "password_env": PASSWORD_ENV}
         rows += two_lives("Redis", redis, chosen, expected)
     return rows
+
+
+def reference(num_prompts: int) -> tuple[list[Case], list[Answer]]:
+    """Prompts, and an aggregated engine's answers."""
+    candidates = prompts(num_prompts + num_prompts // 2, seed=81, shortest=512, longest=2048)
+    chosen, expected = steady([case_of(f"p{i}", p) for i, p in enumerate(candidates)], num_prompts)
+    assert len(chosen) == num_prompts
+    return chosen, expected
 
 
 def two_lives(name: str, l2: dict[str, Any], chosen: list[Case], expected: list[Answer]) -> list[Row]:
