@@ -150,8 +150,7 @@ class EngineServer:
             await _respond(send, 200, answer)
 
     async def _abort(self, body: Any) -> dict[str, Any]:
-        aborted = await self._engine.abort(str(body["request_id"]))
-        return {"aborted": aborted.found, "kv_transfer_params": aborted.kv_transfer_params}
+        return {"aborted": await self._engine.abort(str(body["request_id"]))}
 
     async def _settle(self, body: Any) -> dict[str, Any]:
         ids = body["handoff_ids"]

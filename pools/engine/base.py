@@ -40,17 +40,6 @@ class ProbeResult:
 
 
 @dataclass(frozen=True)
-class Aborted:
-    """What became of an abort."""
-
-    found: bool
-    """Whether the request was running."""
-    kv_transfer_params: KVTransferParams | None = None
-    """Hand-off parameters of a request that finished in the engine while it was being aborted. Its own answer does not
-    carry them any more, so whoever aborted has to settle them."""
-
-
-@dataclass(frozen=True)
 class EngineStats:
     """One snapshot of an engine. Counters (`*_total`) start at 0 with the incarnation."""
 
@@ -134,8 +123,12 @@ class Engine(Protocol):
         """Return when the engine answers requests. Raises EngineStartError when it cannot."""
         ...
 
-    async def abort(self, request_id: str) -> Aborted:
-        """Stop the request that carried this `X-Request-Id`. Idempotent."""
+    async def abort(self, request_id: str) -> bool:
+        """Stop the request that carried this `X-Request-Id`; whether it was running. Idempotent.
+
+        A prefill leg may have ended in the engine a moment before, its KV held by then: whoever aborts one settles its
+        hand-off, too.
+        """
         ...
 
     async def settle(self, handoff_ids: Sequence[str]) -> None:

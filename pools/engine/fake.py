@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 from pools.config import FakeEngineConfig
 from pools.engine import fake_wire as wire
-from pools.engine.base import Aborted, ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
+from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.events import EventLog
 from pools.engine.fake_kv import KV_BYTES_PER_TOKEN, FakeKV, num_blocks_of
 from pools.engine.fake_side_channel import SideChannel, named, read_handoff
@@ -147,11 +147,11 @@ class FakeEngine:
         """Die as an engine core does: running requests end with an error, new ones are refused."""
         self._dead = error
 
-    async def abort(self, request_id: str) -> Aborted:
+    async def abort(self, request_id: str) -> bool:
         found = [running for running in self._requests if running.request_id == request_id]
         for running in found:
             running.aborted = True
-        return Aborted(bool(found))
+        return bool(found)
 
     async def settle(self, handoff_ids: Sequence[str]) -> None:
         self._kv.settle(handoff_ids)

@@ -25,16 +25,13 @@ from pools.engine._vllm_compat import (
     split_args,
     vllm_app,
 )
-from pools.engine.base import Aborted, ASGIApp, EngineStats, KVTransferParams, ProbeResult
+from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult
 from pools.engine.events import EventLog
 from pools.engine.handoffs import Handoff, Handoffs, consumed_by
 from pools.engine.vllm_tally import Tally
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
 logger = logging.getLogger(__name__)
-
-_LATE_OUTPUT_S = 0.5
-"""How long an aborted request's last output may be on its way from EngineCore."""
 
 
 class VllmEngine:
@@ -49,7 +46,6 @@ class VllmEngine:
         self._app: ASGIApp | None = None
         self._stopped = False
         self._cleanups: set[asyncio.Task[None]] = set()
-        self._late_params: dict[str, asyncio.Future[KVTransferParams]] = {}
 
     @property
     def engine_id(self) -> str:
@@ -86,7 +82,6 @@ class VllmEngine:
             engine_args, namespace = split_args(self._arguments)
             self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger])
             self._guard_admissions(self._llm)
-            self._watch_late_outputs(self._llm)
             self._app = self._handoffs.watch(await vllm_app(self._llm, namespace))
         except Exception as exc:
             await self.shutdown()
@@ -148,7 +143,7 @@ class VllmEngine:
         self._cleanups.add(task)
         task.add_done_callback(self._cleanups.discard)
 
-    async def abort(self, request_id: str) -> Aborted:
+    async def abort(self, request_id: str) -> bool:
         llm = self._running()
         running = [
             internal
@@ -156,34 +151,9 @@ class VllmEngine:
             if _is_of(external, request_id)
             for internal in internals
         ]
-        if not running:
-            return Aborted(found=False)
-        late = {internal: asyncio.get_running_loop().create_future() for internal in running}
-        self._late_params.update(late)
-        try:
+        if running:
             await llm.abort(running, internal=True)
-            done, _ = await asyncio.wait(late.values(), timeout=_LATE_OUTPUT_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for internal in late:
-                self._late_params.pop(internal, None)
-        return Aborted(found=True, kv_transfer_params=done.pop().result() if done else None)
-
-    def _watch_late_outputs(self, llm: AsyncLLM) -> None:
-        """See hand-off parameters of requests that EngineCore had finished before it heard of their abort.
-
-        vLLM drops such outputs, and the KV they offer would stay pinned until its lease ends.
-        """
-        process_outputs = llm.output_processor.process_outputs
-
-        def watching(engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-            if self._late_params:
-                for output in engine_core_outputs:
-                    late = self._late_params.get(output.request_id)
-                    if late is not None and output.kv_transfer_params and not late.done():
-                        late.set_result(output.kv_transfer_params)
-            return process_outputs(engine_core_outputs, *args, **kwargs)
-
-        llm.output_processor.process_outputs = watching
+        return bool(running)
 
     async def settle(self, handoff_ids: Sequence[str]) -> None:
         if not handoff_ids:

@@ -28,7 +28,7 @@ from disagg.gateway.splice import SplicingProtocol
 from disagg.router.views import ReplicaInfo
 from pools.config import FakeEngineConfig
 from pools.engine import fake_wire
-from pools.engine.base import Aborted, ASGIApp, KVTransferParams, Message, ProbeResult, Receive, Role, Scope, Send
+from pools.engine.base import ASGIApp, KVTransferParams, Message, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.fake import FakeEngine
 from pools.engine.fake_text import NUM_WORDS, WORD_BASE
 from pools.engine.fake_tiers import FakeSharedCache
@@ -95,7 +95,7 @@ class WatchedEngine(FakeEngine):
         """The engine behind its HTTP server: where requests are taken and answered."""
         return super()._serve
 
-    async def abort(self, request_id: str) -> Aborted:
+    async def abort(self, request_id: str) -> bool:
         self.aborts.append(request_id)
         return await super().abort(request_id)
 
