@@ -21,8 +21,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from transport.in_engine.pins import BlockPool, Pins
 from transport.in_engine.protocols import Event, Outcome
 
 MAX_PINNED_SHARE = 0.25
@@ -34,17 +35,6 @@ NO_ANSWER = "LMCache does not answer"
 NO_ROOM = "no room"
 STORE_FAILED = "the store failed"
 TOO_LATE = "not stored in time"
-
-
-class BlockPool(Protocol):
-    """What is needed of vLLM's block pool."""
-
-    num_gpu_blocks: int
-    blocks: Sequence[Any]
-
-    def touch(self, blocks: Sequence[Any]) -> None: ...
-
-    def free_blocks(self, ordered_blocks: Iterable[Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -107,11 +97,10 @@ class Rescues:
         self._deadline_s = deadline_s
         self._clock = clock
         self._unix_time = unix_time
-        self._pool: BlockPool | None = None
+        self._pins = Pins(MAX_PINNED_SHARE)
         self._held: dict[str, _Held] = {}
         self._queued: deque[_Rescue] = deque()
         self._under_way: dict[str, _Rescue] = {}
-        self._pinned = 0
         self._made = 0
         self._events: list[Event] = []
 
@@ -123,11 +112,11 @@ class Rescues:
     @property
     def num_pinned_blocks(self) -> int:
         """Blocks kept from being used again."""
-        return self._pinned
+        return self._pins.num_blocks
 
     def bind(self, pool: BlockPool) -> None:
         """The engine's block pool, before anything else."""
-        self._pool = pool
+        self._pins.bind(pool)
 
     def hold(self, request_id: str, handoff_id: str, kept: Any, *, always: bool = False) -> None:
         """Remember a finished hand-off until `decide`. `always` stores it whatever its outcome."""
@@ -160,9 +149,7 @@ class Rescues:
         elif not self._make_room(len(store.block_ids)):
             self._fail(held.handoff_id, NO_ROOM)
         else:
-            pool = self._bound()
-            pool.touch([pool.blocks[i] for i in store.block_ids])
-            self._pinned += len(store.block_ids)
+            self._pins.pin(store.block_ids)
             self._queued.append(_Rescue(held.handoff_id, store, self._clock() + self._deadline_s))
         return True
 
@@ -205,7 +192,7 @@ class Rescues:
             if rescue.failed:
                 self._give_up(rescue, STORE_FAILED)
             else:
-                self._unpin(rescue)
+                self._pins.unpin(rescue.store.block_ids)
                 self._rescued(rescue)
         return settled
 
@@ -227,23 +214,17 @@ class Rescues:
 
         One prompt alone may be larger than the share: a decode engine would have kept its blocks pinned as well.
         """
-        limit = max(int(self._bound().num_gpu_blocks * MAX_PINNED_SHARE), num_blocks)
+        limit = max(self._pins.limit, num_blocks)
         submitted = sum(len(r.store.block_ids) for r in self._under_way.values())
         if submitted + num_blocks > limit:
             return False
-        while self._pinned + num_blocks > limit:
+        while self._pins.num_blocks + num_blocks > limit:
             self._give_up(self._queued.popleft(), NO_ROOM)
         return True
 
     def _give_up(self, rescue: _Rescue, reason: str) -> None:
-        self._unpin(rescue)
+        self._pins.unpin(rescue.store.block_ids)
         self._fail(rescue.handoff_id, reason)
-
-    def _unpin(self, rescue: _Rescue) -> None:
-        pool = self._bound()
-        # Last block first, as vLLM does: the head of a prompt is the likelier prefix of another one.
-        pool.free_blocks([pool.blocks[i] for i in reversed(rescue.store.block_ids)])
-        self._pinned -= len(rescue.store.block_ids)
 
     def _rescued(self, rescue: _Rescue) -> None:
         self._events.append(
@@ -259,10 +240,6 @@ class Rescues:
 
     def _fail(self, handoff_id: str, reason: str) -> None:
         self._events.append({"kind": "rescue_failed", "at": self._unix_time(), "id": handoff_id, "reason": reason})
-
-    def _bound(self) -> BlockPool:
-        assert self._pool is not None, "bind comes first"
-        return self._pool
 
 
 def leading_tokens(

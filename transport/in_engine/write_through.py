@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transport.in_engine.sink import BlockPool
+from transport.in_engine.pins import BlockPool, Pins
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,21 @@ class WriteThrough:
         self._num_ranks = num_ranks
         self._deadline_s = deadline_s
         self._clock = clock
-        self._pool: BlockPool | None = None
+        self._pins = Pins(MAX_PINNED_SHARE)
         self._new: list[Any] = []
         self._under_way: dict[str, _UnderWay] = {}
         self._made = 0
-        self.num_pinned_blocks = 0
-        """Pins; a block that two stores read counts twice."""
         self.num_dropped = 0
         """Stores that were not made, for want of room or of a server."""
 
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Pins; a block that two stores read counts twice."""
+        return self._pins.num_blocks
+
     def bind(self, pool: BlockPool) -> None:
         """The engine's block pool, before anything else."""
-        self._pool = pool
+        self._pins.bind(pool)
 
     def add(self, metadata: Any) -> None:
         """Chunks that the step being scheduled completes; `next_stores` of the same step sends them."""
@@ -82,7 +85,6 @@ class WriteThrough:
         if made is None:
             return
         to_send, block_ids = made
-        pool = self._bound()
         if not self._is_healthy() or not self._has_room(len(block_ids)):
             self.num_dropped += 1
             if self.num_dropped == 1:
@@ -91,8 +93,7 @@ class WriteThrough:
                     "it; later ones are only counted"
                 )
             return
-        pool.touch([pool.blocks[i] for i in block_ids])
-        self.num_pinned_blocks += len(block_ids)
+        self._pins.pin(block_ids)
         self._under_way[to_send.request_id] = _UnderWay(block_ids, self._clock() + self._deadline_s)
         self._new.append(to_send)
 
@@ -130,16 +131,8 @@ class WriteThrough:
 
     def _has_room(self, num_blocks: int) -> bool:
         """A store always fits where no other is: its blocks are in use by its own request."""
-        limit = int(self._bound().num_gpu_blocks * MAX_PINNED_SHARE)
-        return not self.num_pinned_blocks or self.num_pinned_blocks + num_blocks <= limit
+        pinned = self._pins.num_blocks
+        return not pinned or pinned + num_blocks <= self._pins.limit
 
     def _settle(self, store_id: str) -> None:
-        block_ids = self._under_way.pop(store_id).block_ids
-        pool = self._bound()
-        # Last block first, as vLLM does: the head of a prompt is the likelier prefix of another one.
-        pool.free_blocks([pool.blocks[i] for i in reversed(block_ids)])
-        self.num_pinned_blocks -= len(block_ids)
-
-    def _bound(self) -> BlockPool:
-        assert self._pool is not None, "bind comes first"
-        return self._pool
+        self._pins.unpin(self._under_way.pop(store_id).block_ids)
