@@ -9,20 +9,17 @@ import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
 import pytest
 
-from pools.config import CpuConfig, ModelConfig, PoolConfig
-from pools.launch import engine_args
-from pools.placement import placement
-from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
+from tests.support.engines import transfer_engine
+from tests.support.stack import free_port
 from transport.config import MooncakeConfig
-from transport.launch import EngineFacts, launch
 
 LEASE_S = 8
 SOON_S = 4.0
@@ -42,25 +39,9 @@ class Pair:
     engine_id: str
 
 
-def _engine(role: str, bootstrap_port: int = 0):  # type: ignore[no-untyped-def]
-    facts = EngineFacts(
-        role=role,  # type: ignore[arg-type]
-        platform="cpu",
-        host="127.0.0.1",
-        side_channel_port=0,
-        engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
-        bootstrap_port=bootstrap_port,
-    )
-    plan = launch(MooncakeConfig(type="mooncake", kv_lease_duration_s=LEASE_S, connector_timeout_s=3), facts)
-    model = ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=ENGINE_KWARGS)
-    arguments = engine_args(
-        model,
-        PoolConfig(),
-        platform="cpu",
-        kv_transfer_config=plan.kv_transfer_config,
-        placement=placement("cpu", ENGINE_KWARGS, CpuConfig()),
-    )
-    return engine_process(arguments, plan.env, role=role, name=f"mooncake-{role}")
+def _engine(role: Literal["prefill", "decode"], bootstrap_port: int = 0) -> AbstractContextManager[str]:
+    transport = MooncakeConfig(type="mooncake", kv_lease_duration_s=LEASE_S, connector_timeout_s=3)
+    return transfer_engine(role, transport, name="mooncake", bootstrap_port=bootstrap_port)
 
 
 @pytest.fixture(scope="module")

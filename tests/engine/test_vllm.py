@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,13 +12,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from pools.config import CpuConfig, ModelConfig, PoolConfig
-from pools.launch import engine_args
-from pools.placement import placement
 from pools.testing import CHECKS, Check, Engines
-from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
+from pools.testing_tools import HANDOFF_ID
+from tests.support.engines import transfer_engine
 from transport.config import NixlConfig
-from transport.launch import EngineFacts, launch
 
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 PROMPTS = (
@@ -28,30 +24,14 @@ PROMPTS = (
 )
 
 
-def _engine(role: str):  # type: ignore[no-untyped-def]
-    facts = EngineFacts(
-        role=role,  # type: ignore[arg-type]
-        platform="cpu",
-        host="127.0.0.1",
-        side_channel_port=free_port(),
-        engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
-    )
-    plan = launch(NixlConfig(), facts)
-    model = ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=ENGINE_KWARGS)
-    arguments = engine_args(
-        model,
-        PoolConfig(),
-        platform="cpu",
-        kv_transfer_config=plan.kv_transfer_config,
-        placement=placement("cpu", ENGINE_KWARGS, CpuConfig()),
-    )
-    return engine_process(arguments, plan.env, role=role, name=f"engine-{role}")
-
-
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Engines]:
     """A prefill and a decode engine over NIXL."""
-    with _engine("prefill") as prefill, _engine("decode") as decode:
+    transport = NixlConfig()
+    with (
+        transfer_engine("prefill", transport, name="engine") as prefill,
+        transfer_engine("decode", transport, name="engine") as decode,
+    ):
         yield Engines(prefill, decode, "tiny", PROMPTS)
 
 

@@ -18,7 +18,7 @@ from tests.prove.report import ROOT, Row
 from tests.prove.tiers_offload import passes_of
 from tests.prove.tiers_server import lmcache_http_url
 from tests.support.answers import Case
-from tests.support.stack import Stack, running, wait_until
+from tests.support.stack import Stack, is_warm, running, wait_until
 from tests.support.tiers import (
     asked,
     balanced,
@@ -70,7 +70,7 @@ def nothing_is_wasted(each: int = EACH, num_consumed: int = NUM_CONSUMED) -> lis
         after_left = settled_books(stack)
         hang_and_kill(stack, by_kind["lease ran out"], by_kind["decode killed"])
         totals = settled_books(stack)
-        wait_until(lambda: _warm(stack), 180, "the decode replica is replaced and warm", 0.5)
+        wait_until(lambda: is_warm(stack.url), 180, "the decode replica is replaced and warm", 0.5)
         print(f"    after the clients that left: {after_left}; after all: {totals}")
         rows.append(
             Row(3, "rescued, by the ledger", str(totals["rescued"]), str(3 * each), totals["rescued"] == 3 * each)
@@ -192,10 +192,3 @@ async def _until(condition: Any, timeout_s: float) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("the application did not get there")
         await asyncio.sleep(0.02)
-
-
-def _warm(stack: Stack) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        body = httpx.get(f"{stack.url}/health", timeout=5).json()
-        return body.get("status") == "ok" and body.get("num_cold_pairs") == 0
-    return False

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import Counter
 
 from tests.prove.report import ROOT, Row
-from tests.prove.serve_leaving import phases_at_the_gateway, wave
+from tests.prove.serve_leaving import idle_after, phases_at_the_gateway, wave
 from tests.support.answers import difference
 from tests.support.stack import Stack, running
 from tests.support.tiers import asked, balanced, case_of, prompts, settled_books, tiers
@@ -40,7 +39,7 @@ def storm(stack: Stack, transport: str, num_clients: int) -> list[Row]:
     for start in range(0, num_clients, AT_ONCE):
         clients = [(start + i, chooser.choice((0.1, 0.5, 1.0, 3.0)) * chooser.random()) for i in range(AT_ONCE)]
         seen.update(asyncio.run(wave(stack.url, clients, chooser)))
-    idle = _idle(stack, base)
+    idle = idle_after(stack, base, IDLE_S)
     totals = settled_books(stack)
     [last] = asked(stack.url, healthy)
     same = {s["incarnation"] for pool in stack.stats().values() for s in pool} == engines
@@ -69,19 +68,3 @@ def storm(stack: Stack, transport: str, num_clients: int) -> list[Row]:
             balanced(totals) and totals["produced"] > 0,
         ),
     ]
-
-
-def _idle(stack: Stack, base: dict[str, list[float]]) -> float:
-    """Seconds until nothing runs and KV use is what it was; more than IDLE_S when that does not come."""
-    started = time.monotonic()
-    while time.monotonic() - started <= IDLE_S:
-        busy = [
-            s
-            for pool, stats in stack.stats().items()
-            for s, usage in zip(stats, base[pool], strict=True)
-            if s["num_requests_running"] or s["num_requests_waiting"] or s["kv_cache_usage"] > usage + 1e-9
-        ]
-        if not busy:
-            return time.monotonic() - started
-        time.sleep(0.1)
-    return time.monotonic() - started

@@ -18,24 +18,12 @@ from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake_text import answer, decode, encode
 from pools.engine.fake_tiers import FakeSharedCache
 from pools.errors import ReplicaLostError
-from tests.support.gateway_stack import Hook, Replica, Stack, running_stack, until
+from tests.support.gateway_stack import Hook, Replica, Stack, respond, running_stack, until
 from tests.unit.disagg.gateway.test_membership import info
 
 PROMPT = "a prompt longer than one block of KV"
 EXPECTED = decode(answer(encode(PROMPT), 8))
 TRANSPORTS = pytest.mark.parametrize("transport", ["nixl", "mooncake"])
-
-
-def respond(status: int, body: bytes = b'{"error": {"message": "x", "code": 1}}') -> Hook:
-    async def hook(scope: Scope, receive: Receive, send: Send) -> bool:
-        if "completions" not in scope["path"]:
-            return False
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-        return True
-
-    return hook
 
 
 def once(hook: Hook) -> Hook:
@@ -236,7 +224,7 @@ async def test_a_probe_fails(transport: Any) -> None:
     async with running_stack(transport=transport) as stack:
         engine = stack.decode[0].engine
 
-        async def refuse(*args: Any) -> Any:
+        async def refuse(*args: Any, **kwargs: Any) -> Any:
             raise ValueError("no")
 
         engine.probe = refuse  # type: ignore[method-assign]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real vLLM engine of a pair, launched as a replica launches it, without Ray."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import AbstractContextManager
+from typing import Literal
+
+from pools.config import CpuConfig, ModelConfig, PoolConfig
+from pools.launch import engine_args
+from pools.placement import placement
+from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
+from transport.config import TransportConfig
+from transport.launch import EngineFacts, launch
+
+
+def transfer_engine(
+    role: Literal["prefill", "decode"], transport: TransportConfig, *, name: str, bootstrap_port: int = 0
+) -> AbstractContextManager[str]:
+    """URL of an engine that hands KV over or takes it; its log is `{name}-{role}`."""
+    facts = EngineFacts(
+        role=role,
+        platform="cpu",
+        host="127.0.0.1",
+        side_channel_port=free_port(),
+        engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
+        bootstrap_port=bootstrap_port,
+    )
+    plan = launch(transport, facts)
+    arguments = engine_args(
+        ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=ENGINE_KWARGS),
+        PoolConfig(),
+        platform="cpu",
+        kv_transfer_config=plan.kv_transfer_config,
+        placement=placement("cpu", ENGINE_KWARGS, CpuConfig()),
+    )
+    return engine_process(arguments, plan.env, role=role, name=f"{name}-{role}")
