@@ -9,7 +9,8 @@ PY := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
-.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench prove-serve prove-tiers lock clean
+.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench prove-serve prove-tiers \
+	prove-faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -53,6 +54,9 @@ prove-serve: setup ## show, line by line, that the served application keeps its 
 
 prove-tiers: setup ## the same for the KV tiers (LINE=n for one)
 	$(PY) -m tests.prove.tiers $(if $(LINE),--line $(LINE))
+
+prove-faults: setup ## the same for failures, drains and tenants (LINE=n for one)
+	$(PY) -m tests.prove.faults $(if $(LINE),--line $(LINE))
 
 lock: ## resolve requirements/cpu.lock again, from pyproject.toml
 	$(or $(wildcard $(PY)),python3.11) scripts/lock.py

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from benchmarks.connection import BrokenAnswerError, Client
 from benchmarks.load import percentiles
 from disagg.gateway.legs import PATHS, REMOTE_DECODE, transfer_params
-from tests.support.stack import running, tiny_model
+from tests.support.stack import engine_headers, running, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"haproxy": ROOT / "configs/quickstart-haproxy.yaml", "proxy": ROOT / "configs/quickstart.yaml"}
@@ -127,11 +127,12 @@ class ByHand:
     def __init__(self, prefill_url: str, decode_url: str) -> None:
         self._prefill = Client(prefill_url)
         self._decode = Client(decode_url)
+        self._key = engine_headers()
 
     async def complete(self, sample: Sample, request: dict[str, Any]) -> None:
         wanted = ("model", "prompt", "temperature", "ignore_eos", "cache_salt")
         leg = {name: request[name] for name in wanted} | {"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
-        payload = self._prefill.post(_PATH, json.dumps(leg).encode())
+        payload = self._prefill.post(_PATH, json.dumps(leg).encode(), self._key)
         answer = bytearray()
         sample.started_at = time.perf_counter()
         status = await self._prefill.send(payload, lambda piece, _: answer.extend(piece))
@@ -139,7 +140,8 @@ class ByHand:
         if params is None:
             raise BrokenAnswerError(f"prefill leg: status {status}, {bytes(answer[:300])!r}")
         sample.prefilled_at = time.perf_counter()
-        payload = self._decode.post(_PATH, json.dumps(request | {"kv_transfer_params": params}).encode())
+        request = request | {"kv_transfer_params": params}
+        payload = self._decode.post(_PATH, json.dumps(request).encode(), self._key)
         sample.finish(await self._decode.send(payload, sample.feed), request["max_tokens"])
 
     def close(self) -> None:

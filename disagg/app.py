@@ -31,7 +31,10 @@ from transport.errors import ConfigError
 _SHUTDOWN_MARGIN_S = 30.0
 """What a replica may take after its drain to stop the engine, before Serve kills it."""
 _HEALTH_PERIOD_S = 2.0
-_GATEWAY_DRAIN_S = 600.0
+_HEALTH_TIMEOUT_S = 10.0
+"""A replica answers at once what it knows of its engine, so silence means that its process is stopped."""
+_GATEWAY_MARGIN_S = 30.0
+"""How much longer a gateway may drain than decode replicas, so that it can still tell clients how a stream ended."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -74,10 +77,17 @@ def build_app(config: AppConfig) -> Application:
             },
         },
         max_ongoing_requests=config.gateway.max_num_requests + 64,
-        graceful_shutdown_timeout_s=_GATEWAY_DRAIN_S,
+        graceful_shutdown_timeout_s=config.decode.drain_timeout_s + _GATEWAY_MARGIN_S,
+        # A new one takes over before the old one leaves. It holds no engine, so there is room for it.
+        max_surge_percent=100,
         health_check_period_s=_HEALTH_PERIOD_S,
     )
     return gateway.bind(config.model_dump(mode="json"), prefill, decode)
+
+
+def shutdown_timeout_s(config: AppConfig, pool: PoolConfig) -> float:
+    """Seconds after which Serve kills a replica that it stops: drain, a lease in which KV may be read, and margin."""
+    return pool.drain_timeout_s + config.transport.kv_lease_duration_s + _SHUTDOWN_MARGIN_S
 
 
 def _pool(cls: type, name: str, config: AppConfig, pool: PoolConfig) -> Application:
@@ -90,6 +100,7 @@ def _pool(cls: type, name: str, config: AppConfig, pool: PoolConfig) -> Applicat
         offload=config.offload,
         shared_cache=config.shared_cache,
         pool=pool,
+        engine_key_file=config.engine_key_file,
     )
     placed = placement(config.platform, merged_engine_kwargs(config.model, pool, config.platform), config.cpu)
     options: dict[str, Any] = {}
@@ -102,9 +113,9 @@ def _pool(cls: type, name: str, config: AppConfig, pool: PoolConfig) -> Applicat
         ray_actor_options=dict(placed.actor_options),
         max_ongoing_requests=1_000_000,
         request_router_config=RequestRouterConfig(request_router_class=ReplicaRouter),
-        graceful_shutdown_timeout_s=pool.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+        graceful_shutdown_timeout_s=shutdown_timeout_s(config, pool),
         health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=pool.health_probe_timeout_s + 5.0,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         **options,
     )
     return deployment.bind(spec.model_dump(mode="json"))

@@ -16,7 +16,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from disagg import serve_file
+from disagg.check_keys import check_keys
 from disagg.config import AppConfig
+from disagg.exposure import ACTION, ALLOWED, DEFAULT_HOST, strangers_served
 from disagg.fit import check_engine_kwargs, check_machine, check_model
 from disagg.fit_tiers import check_directories, check_gpu_node, check_packages, check_tier_layout, check_tiers
 from disagg.machine import Machine, is_installed, this_machine
@@ -133,6 +135,7 @@ def check_file(
         environment=environment,
     )
     problems += _check_drain(config, data, application)
+    problems += _check_strangers(config, data, prefix)
     sizes = serve_file.num_replicas(application)
     if single_host:
         problems += validate_machine(config, sizes, machine, prefix=prefix)
@@ -169,7 +172,7 @@ def validate_app(
     `resolve` first. Replica counts, ports and this machine are left to `check_file`. A fake engine keeps KV only in
     name, so nothing is asked of its tiers. Packages are looked for where vLLM is installed: elsewhere no replica runs.
     """
-    problems = _check_key_file(config, prefix)
+    problems = _check_key_file(config, prefix) + check_keys(config, environment, prefix)
     if config.engine.type == "fake":
         return problems
     if known_kwargs is None:
@@ -228,7 +231,7 @@ def _check_ports(data: Mapping[str, Any], machine: Machine) -> tuple[str | None,
         return None, []
     http = data.get("http_options")
     http = http if isinstance(http, dict) else {}
-    host, port = http.get("host") or "127.0.0.1", http.get("port", 8000)
+    host, port = http.get("host") or DEFAULT_HOST, http.get("port", 8000)
     if not isinstance(host, str) or not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65535:
         return None, []
     wanted = [("http_options.port", host, port)]
@@ -254,6 +257,16 @@ def _check_ports(data: Mapping[str, Any], machine: Machine) -> tuple[str | None,
     return f"http://{shown_host}:{port}{prefix if isinstance(prefix, str) else ''}".rstrip("/"), problems
 
 
+def _check_strangers(config: AppConfig, data: Mapping[str, Any], prefix: str) -> list[Problem]:
+    """An address that others reach needs API keys, or the word that it needs none."""
+    http = data.get("http_options")
+    host = http.get("host", DEFAULT_HOST) if isinstance(http, dict) else DEFAULT_HOST
+    if not isinstance(host, str) or data.get("proxy_location") == "Disabled":
+        return []
+    trouble = strangers_served(config.gateway, host or DEFAULT_HOST)
+    return [Problem(f"{prefix}.gateway.api_keys", f"is not set: {trouble}", ALLOWED, ACTION)] if trouble else []
+
+
 def _check_server_ports(config: AppConfig, machine: Machine, prefix: str) -> list[Problem]:
     server = config.shared_cache.server if config.shared_cache else None
     if not isinstance(server, ManagedServerConfig) or (config.platform == "cuda" and not machine.num_gpus):
@@ -272,6 +285,7 @@ def _check_drain(config: AppConfig, data: Mapping[str, Any], application: Mappin
     """Time limits of Serve and HAProxy that would cut streams before the pools' own limit."""
     problems = []
     limits = {"prefill": config.prefill.drain_timeout_s, "decode": config.decode.drain_timeout_s}
+    limits["gateway"] = limits["decode"]  # its streams are theirs
     for index, entry in enumerate(application.get("deployments") or []):
         limit = limits.get(entry.get("name", "")) if isinstance(entry, dict) else None
         given = entry.get("graceful_shutdown_timeout_s") if limit is not None else None

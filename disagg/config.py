@@ -7,7 +7,7 @@ deployment. Checks that need the machine or other files are in `disagg.check`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -34,6 +34,30 @@ class AdminConfig(Config):
     is answered 403, so nobody can scale the pools over HTTP."""
 
 
+class FileKeysConfig(Config):
+    """API keys in a file, which is read again when it changes."""
+
+    type: Literal["file"]
+    """Where the keys are."""
+    path: Name
+    """File with a line `name:key` for each key, on every node that runs a gateway replica. The name is the tenant's; a
+    tenant may have several keys. A key has at least 16 characters. Lines that begin with # are left out."""
+
+
+class EnvKeysConfig(Config):
+    """API keys in an environment variable."""
+
+    type: Literal["env"]
+    """Where the keys are."""
+    variable: Name
+    """Variable with the lines of such a file, in the environment of every gateway replica: that in which Ray was
+    started."""
+
+
+ApiKeysConfig = Annotated[FileKeysConfig | EnvKeysConfig, Field(discriminator="type")]
+"""Where the API keys of clients are."""
+
+
 class GatewayConfig(Config):
     """The deployment that clients talk to."""
 
@@ -44,8 +68,32 @@ class GatewayConfig(Config):
     min_handoff_tokens: NonNegativeInt = 1
     """Prompts shorter than this many tokens are prefilled by the decode engine itself. 1 hands every prompt over."""
     prefill_timeout_s: Seconds = 120.0
-    """Seconds that the prefill leg may take in all, retries included. Then the decode engine prefills itself. With
-    Mooncake it waits no longer than `transport.kv_lease_duration_s`, and the prefill leg is stopped after it."""
+    """Seconds that the prefill leg may take at most, retries included; `first_token_target_s` mostly ends it sooner.
+    Then the decode engine prefills itself. With Mooncake it waits no longer than `transport.kv_lease_duration_s`, and
+    the prefill leg is stopped after it."""
+    first_token_target_s: Seconds = 30.0
+    """Seconds from a request to its first token that the gateway aims at. What the decode engine is expected to take
+    for the prompt, as measured, is kept back from it, half of it before anything was measured; the rest is for the
+    prefill leg, retries included. A prompt that decode would compute for longer than half of it gets that time."""
+    hedge_after_s: Seconds | None = None
+    """Seconds after which a prefill leg that is not answered is sent to a second prefill replica as well; the first
+    answer counts. It costs prefill work where the pool is slow because it is full. Unset means never. Only with
+    transport nixl."""
+    local_prefill_tokens: PositiveInt = 131_072
+    """Prompt tokens that one decode replica may compute at a time for one gateway replica, counted from sending a
+    request without a hand-off to the first byte of its answer. Any prompt fits a replica that computes none. When no
+    decode replica has room, the answer is 429 with Retry-After."""
+    max_attempts: PositiveInt = 3
+    """Decode replicas that one request may be lost on, or fail on with a 5xx, before it is given up, so that a request
+    that breaks engines does not break them all."""
+    resume_wait_s: Seconds = 60.0
+    """Seconds that a stream whose decode replica was lost waits for another one to go on with it."""
+    shadow_check_every: PositiveInt | None = None
+    """Corruption watch: one of so many greedy answers that were made of handed-off KV is computed again without it, in
+    the background on the same decode replica, and the tokens are compared. Each check costs one prompt computed on
+    decode. Unset means never."""
+    shadow_max_tokens: PositiveInt = 64
+    """Tokens of an answer that such a check computes and compares at most."""
     connect_timeout_s: Seconds = 2.0
     """Seconds to connect to a replica before another one is tried."""
     first_byte_timeout_s: Seconds = 600.0
@@ -57,7 +105,14 @@ class GatewayConfig(Config):
     client_stall_timeout_s: Seconds = 120.0
     """Seconds that a client may take nothing of its stream, with its buffers full, before the stream is ended."""
     retry_after_s: PositiveInt = 5
-    """Whole seconds a client is told to wait, in Retry-After, when no replica is ready."""
+    """Whole seconds a client is told to wait, in Retry-After, when no replica is ready or has room."""
+    watch_interval_s: Seconds = 1.0
+    """Seconds between two questions of a gateway replica to each pool replica about its engine. One that does not
+    answer twice, for 2 s each, or says that its engine hangs, gets no requests until it works again; what ran there
+    goes on elsewhere."""
+    probation_s: Seconds = 10.0
+    """Seconds that a new replica must have been warm and well before it gets requests, while its pool is in a crash
+    loop: three replicas lost within 120 s."""
     ledger_records: PositiveInt = 10_000
     """Consumed hand-offs that one gateway replica remembers for `/admin/v1/handoffs`, and as many others. The totals
     hold for all."""
@@ -65,6 +120,58 @@ class GatewayConfig(Config):
     """Ray CPUs that one gateway replica reserves. Unset means 1 on cuda and 0.1 on cpu, where cores are few."""
     admin: AdminConfig = AdminConfig()
     """Who may read and scale the pools over HTTP."""
+    api_keys: ApiKeysConfig | None = None
+    """Keys that clients send as `Authorization: Bearer`. Without them anyone may send requests, which is refused where
+    `http_options.host` is not a loopback address, unless `allow_anonymous` says so."""
+    allow_anonymous: bool = False
+    """Serve without API keys to whoever reaches `http_options.host`, e.g. because another server checks keys."""
+    cache_salt: Literal["tenant", "shared"] = "tenant"
+    """Whether each tenant has KV caches of its own in every tier, or all of them share what is cached. Shared, the time
+    to the first token tells one tenant what another has asked."""
+    salt_secret_file: Name | None = None
+    """File with a secret that the tenants' salts are made of, on every node that runs a gateway replica. Without it a
+    tenant's salt is made of the key, so that a new key finds nothing of what was cached with the old one."""
+    max_header_bytes: PositiveInt = 16_384
+    """Largest headers of a request in bytes, all together; larger ones are answered 431."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Longest prompt in tokens; a longer one is answered 400. Unset means what the model takes."""
+    max_prompts: PositiveInt = 256
+    """Prompts that one completion request may bring as a list; more are answered 400."""
+    max_stream_s: Seconds | None = None
+    """Seconds that a streamed answer may take from its first byte; then it ends with an error event and `[DONE]`. Unset
+    means no limit."""
+
+    @model_validator(mode="after")
+    def _hedge(self) -> Self:
+        if self.hedge_after_s is not None and self.hedge_after_s >= self.prefill_timeout_s:
+            raise refusal(
+                "hedge_too_late",
+                "has no effect: the prefill leg is over by then",
+                field="hedge_after_s",
+                allowed=f"less than prefill_timeout_s ({self.prefill_timeout_s:g})",
+                action="lower it, or remove it",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys(self) -> Self:
+        if self.api_keys is not None and self.allow_anonymous:
+            raise refusal(
+                "keys_and_anonymous",
+                "clients need a key, because api_keys is set",
+                field="allow_anonymous",
+                allowed="false with api_keys",
+                action="remove one of the two",
+            )
+        if self.salt_secret_file is not None and (self.api_keys is None or self.cache_salt == "shared"):
+            raise refusal(
+                "salt_without_tenants",
+                "has no effect: there are no tenants whose caches are kept apart",
+                field="salt_secret_file",
+                allowed="only with api_keys and cache_salt: tenant",
+                action="remove it, or set them",
+            )
+        return self
 
 
 class AppConfig(Config):
@@ -90,6 +197,9 @@ class AppConfig(Config):
     """The decode pool."""
     gateway: GatewayConfig = GatewayConfig()
     """The deployment that clients talk to."""
+    engine_key_file: Name | None = None
+    """File with the key that the engines' private HTTP asks for, on every node. Unset means a random one for each
+    replica, which only the gateways know; set it to ask an engine by hand."""
 
     @model_validator(mode="after")
     def _cross_fields(self) -> Self:
@@ -117,6 +227,15 @@ class AppConfig(Config):
                     action="change one of them",
                 )
         self._check_cache_timeout()
+        if self.gateway.hedge_after_s is not None and self.transport.type == "mooncake":
+            raise refusal(
+                "hedge_with_mooncake",
+                "cannot work with transport mooncake, where both legs of a hand-off are bound to each other from the "
+                "start",
+                field="gateway.hedge_after_s",
+                allowed="null with transport mooncake",
+                action="remove it, or use transport nixl",
+            )
         if self.gateway.connect_timeout_s >= self.transport.kv_lease_duration_s:
             raise PydanticCustomError(
                 "lease_too_short",

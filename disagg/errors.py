@@ -10,6 +10,7 @@
     │   ├── HandoffRefusedError      hand-off parameters were released before
     │   ├── NoReplicaError           no replica is ready
     │   ├── PoolOverloadedError      the gateway carries as many requests as it may
+    │   ├── AttemptsExhaustedError   a request cost as many decode replicas as it may
     │   └── ReplicaLostError         a replica cannot be reached
     ├── RequestError                 the client's fault
     │   ├── InvalidRequestError      a field of the request is wrong
@@ -18,9 +19,13 @@
     │   ├── MethodNotAllowedError    the route exists, with another method
     │   ├── RequestTimeoutError      the body did not arrive in time
     │   ├── BodyTooLargeError        the body exceeds the limit
+    │   ├── HeadersTooLargeError     the headers exceed the limit
+    │   ├── ContextLengthError       the prompt exceeds the limit
+    │   ├── StreamLimitError         the answer's stream took too long
     │   ├── UnsupportedMediaTypeError  the body is not JSON
     │   ├── AuthenticationError      the key is missing or wrong
     │   ├── PermissionDeniedError    nobody may do this here
+    │   ├── RateLimitError           more prompt tokens than the decode replicas may compute
     │   └── ConflictError            the application is in a state that forbids it
     └── ClientError                  raised by the SDK
         ├── APIConnectionError       the server cannot be reached
@@ -37,6 +42,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from pools.errors import (
+    AttemptsExhaustedError,
     EngineDeadError,
     EngineStartError,
     HandoffRefusedError,
@@ -52,15 +58,18 @@ __all__ = [
     "APIResponseError",
     "APIStatusError",
     "APITimeoutError",
+    "AttemptsExhaustedError",
     "AuthenticationError",
     "BodyTooLargeError",
     "ClientError",
     "ConfigError",
     "ConflictError",
+    "ContextLengthError",
     "DisaggError",
     "EngineDeadError",
     "EngineStartError",
     "HandoffRefusedError",
+    "HeadersTooLargeError",
     "InvalidRequestError",
     "MethodNotAllowedError",
     "ModelNotFoundError",
@@ -69,10 +78,12 @@ __all__ = [
     "PermissionDeniedError",
     "PoolError",
     "PoolOverloadedError",
+    "RateLimitError",
     "ReplicaLostError",
     "RequestError",
     "RequestTimeoutError",
     "ScaleTimeoutError",
+    "StreamLimitError",
     "TransportError",
     "UnsupportedMediaTypeError",
 ]
@@ -126,6 +137,24 @@ class BodyTooLargeError(RequestError):
     default_code = "body_too_large"
 
 
+class HeadersTooLargeError(RequestError):
+    """The request's headers exceed the gateway's limit."""
+
+    default_code = "headers_too_large"
+
+
+class ContextLengthError(RequestError):
+    """The prompt exceeds the gateway's limit."""
+
+    default_code = "context_length_exceeded"
+
+
+class StreamLimitError(RequestError):
+    """The stream took longer than the gateway lets it. What was sent so far is right."""
+
+    default_code = "stream_time_limit"
+
+
 class UnsupportedMediaTypeError(RequestError):
     """The body is not `application/json`."""
 
@@ -142,6 +171,12 @@ class PermissionDeniedError(RequestError):
     """The configuration lets nobody do this."""
 
     default_code = "permission_denied"
+
+
+class RateLimitError(RequestError):
+    """More prompt tokens than the decode replicas may compute at a time. Ask again after a few seconds."""
+
+    default_code = "rate_limit_exceeded"
 
 
 class ConflictError(RequestError):

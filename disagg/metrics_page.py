@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from disagg.gateway.engine_metrics import ENGINE_METRICS, LABELS, EngineMetric
+from disagg.gateway.engine_metrics import ENGINE_METRICS, LABELS, SERVER_METRICS, EngineMetric
 from disagg.gateway.ledger import TOTALS
 from disagg.gateway.membership import POOLS
-from disagg.gateway.metrics import AMOUNTS, TIERS, Metrics
+from disagg.gateway.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
 
 LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "beam_search": "the request uses beam search",
@@ -30,7 +30,8 @@ LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "prefill_lost": "every prefill replica with a warm pair was lost or failed",
     "prefill_offered_nothing": "the prefill engine answered 200 without hand-off parameters",
     "prefill_refused": "the prefill engine answered with a status from 400 to 499",
-    "prefill_timeout": "the prefill leg took longer than `gateway.prefill_timeout_s`",
+    "prefill_timeout": "the prefill leg took longer than `gateway.first_token_target_s` or `gateway.prefill_timeout_s` "
+    "leave it",
     "prompt_list": "the request has more than eight prompts",
     "prompt_logprobs": "log-probabilities of the prompt are asked for, which only the engine that computes it has",
     "short": "the prompt is shorter than `gateway.min_handoff_tokens`",
@@ -50,11 +51,20 @@ LABEL_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "disagg_stores": {"store": ("never", "always")},
     "disagg_tier_degraded": {"tier": (*TIERS, "other")},
     "disagg_leg_retries": {"leg": ("prefill", "decode")},
+    "disagg_foreign_handoffs": {"outcome": TOTALS},
+    "disagg_hedges": {"outcome": ("won", "lost")},
+    "disagg_resumes": {"outcome": ("resumed", "refused", "failed")},
+    "disagg_local_prefill_tokens": {"replica": ()},
+    "disagg_shadow_checks": {"outcome": ("same", "different", "tie", "skipped", "failed")},
+    "disagg_kv_path_verified": {"prefill": (), "decode": ()},
     "disagg_client_disconnects": {"phase": ("body", "prefill", "decode", "stream")},
     "disagg_streams": {"path": ("splice", "asgi")},
     "disagg_pair_warm_attempts": {"outcome": ("ok", "failed")},
-    "disagg_replicas": {"pool": POOLS, "state": ("routable", "other")},
-    **{metric.family: {"pool": POOLS, "replica": ()} for metric in ENGINE_METRICS},
+    "disagg_api_key_reloads": {"outcome": ("ok", "failed")},
+    "disagg_quarantines": {"pool": POOLS, "reason": (*QUARANTINES, "other")},
+    "disagg_crash_loops": {"pool": POOLS},
+    "disagg_replicas": {"pool": POOLS, "state": ("routable", "quarantined", "other")},
+    **{metric.family: {"pool": POOLS, "replica": ()} for metric in (*ENGINE_METRICS, *SERVER_METRICS)},
 }
 """Label values by metric and label, in the order of the labels; empty where they are not fixed."""
 
@@ -131,6 +141,17 @@ _ALERTS = """## Worth an alert
 they are read: the decode pool is too small, or raise `transport.kv_lease_duration_s` |
 | `max by (tier) (increase(disagg_tier_degraded_total[10m])) > 0` | a tier stopped working; engines go on without it |
 | `rate(disagg_ledger_events_lost_total[10m]) > 0` | the gateway is too slow to read events; outcomes become `failed` |
+| `rate(disagg_local_prefills_refused_total[5m]) > 0` | clients get 429: the prefill pool is lost or too slow, and \
+the decode pool cannot make up for it |
+| `increase(disagg_pair_breaker_opened_total[10m]) > 3` | hand-offs of a pair of replicas fail although both work |
+| `increase(disagg_api_key_reloads_total{outcome="failed"}[10m]) > 0` | the changed file of API keys cannot be used: a \
+key that was taken out still works |
+| `min by (prefill, decode) (disagg_kv_path_verified) == 0` for 5 m | KV does not move between two replicas, or it is \
+wrong |
+| `increase(disagg_shadow_checks_total{outcome="different"}[1h]) > 1` | page: answers made of handed-off KV differ \
+from those computed in one place; the gateway's log names the pairs |
+| `increase(disagg_quarantines_total[10m]) > 0` | a replica hung or its process did; it is replaced by itself |
+| `increase(disagg_crash_loops_total[10m]) > 0` | page: the replicas of a pool die one after the other |
 | `increase(disagg_pair_warm_attempts_total{outcome="failed"}[10m]) > 5` | a pair of replicas cannot move KV |
 | `increase(disagg_engine_num_notifications_after_expiry_total[10m]) > 0` | page: KV was read after its lease, so an \
 answer may be wrong. Raise `transport.kv_lease_duration_s` |
@@ -182,7 +203,7 @@ class MetricInfo:
 def metrics() -> list[MetricInfo]:
     """Every metric of a gateway replica, in the order of its declaration."""
     own = [_info(value) for value in vars(Metrics()).values() if isinstance(value, MetricWrapperBase)]
-    return [*own, *(_engine_info(metric) for metric in ENGINE_METRICS)]
+    return [*own, *(_engine_info(metric) for metric in (*ENGINE_METRICS, *SERVER_METRICS))]
 
 
 def _info(metric: MetricWrapperBase) -> MetricInfo:
@@ -200,7 +221,7 @@ def _engine_info(metric: EngineMetric) -> MetricInfo:
 
 def page() -> str:
     """The whole page as Markdown."""
-    engines = {metric.family for metric in ENGINE_METRICS}
+    engines = {metric.family for metric in (*ENGINE_METRICS, *SERVER_METRICS)}
     own_table = _table([metric for metric in metrics() if metric.family not in engines])
     engine_table = _table([metric for metric in metrics() if metric.family in engines])
     reasons = ["| reason | the decode engine computed the prompt because |", "|---|---|"]

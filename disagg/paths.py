@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from disagg.config import AppConfig
+from disagg.config import AppConfig, FileKeysConfig, GatewayConfig
 from pools.checkpoint import local_directory
 from transport.tiers import FsL2Config, ManagedServerConfig, OffloadConfig, SharedCacheConfig
 
@@ -37,10 +37,25 @@ def resolve(config: AppConfig, base_dir: Path) -> AppConfig:
     if gateway.admin.key_file is not None:
         key_file = (base_dir / Path(gateway.admin.key_file).expanduser()).absolute()
         gateway = gateway.model_copy(update={"admin": gateway.admin.model_copy(update={"key_file": str(key_file)})})
+    gateway = _key_files(gateway, base_dir)
+    engine_key_file = config.engine_key_file and _directory(config.engine_key_file, base_dir)
     offload, shared_cache = _offload(config.offload, base_dir), _cache(config.shared_cache, base_dir)
     return config.model_copy(
-        update={"model": model, "gateway": gateway, "offload": offload, "shared_cache": shared_cache}
+        update={
+            "model": model,
+            "gateway": gateway,
+            "offload": offload,
+            "shared_cache": shared_cache,
+            "engine_key_file": engine_key_file,
+        }
     )
+
+
+def _key_files(gateway: GatewayConfig, base_dir: Path) -> GatewayConfig:
+    keys, secret = gateway.api_keys, gateway.salt_secret_file
+    if isinstance(keys, FileKeysConfig):
+        keys = keys.model_copy(update={"path": _directory(keys.path, base_dir)})
+    return gateway.model_copy(update={"api_keys": keys, "salt_secret_file": secret and _directory(secret, base_dir)})
 
 
 def _offload(offload: OffloadConfig | None, base_dir: Path) -> OffloadConfig | None:

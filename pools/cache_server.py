@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _STOP_S = 8.0
+_QUEUE_ENDED = "Exception in thread mq-server-thread"
+"""What Python writes when LMCache's queue thread ends with an exception: the server answers nothing from then on."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -86,6 +88,7 @@ class CacheServer:
         self._process: subprocess.Popen[str] | None = None
         self._output: deque[str] = deque()
         self._reader: threading.Thread | None = None
+        self._queue_ended: subprocess.Popen[str] | None = None
         self._last_end = "it was stopped"
         self._healthy = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
@@ -182,6 +185,8 @@ class CacheServer:
         assert process.stderr is not None
         for line in process.stderr:
             output.append(line.rstrip())
+            if line.startswith(_QUEUE_ENDED):
+                self._queue_ended = process
             loud = "LMCache WARNING" in line or "LMCache ERROR" in line
             logger.log(logging.WARNING if loud else logging.DEBUG, "lmcache server: %s", line.rstrip())
 
@@ -222,7 +227,7 @@ class CacheServer:
         assert self._process is not None
         probe = asyncio.ensure_future(self._answers())
         try:
-            while not probe.done() and self._process.poll() is None:
+            while not probe.done() and self._process.poll() is None and self._queue_ended is not self._process:
                 await asyncio.wait([probe], timeout=_POLL_S)
         finally:
             probe.cancel()
@@ -230,6 +235,9 @@ class CacheServer:
             if self._reader is not None:
                 await asyncio.to_thread(self._reader.join, 1.0)
             self._died(why_it_ended(self._output))
+            return
+        if self._queue_ended is self._process:
+            self._life.silenced()
             return
         was_healthy = self._life.healthy_at is not None
         self._life.probed(probe.result(), time.monotonic())

@@ -107,9 +107,9 @@ class Life:
         """What to do: start a server, kill the one that hangs, or look again later."""
         if self.started_at is None:
             return "start" if now >= self.start_at else "wait"
-        if self.healthy_at is None:
-            return "kill" if now - self.started_at > START_TIMEOUT_S else "wait"
-        return "kill" if self.num_failed_probes >= MAX_FAILED_PROBES else "wait"
+        if self.num_failed_probes >= MAX_FAILED_PROBES:
+            return "kill"
+        return "kill" if self.healthy_at is None and now - self.started_at > START_TIMEOUT_S else "wait"
 
     def started(self, now: float) -> None:
         """A process runs."""
@@ -122,6 +122,10 @@ class Life:
             self.healthy_at = self.healthy_at if self.healthy_at is not None else now
         elif self.healthy_at is not None:
             self.num_failed_probes += 1
+
+    def silenced(self) -> None:
+        """It said itself that it will answer no more: no further probe is waited for."""
+        self.num_failed_probes = MAX_FAILED_PROBES
 
     def died(self, now: float) -> None:
         """The process is gone, by itself or killed."""

@@ -7,12 +7,12 @@ for the few that the framework sets itself or that both pools must share.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from transport.config import Config, Milliseconds, Name, PositiveInt, Seconds
+from transport.config import Config, Milliseconds, Name, PositiveInt, Seconds, refusal
 
 Platform = Literal["cpu", "cuda"]
 
@@ -163,9 +163,27 @@ class PoolConfig(Config):
     drain_timeout_s: Seconds = 600.0
     """Seconds that a replica leaving the pool may use to finish its requests; then they are cut. It should exceed
     the longest answer."""
-    health_probe_timeout_s: Seconds = 30.0
-    """Seconds that one token through the engine may take before the replica counts as unhealthy. A probe waits behind
-    the engine's current steps, so a value near one step's time replaces healthy replicas."""
+    probe_interval_s: Seconds = 4.0
+    """Seconds after which an idle engine is asked for one token; one that counts nothing although requests wait for it
+    is asked after a second, a busy one never. What an idle engine costs is mostly this."""
+    hang_after_s: Seconds = 5.0
+    """Seconds that an engine may owe that token and count nothing, not even a step, before its replica is suspect:
+    gateways take it out and run its requests elsewhere, until it counts again. It must exceed the longest step."""
+    health_probe_timeout_s: Seconds = 20.0
+    """The same, before the replica ends its process with the engine's, so that Serve replaces both. Longer than
+    `hang_after_s`."""
+
+    @model_validator(mode="after")
+    def _suspect_before_replaced(self) -> Self:
+        if self.hang_after_s >= self.health_probe_timeout_s:
+            raise refusal(
+                "hang_after",
+                f"an engine would be replaced after {self.health_probe_timeout_s:g} s, before it is suspect",
+                field="hang_after_s",
+                allowed=f"less than health_probe_timeout_s ({self.health_probe_timeout_s:g})",
+                action="lower it, or raise health_probe_timeout_s",
+            )
+        return self
 
     @field_validator("engine_kwargs")
     @classmethod

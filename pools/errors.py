@@ -51,3 +51,7 @@ class NoReplicaError(PoolError):
 
 class PoolOverloadedError(PoolError):
     """The gateway carries as many requests as it may. Ask again after a few seconds."""
+
+
+class AttemptsExhaustedError(PoolError):
+    """A request was lost on as many decode replicas as may be tried for it. It may be what breaks them."""

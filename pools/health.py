@@ -1,37 +1,168 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks an engine for real work: one token, unless it has produced some since the last question."""
+"""Whether an engine works, judged from what it has counted and how long it owes an answer. Pure: time is handed in.
+
+An engine that counts something works. One that counts nothing is asked for one token of real work, and hangs when that
+stays out while nothing is counted.
+"""
 
 from __future__ import annotations
 
-import asyncio
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from pools.engine.base import Engine
-from pools.errors import EngineDeadError
+from pools.engine.base import EngineStats
 
-_PROMPT = (1, 2, 3)
-"""Short enough to cost one step, and never a full block, so that it leaves nothing in any cache."""
+State = Literal["ok", "suspect", "draining"]
+Reason = Literal["hang", "probe_failed", "listener"]
+
+_LONGEST_LOOK_S = 1.0
+"""More time than this between two looks is this process's own: it was stopped, or its loop was."""
+_CARRYING_S = 1.0
+"""How soon an engine is asked that counts nothing although its replica carries requests."""
+_STEPS_ALONE = 6
+"""How many times the limit an engine may make steps that bring no token while it owes one."""
 
 
-class HealthProbe:
-    """Remembers how much an engine had done, so that a busy engine is not asked and an idle one is."""
+@dataclass(frozen=True)
+class Health:
+    """What a replica says of itself, on `GET /disagg/v1/health`."""
 
-    def __init__(self, engine: Engine, *, timeout_s: float) -> None:
-        self._engine = engine
-        self._timeout_s = timeout_s
-        self._seen = -1
+    state: State = "ok"
+    reason: Reason | None = None
+    """Why it is suspect."""
+    since_s: float = 0.0
+    """How long it has been in that state, in seconds."""
+    probe_s: float | None = None
+    """How long the engine took for the last token that it was asked for; None before the first."""
+    num_probes: int = 0
+    """How many of these it has answered."""
 
-    async def check(self) -> None:
-        """Return when the engine works. Raises EngineDeadError when it is dead or silent for `timeout_s`."""
-        if (reason := self._engine.dead) is not None:
-            raise EngineDeadError(str(reason))
-        stats = self._engine.stats()
-        done = stats.generation_tokens_total + stats.prompt_tokens_total
-        if done > self._seen >= 0:
-            self._seen = done
-            return
-        try:
-            await asyncio.wait_for(self._engine.probe(_PROMPT), self._timeout_s)
-        except TimeoutError as exc:
-            raise EngineDeadError(f"no token within {self._timeout_s:g} s of asking for one") from exc
-        stats = self._engine.stats()
-        self._seen = stats.generation_tokens_total + stats.prompt_tokens_total
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def progress(stats: EngineStats) -> tuple[int, int]:
+    """(what an engine has got done, the steps it has made); neither ever falls."""
+    done = (
+        stats.generation_tokens_total
+        + stats.prompt_tokens_total
+        + stats.nixl_bytes_transferred_total
+        + stats.mooncake_bytes_transferred_total
+    )
+    return done, stats.num_steps_total
+
+
+class HangRules:
+    """What to make of one engine's counters and of the token it was asked for. All times are seconds of one clock."""
+
+    def __init__(self, *, probe_interval_s: float, hang_after_s: float, replace_after_s: float, now: float) -> None:
+        """Start with an engine that works.
+
+        Args:
+            probe_interval_s: idle time after which it is asked.
+            hang_after_s: time without an answer or a count after which it is suspect.
+            replace_after_s: the same, after which it has to be replaced.
+        """
+        self._interval_s = probe_interval_s
+        self._hang_after_s = hang_after_s
+        self._replace_after_s = replace_after_s
+        self._looked_at = now
+        # Seconds that this process was awake to see; the rest of the times are in these.
+        self._awake = 0.0
+        self._seen: tuple[int, int] | None = None
+        self._done_at = 0.0
+        self._moved_at = 0.0
+        self._owed_since: float | None = None
+        self._asked_at = 0.0
+        self._outstanding = False
+        self._carrying = False
+        self.was_refused = False
+        self.probe_s: float | None = None
+        self.num_probes = 0
+
+    def look(self, now: float, seen: tuple[int, int], *, carrying: bool = False) -> None:
+        """Take over the time, the engine's `progress`, and whether its replica carries requests."""
+        self._carrying = carrying
+        self._awake += min(now - self._looked_at, _LONGEST_LOOK_S)
+        self._looked_at = now
+        if self._seen is None or seen != self._seen:
+            if self._seen is None or seen[0] != self._seen[0]:
+                self._done_at = self._awake
+            self._moved_at = self._awake
+            self._seen = seen
+
+    def asked(self) -> None:
+        """A token was asked for."""
+        self._outstanding = True
+        self._asked_at = self._awake
+        if self._owed_since is None:
+            self._owed_since = self._awake
+
+    def answered(self, took_s: float) -> None:
+        """It came, `took_s` seconds after it was asked for."""
+        self._outstanding = self.was_refused = False
+        self._owed_since = None
+        self._moved_at = self._done_at = self._awake
+        self.probe_s = took_s
+        self.num_probes += 1
+
+    def failed(self) -> None:
+        """The engine refused to give one, though it is not dead. It goes on owing it."""
+        self._outstanding = False
+        self.was_refused = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to ask: nothing is counted, and nothing is asked for already."""
+        interval_s = min(self._interval_s, _CARRYING_S) if self._carrying else self._interval_s
+        return not self._outstanding and self._awake - max(self._moved_at, self._asked_at) >= interval_s
+
+    @property
+    def silent_s(self) -> float:
+        """How long the engine has owed a token and counted nothing; 0 when it owes none."""
+        if self._owed_since is None:
+            return 0.0
+        return self._awake - max(self._owed_since, self._moved_at)
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why the engine is suspect, or None."""
+        if self.silent_s < self._hang_after_s:
+            return None
+        return "probe_failed" if self.was_refused and not self._outstanding else "hang"
+
+    @property
+    def verdict(self) -> str | None:
+        """Why the engine has to be replaced, in words, or None."""
+        if self._owed_since is None:
+            return None
+        if self.silent_s >= self._replace_after_s:
+            return f"its engine counted nothing for {self.silent_s:.1f} s while it was asked for one token"
+        fruitless_s = self._awake - max(self._owed_since, self._done_at)
+        if fruitless_s >= _STEPS_ALONE * self._replace_after_s:
+            return f"its engine made steps for {fruitless_s:.1f} s that brought no token, though it was asked for one"
+        return None
+
+
+class ListenerRules:
+    """What to make of a transport's listener that is asked every few seconds."""
+
+    _SUSPECT_AFTER = 2
+    _REPLACE_AFTER = 3
+
+    def __init__(self) -> None:
+        self.num_misses = 0
+
+    def answered(self, well: bool) -> None:
+        self.num_misses = 0 if well else self.num_misses + 1
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.num_misses >= self._SUSPECT_AFTER
+
+    @property
+    def verdict(self) -> str | None:
+        """Why the engine has to be replaced, in words, or None."""
+        if self.num_misses < self._REPLACE_AFTER:
+            return None
+        return f"its transport's listener did not answer {self.num_misses} times in a row"

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -22,7 +23,11 @@ import uvicorn
 
 from pools.engine.base import Engine, Message, Receive, Role, Scope, Send
 from pools.engine.events import Batch
+from pools.engine_key import EngineKey
 from pools.errors import EngineDeadError, HandoffRefusedError
+from pools.health import Health
+from pools.readers import Readers
+from transport.bounded_http import HttpLimits, bounded_protocol, closed_by
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,8 @@ PREFIX = "/disagg/v1/"
 _MAX_BODY_BYTES = 64 * 2**20
 _MAX_WAIT_S = 30.0
 """Longest wait of one read of events."""
+_DRAIN_LOOK_S = 0.05
+_DRAIN_WAIT_S = 0.2
 _KEEP_ALIVE_S = 120
 """Longer than the gateway keeps an idle connection, so that the server is never the one who closes it first."""
 
@@ -37,11 +44,22 @@ _KEEP_ALIVE_S = 120
 class EngineServer:
     """One engine behind one listening socket. Start it in the loop that runs the engine."""
 
-    def __init__(self, engine: Engine, *, role: Role, host: str, incarnation: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        role: Role,
+        host: str,
+        incarnation: str,
+        limits: HttpLimits | None = None,
+        key: str | None = None,
+    ) -> None:
+        """`key`: what every request but `GET /health` and `GET /metrics` has to bring; None admits everyone."""
         self._engine = engine
         self._role = role
         self._host = host
         self._incarnation = incarnation
+        self._key = EngineKey(key)
         self._started_at = time.monotonic()
         self._num_in_flight = 0
         self._idle = asyncio.Event()
@@ -49,7 +67,12 @@ class EngineServer:
         self._server: uvicorn.Server | None = None
         self._task: asyncio.Task[None] | None = None
         self._polls: set[asyncio.Future[Batch]] = set()
+        self._readers = Readers()
+        self._draining = False
+        self.health: Callable[[], Health] = Health
+        """Says how the engine is; a replica puts its watchdog's word here."""
         self._stopping = False
+        self._protocol = bounded_protocol(f"the {role} engine's private port", limits)
         self.url = ""
 
     @property
@@ -65,8 +88,11 @@ class EngineServer:
         config = uvicorn.Config(
             self,
             log_level="warning",
+            log_config=None,  # the default closes every log handler of the process
             access_log=False,
             lifespan="auto",
+            http=self._protocol,
+            ws="none",
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=5,
         )
@@ -82,20 +108,43 @@ class EngineServer:
         return self.url
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until no request is in flight; False when `timeout_s` was not enough."""
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
+        """Wait until no request is in flight and no gateway is about to send one; False when `timeout_s` was not enough
+        for the former.
+
+        Gateways say that they are done when they read events, which they are made to do at once.
+        """
+        self._draining = True
+        self._wake_polls()
+        deadline = time.monotonic() + timeout_s
+        while self._num_in_flight or self._readers.may_send():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return not self._num_in_flight
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), left_s)
+            if not self._num_in_flight:
+                await asyncio.sleep(min(left_s, _DRAIN_LOOK_S))
         return True
+
+    async def told(self, timeout_s: float) -> bool:
+        """Wait until every gateway that lives has taken the last event, so that no ledger misses how a hold ended."""
+        deadline = time.monotonic() + timeout_s
+        while self._readers.behind(self._engine.events.newest):
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        return True
+
+    def _wake_polls(self) -> None:
+        for poll in self._polls:
+            poll.cancel()
 
     async def stop(self) -> None:
         if self._server is None or self._task is None:
             return
         self._server.should_exit = True
         self._stopping = True
-        for poll in self._polls:
-            poll.cancel()
+        self._wake_polls()
         try:
             await asyncio.wait_for(self._task, 10)
         except TimeoutError:
@@ -103,6 +152,9 @@ class EngineServer:
         self._server = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._key.admits(scope["method"], scope["path"], scope["headers"]):
+            await _respond(send, 401, _error("missing or wrong engine key", "AuthenticationError", 401))
+            return
         if scope["type"] == "http" and scope["path"].startswith(PREFIX):
             await self._control(scope, receive, send)
             return
@@ -126,6 +178,7 @@ class EngineServer:
             ("POST", "reset_prefix_cache"): self._reset_prefix_cache,
             ("GET", "events"): self._events,
             ("GET", "stats"): self._stats,
+            ("GET", "health"): self._tell_health,
         }
         handler = handlers.get((scope["method"], scope["path"].removeprefix(PREFIX)))
         if handler is None:
@@ -165,29 +218,50 @@ class EngineServer:
 
     async def _events(self, query: dict[str, str]) -> dict[str, Any]:
         """A long poll: answers at once when there is something after `after`, else when `wait_s` is over or the server
-        stops."""
+        begins to drain or stops. `reader` names the gateway; with `done` it has no more requests to send here."""
         after, wait_s = int(query.get("after", "0")), float(query.get("wait_s", "0"))
         if after < 0 or not 0 <= wait_s <= _MAX_WAIT_S:
             raise ValueError(f"after must be at least 0 and wait_s between 0 and {_MAX_WAIT_S:g}")
+        reader = query.get("reader")
+        if reader:
+            self._readers.read(reader, after, done=query.get("done") == "1")
+        if self._draining:
+            # The drain waits for what the next read says.
+            wait_s = min(wait_s, _DRAIN_WAIT_S)
         if wait_s and not self._stopping:
             reading = asyncio.ensure_future(self._engine.events.read(after, wait_s))
             self._polls.add(reading)
             reading.add_done_callback(self._polls.discard)
             try:
                 await asyncio.wait({reading})
+            except asyncio.CancelledError:
+                if reader:
+                    self._readers.left(reader)
+                raise
             finally:
                 reading.cancel()
         batch = await self._engine.events.read(after, 0)
-        return {"incarnation": self._incarnation, "next": batch.next, "lost": batch.lost, "events": batch.events}
+        answer = {"incarnation": self._incarnation, "next": batch.next, "lost": batch.lost, "events": batch.events}
+        return answer | ({"draining": True} if self._draining else {})
 
     async def _probe(self, body: Any) -> dict[str, Any]:
         ids = [int(token) for token in body["prompt_token_ids"]]
-        result = await self._engine.probe(ids, body.get("kv_transfer_params"))
+        salt = body.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise ValueError("cache_salt must be a non-empty string")
+        result = await self._engine.probe(ids, body.get("kv_transfer_params"), cache_salt=salt)
         return {
             "num_cached_tokens": result.num_cached_tokens,
             "kv_transfer_params": result.kv_transfer_params,
             "finish_reason": result.finish_reason,
         }
+
+    async def _tell_health(self, query: dict[str, str]) -> dict[str, Any]:
+        """What this process knows of the engine, without asking it. A drain shows unless there is worse to say."""
+        health = self.health()
+        if self._draining and health.state == "ok":
+            health = replace(health, state="draining")
+        return {"incarnation": self._incarnation, **health.as_dict()}
 
     async def _stats(self, query: dict[str, str]) -> dict[str, Any]:
         return {
@@ -196,6 +270,8 @@ class EngineServer:
             "incarnation": self._incarnation,
             "pid": os.getpid(),
             "num_requests_in_flight": self._num_in_flight,
+            "connections_closed": closed_by(self._protocol),
+            "num_connections_closed_total": sum(closed_by(self._protocol).values()),
             "uptime_s": round(time.monotonic() - self._started_at, 3),
             **self._engine.stats().as_dict(),
         }

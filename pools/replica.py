@@ -20,12 +20,17 @@ from ray import serve
 
 from pools.cache_server_actor import NodeCacheServer
 from pools.cache_server_probe import check_external
+from pools.descriptors import raise_limit
 from pools.engine.base import Engine, Role
-from pools.errors import EngineDeadError
-from pools.health import HealthProbe
+from pools.engine_key import make_key
 from pools.http import EngineServer
+from pools.kv_fit import kv_fit
+from pools.listener_probe import ListenerProbe, mooncake_probe, nixl_probe
+from pools.log_targets import kept_log_targets
 from pools.ports import free_port
+from pools.process_tree import kill_descendants
 from pools.spec import ReplicaSpec
+from pools.watchdog import Watchdog
 from transport.config import MooncakeConfig
 from transport.launch import EngineFacts, launch
 from transport.tiers import ExternalServerConfig
@@ -34,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 _WATCH_S = 0.2
 _EXIT_CODE = 70
-_MAX_FAILED_PROBES = 2
+_TOLD_S = 5.0
+"""How long a replica at its end waits for gateways to read what became of its KV."""
 
 
 class _Replica:
@@ -44,24 +50,32 @@ class _Replica:
 
     async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = ReplicaSpec.model_validate(spec)
+        raise_limit()
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._incarnation = uuid.uuid4().hex
         self._host = ray.util.get_node_ip_address()
         self._stopping = False
-        self._num_failed_probes = 0
+        self._engine_key = make_key(self._spec.engine_key_file)
         self._cache_server: NodeCacheServer | None = None
         self._lmcache_http_url: str | None = None
         self._bootstrap_port = free_port(self._host) if isinstance(self._spec.transport, MooncakeConfig) else 0
+        self._side_channel_port = 0
         started = time.monotonic()
         async with asyncio.timeout(self._spec.pool.startup_timeout_s):
-            self._engine = self._make_engine(await self._lmcache_url())
-            await self._engine.start()
-        self._health = HealthProbe(self._engine, timeout_s=self._spec.pool.health_probe_timeout_s)
-        await self._health.check()
-        self._server = EngineServer(self._engine, role=self.role, host=self._host, incarnation=self._incarnation)
+            with kept_log_targets():
+                self._engine = self._make_engine(await self._lmcache_url())
+                await self._engine.start()
+        self._watchdog = Watchdog(self._engine, self._spec.pool, on_hang=self._exit, listener=self._listener_probe())
+        await self._watchdog.first_answer()
+        self._server = EngineServer(
+            self._engine, role=self.role, host=self._host, incarnation=self._incarnation, key=self._engine_key
+        )
+        self._server.health = self._watchdog.health
+        self._watchdog.carrying = lambda: self._server.num_in_flight > 0
         url = await self._server.start()
         self._watch = asyncio.create_task(self._exit_with_engine())
+        self._watchdog.start()
         logger.info(
             "%s replica %s serves %s after %.1f s", self.role, self._replica_id, url, time.monotonic() - started
         )
@@ -92,11 +106,12 @@ class _Replica:
         return self._cache_server.url
 
     def _make_engine(self, lmcache_url: str | None) -> Engine:
+        self._side_channel_port = free_port(self._host)
         facts = EngineFacts(
             role=self.role,
             platform=self._spec.platform,
             host=self._host,
-            side_channel_port=free_port(self._host),
+            side_channel_port=self._side_channel_port,
             engine_id=f"{self.role}-{self._replica_id}-{self._incarnation[:8]}",
             bootstrap_port=self._bootstrap_port,
             lmcache_url=lmcache_url,
@@ -115,6 +130,8 @@ class _Replica:
             "vocab_size": self._engine.vocab_size,
             "bootstrap_url": self._bootstrap_url(),
             "lmcache_http_url": self._lmcache_http_url,
+            "kv_fit": kv_fit(self._spec),
+            "secret": self._engine_key,
         }
 
     def _bootstrap_url(self) -> str | None:
@@ -123,22 +140,25 @@ class _Replica:
             return None
         return f"http://{self._host}:{self._bootstrap_port}"
 
-    async def check_health(self) -> None:
-        """Called by Serve. Raises when the engine does not answer a token of real work in time.
+    def _listener_probe(self) -> ListenerProbe | None:
+        """Asks what decode engines ask this engine for KV; None when they ask nothing of it."""
+        transport = self._spec.transport
+        if self.role != "prefill":
+            return None
+        if (bootstrap_url := self._bootstrap_url()) is not None:
+            return mooncake_probe(bootstrap_url)
+        if isinstance(transport, MooncakeConfig) or self._spec.engine.type == "fake":
+            return None
+        return nixl_probe(transport.side_channel_host or self._host, self._side_channel_port)
 
-        The second time in a row it ends the process: Serve would wait for a third, and then drain an engine that
-        finishes nothing.
+    async def check_health(self) -> None:
+        """Called by Serve; answers at once what the watchdog knows. Raises EngineDeadError.
+
+        An engine that hangs ends this process before Serve would act: Serve asks three times, and then drains a
+        replica that finishes nothing.
         """
-        if self._stopping:
-            return
-        try:
-            await self._health.check()
-        except EngineDeadError as exc:
-            self._num_failed_probes += 1
-            if self._num_failed_probes >= _MAX_FAILED_PROBES:
-                self._exit(f"it failed {self._num_failed_probes} health probes: {exc}")
-            raise
-        self._num_failed_probes = 0
+        if not self._stopping:
+            self._watchdog.check()
 
     async def _exit_with_engine(self) -> None:
         """End the process with its engine, so that nothing reaches a replica that cannot answer."""
@@ -148,14 +168,21 @@ class _Replica:
             self._exit(f"its engine is dead: {reason}")
 
     def _exit(self, why: str) -> NoReturn:
-        logger.error("replica %s exits, because %s", self._replica_id, why)
+        """End this process, and first those of the engine, which may be stopped and would not notice."""
+        killed = kill_descendants()
+        logger.error(
+            "replica %s exits and has killed %d of its processes, because %s", self._replica_id, len(killed), why
+        )
         for handler in logging.getLogger().handlers:
             handler.flush()
         os._exit(_EXIT_CODE)
 
-    async def _wait_for_pulls(self) -> None:
-        """Let decode engines fetch what this prefill engine still holds for them, at most for a lease."""
-        deadline = time.monotonic() + self._spec.transport.kv_lease_duration_s
+    async def _wait_for_pulls(self, left_s: float) -> None:
+        """Let decode engines fetch what this prefill engine still holds for them, and the sink store what they do not.
+
+        A lease ends each hold, but decode engines renew it while they are busy: `left_s` of the drain bounds that.
+        """
+        deadline = time.monotonic() + max(left_s, self._spec.transport.kv_lease_duration_s)
         while self._engine.dead is None and self._engine.stats().kv_cache_usage > 0 and time.monotonic() < deadline:
             await asyncio.sleep(_WATCH_S)
 
@@ -165,6 +192,7 @@ class _Replica:
             return
         self._stopping = True
         if hasattr(self, "_server"):
+            deadline = time.monotonic() + self._spec.pool.drain_timeout_s
             drained = await self._server.drain(self._spec.pool.drain_timeout_s)
             if not drained:
                 logger.warning(
@@ -174,8 +202,11 @@ class _Replica:
                     self._spec.pool.drain_timeout_s,
                 )
             if self.role == "prefill":
-                await self._wait_for_pulls()
+                await self._wait_for_pulls(deadline - time.monotonic())
+            if self._engine.dead is None and not await self._server.told(_TOLD_S):
+                logger.warning("some gateway has not read the last events of %s", self._replica_id)
             self._watch.cancel()
+            self._watchdog.stop()
             await self._server.stop()
         if hasattr(self, "_engine"):
             await self._engine.shutdown()

@@ -33,6 +33,8 @@ class ReplicaSpec(Config):
     """The tier it shares with the other replicas."""
     pool: PoolConfig
     """The settings of its pool."""
+    engine_key_file: str | None = None
+    """Where the key of its private HTTP is; without one it makes its own."""
 
     def make_engine(self, facts: EngineFacts, plan: EngineLaunch) -> Engine:
         """An engine that has not been started. Sets the environment that vLLM reads when it is imported."""

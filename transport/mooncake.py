@@ -19,32 +19,34 @@ def mooncake_child(config: MooncakeConfig, facts: EngineFacts) -> dict[str, Any]
     """The MooncakeConnector entry for one engine, JSON-able. The class is ours, under vLLM's name.
 
     Source:
-        vLLM 0.32 `mooncake/mooncake_connector.py`: keys of `kv_connector_extra_config`.
+        vLLM 0.32 `mooncake/mooncake_connector.py`: keys of `kv_connector_extra_config`. With
+        `bootstrap_server_address` vLLM starts no bootstrap server, which would listen on every address of the node; the
+        prefill engine's own class starts one there.
     """
+    extra: dict[str, Any] = {
+        "mooncake_protocol": config.protocol,
+        "device_name": config.device_name or "",
+        "num_workers": config.num_workers,
+    }
+    if facts.role == "prefill":
+        host = f"[{facts.host}]" if ":" in facts.host else facts.host
+        extra["bootstrap_server_address"] = f"{host}:{facts.bootstrap_port}"
     return {
         "kv_connector": "MooncakeConnector",
         "kv_connector_module_path": "transport.in_engine.mooncake",
         "kv_role": _KV_ROLES[facts.role],
         "kv_buffer_device": facts.platform,
-        "kv_connector_extra_config": {
-            "mooncake_protocol": config.protocol,
-            "device_name": config.device_name or "",
-            "num_workers": config.num_workers,
-        },
+        "kv_connector_extra_config": extra,
     }
 
 
 def mooncake_env(config: MooncakeConfig, facts: EngineFacts) -> dict[str, str]:
-    """Mooncake's address, bootstrap port and time limits. vLLM reads them process-wide, so set them before vLLM starts.
+    """Mooncake's address and time limits. vLLM reads them process-wide, so set them before vLLM starts.
 
-    A prefill engine's bootstrap server listens on every address of its node, because vLLM gives it no host; its side
-    channel and its transfer engine listen on `VLLM_HOST_IP`, which is also what they tell their peers.
+    The side channel listens on `VLLM_HOST_IP`, which is also what an engine tells its peers.
     """
-    env = {
+    return {
         "VLLM_HOST_IP": facts.host,
         "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": str(config.kv_lease_duration_s),
         "VLLM_MOONCAKE_CONNECTOR_TIMEOUT": str(config.connector_timeout_s),
     }
-    if facts.role == "prefill":
-        env["VLLM_MOONCAKE_BOOTSTRAP_PORT"] = str(facts.bootstrap_port)
-    return env

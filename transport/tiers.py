@@ -206,7 +206,7 @@ class SharedCacheConfig(Config):
     to leave the engine's own memory. `write_through`: every prompt. `off`: nothing, the tier is only read."""
     server: ServerConfig = ManagedServerConfig()
     """Where the tier is."""
-    mq_timeout_s: Seconds = 15.0
+    mq_timeout_s: Seconds = 10.0
     """Seconds an engine waits for the server's answer before it goes on without; LMCache's own default of 300 would
     stall an engine as long. At most half of `health_probe_timeout_s` of either pool. A copy that is under way may take
     ten times as long on cuda, where the server does it and cannot be stopped."""

@@ -39,8 +39,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--outcome", metavar="WORD", help="only these: open, " + ", ".join(_ENDS) + ", stored or reused"
     )
+    parser.add_argument(
+        "--gateway", choices=("own", "other"), help="books of the replica that answers, or what it heard of all others"
+    )
     parser.add_argument("--replica", metavar="ID", help="only those of this replica, on either side")
     parser.add_argument("--request-id", metavar="ID", help="only those of this request")
+    parser.add_argument("--tenant", metavar="NAME", help="only those of requests with an API key of this tenant")
     parser.add_argument("--since-s", type=float, metavar="S", help="only those produced in the last S seconds")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="rows to print at most (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -51,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the records and the totals."""
     with connection.client(args) as client:
         found = client.handoffs(
+            gateway=args.gateway,
             outcome=args.outcome,
             replica=args.replica,
             request_id=args.request_id,
+            tenant=args.tenant,
             since=None if args.since_s is None else max(0.0, time.time() - args.since_s),
             limit=args.limit,
         )

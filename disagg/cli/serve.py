@@ -22,6 +22,8 @@ from disagg.sdk.client import Client
 
 _NOTABLE = ("have taken more than", "Exception in Replica(")
 _TAIL = 25
+_END_S = 30.0
+"""What Serve may take to end once its applications are drained."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "serve",
         help="serve a config file on this machine until Ctrl-C",
-        description="Check CONFIG, create the admin key file that it names when that is missing, run "
+        description="Check CONFIG, create the key files that it names when they are missing, run "
         "`serve run CONFIG`, wait until requests are answered, and print the URL. Ctrl-C drains and ends "
         "everything that was started; a second Ctrl-C does not wait for requests.",
     )
@@ -52,9 +54,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--drain-s",
         type=float,
-        default=30.0,
         metavar="S",
-        help="seconds that running requests get after Ctrl-C (default: 30)",
+        help="seconds that running requests get after Ctrl-C (default: the longest drain_timeout_s of the config)",
     )
     parser.set_defaults(run=run)
 
@@ -62,6 +63,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C. 0 after a clean end, 1 when it cannot start, dies, or leaves something behind."""
     from disagg.check import check_file
+    from disagg.config import FileKeysConfig
 
     report = check_file(args.config)
     if not report.ok or report.config is None:
@@ -73,24 +75,35 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("nothing would answer HTTP: remove proxy_location: Disabled", path="proxy_location")
     if report.config.gateway.admin.key_file:
         ensure_key(Path(report.config.gateway.admin.key_file))
+    keys = report.config.gateway.api_keys
+    if isinstance(keys, FileKeysConfig) and ensure_key(Path(keys.path), name="default"):
+        _say(f"wrote a first API key to {keys.path}")
 
     sizes = {deployment.name: deployment.num_replicas for deployment in report.deployments}
     with _interrupts() as interrupts:
-        serving = ServeRun(args.config, args.log_file)
+        drain_s = args.drain_s
+        if drain_s is None:
+            drain_s = max(report.config.prefill.drain_timeout_s, report.config.decode.drain_timeout_s)
+        serving = ServeRun(args.config, args.log_file, drain_s=drain_s)
         _say(f"starting {args.config}; log: {args.log_file}")
         serving.start()
         started = time.monotonic()
         trouble: str | None = None
+        served = False
         try:
             trouble = _until_ready(serving, args, report.url, sizes, interrupts)
             if trouble is None and not interrupts:
+                served = True
                 _say(f"ready after {time.monotonic() - started:.0f} s; Ctrl-C stops it")
-                print(f"{report.url}\n{curl(report.url, report.config.model.id)}", flush=True)
+                pasted = curl(report.url, report.config.model.id, needs_key=keys is not None)
+                print(f"{report.url}\n{pasted}", flush=True)
                 trouble = _until_interrupted(serving, args.verbose, interrupts)
         finally:
             before, stopping = len(interrupts), time.monotonic()
             _say("stopping" if trouble is None else f"{trouble}; stopping")
-            left = serving.stop(drain_s=args.drain_s, hurry=lambda: len(interrupts) > before, say=_say)
+            # Who never served has nothing to drain, but engines that may not yet hear of their end.
+            patience_s = drain_s + _END_S if served else _END_S
+            left = serving.stop(patience_s=patience_s, hurry=lambda: len(interrupts) > before, say=_say)
             for thing in left:
                 _say(f"left over: {thing}")
             _say(f"stopped after {time.monotonic() - stopping:.1f} s")
@@ -99,8 +112,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if left else 0
 
 
-def ensure_key(file: Path) -> bool:
-    """Create `file` with a random key, readable by its owner only. Returns False when it exists already."""
+def ensure_key(file: Path, *, name: str | None = None) -> bool:
+    """Create `file` with a random key, readable by its owner only. Returns False when it exists already.
+
+    `name`: the tenant whose API key it is; without one it is the admin key.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -108,17 +124,20 @@ def ensure_key(file: Path) -> bool:
         return False
     except OSError as exc:
         raise ConfigError(
-            f"cannot create the admin key file {str(file)!r}: {exc.strerror}", path="gateway.admin.key_file"
+            f"cannot create the key file {str(file)!r}: {exc.strerror}",
+            path="gateway.admin.key_file" if name is None else "gateway.api_keys.path",
         ) from exc
     with os.fdopen(descriptor, "w", encoding="ascii") as output:
-        output.write(secrets.token_urlsafe(32) + "\n")
+        output.write(f"{name}:" * (name is not None) + secrets.token_urlsafe(32) + "\n")
     return True
 
 
-def curl(url: str, model: str) -> str:
-    """A chat request as a shell command, to be pasted as it is."""
+def curl(url: str, model: str, *, needs_key: bool = False) -> str:
+    """A chat request as a shell command, to be pasted as it is, with an API key in `$API_KEY` where one is needed."""
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
     header = "'Content-Type: application/json'"
+    if needs_key:
+        header += ' -H "Authorization: Bearer $API_KEY"'
     return f"curl {shlex.quote(url + '/v1/chat/completions')} -H {header} -d {shlex.quote(json.dumps(body))}"
 
 

@@ -79,7 +79,7 @@ def _row(replica: Replica) -> tuple[str, ...]:
     counts = (replica.num_requests_running, replica.num_requests_waiting, replica.num_requests_in_flight)
     return (
         f"  {replica.replica_id}",
-        replica.state,
+        replica.state if replica.reason is None else f"{replica.state} ({replica.reason})",
         *("-" if count is None else str(count) for count in counts),
         "-" if replica.kv_cache_usage is None else f"{replica.kv_cache_usage:.0%}",
         "-" if replica.uptime_s is None else duration(replica.uptime_s),

@@ -31,8 +31,10 @@ _SAMPLE_S = 30.0
 class ServeRun:
     """One `serve run`, from start to the last of its processes. Not thread-safe."""
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, *, drain_s: float) -> None:
+        """`drain_s`: seconds that running requests get when it ends."""
         self.log = log
+        self._drain_s = drain_s
         self._config = config
         self._shared_before = processes.shared_files()
         self._shared_used: frozenset[Path] = frozenset()
@@ -59,7 +61,7 @@ class ServeRun:
 
         with self.log.open("wb") as output:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "ray.serve.scripts", "run", str(self._config)],
+                [sys.executable, "-m", "disagg.cli.serve_child", str(self._config), f"{self._drain_s:g}"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -86,11 +88,11 @@ class ServeRun:
         if time.monotonic() - self._sampled >= _SAMPLE_S:
             self._note_shared()
 
-    def stop(self, *, drain_s: float, hurry: Callable[[], bool], say: Callable[[str], None]) -> list[str]:
+    def stop(self, *, patience_s: float, hurry: Callable[[], bool], say: Callable[[str], None]) -> list[str]:
         """Ends the run: interrupt, then terminate, then kill. Blocks. Returns what is left over, in words.
 
         Args:
-            drain_s: seconds that replicas get to finish their requests.
+            patience_s: seconds from the interrupt to the next means.
             hurry: asked all the time; True skips the rest of the drain.
             say: shows a line of progress.
         """
@@ -99,7 +101,7 @@ class ServeRun:
         self._note_shared()
         if child.poll() is None:
             child.send_signal(signal.SIGINT)
-            if not self._wait_child(drain_s, hurry, say):
+            if not self._wait_child(patience_s, hurry, say):
                 say("ending it without waiting for requests")
                 child.terminate()
                 self._wait_child(10.0, lambda: False, say)

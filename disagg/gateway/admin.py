@@ -29,6 +29,8 @@ from pools.errors import ReplicaLostError
 
 MAX_REPLICAS = 1024
 _STATS_TIMEOUT_S = 2.0
+ROUTABLE = ("routable", "slow")
+"""States in which a replica gets requests."""
 
 
 class Scaler(Protocol):
@@ -70,22 +72,27 @@ class AdminKey:
 class Admin:
     """Answers of the admin API as JSON-able values."""
 
-    def __init__(self, membership: Membership, upstreams: Upstreams, scaler: Scaler, ledger: Ledger) -> None:
+    def __init__(
+        self, membership: Membership, upstreams: Upstreams, scaler: Scaler, ledger: Ledger, foreign: Ledger
+    ) -> None:
+        """`foreign`: the books of other gateways' hand-offs."""
         self._membership = membership
         self._upstreams = upstreams
         self._scaler = scaler
         self._ledger = ledger
+        self._foreign = foreign
 
     async def pools(self) -> dict[str, Any]:
         targets = await self._scaler.targets()
         return {"pools": [await self._pool(name, targets.get(name)) for name in POOLS]}
 
     def handoffs(self, query: Iterable[tuple[str, str]]) -> dict[str, Any]:
-        """The books of this gateway replica and the records that `query` asks for."""
-        return ledger_query.listed(self._ledger, ledger_query.parse(query))
+        """The books of this gateway replica, or of all others, and the records that `query` asks for."""
+        chosen = ledger_query.parse(query)
+        return ledger_query.listed(self._foreign if chosen.gateway == "other" else self._ledger, chosen)
 
     def handoff(self, handoff_id: str) -> dict[str, Any]:
-        record = self._ledger.find(handoff_id)
+        record = self._ledger.find(handoff_id) or self._foreign.find(handoff_id)
         if record is None or record.produced_at is None:
             raise NotFoundError(
                 f"this gateway replica remembers no hand-off {handoff_id!r}; raise gateway.ledger_records to keep more"
@@ -112,7 +119,7 @@ class Admin:
         return {
             "name": name,
             "target_num_replicas": target,
-            "num_routable": sum(1 for replica in replicas if replica["state"] == "routable"),
+            "num_routable": sum(1 for replica in replicas if replica["state"] in ROUTABLE),
             "replicas": replicas,
         }
 
@@ -127,10 +134,19 @@ class Admin:
         except ReplicaLostError:
             pass
         others_exist = any(self._membership.members(pool) for pool in POOLS if pool != member.info.pool)
-        if not stats or not member.reachable:
+        reason: str | None = None
+        if member.quarantined is not None:
+            state, reason = "quarantined", member.quarantined
+        elif not stats or not member.reachable:
             state = "unreachable"
+        elif member.draining:
+            state = "draining"
         elif others_exist and not member.warm_peers:
             state = "warming"
+        elif member.on_probation:
+            state, reason = "warming", "crash_loop"
+        elif member.slow:
+            state = "slow"
         else:
             state = "routable"
         return {
@@ -138,6 +154,7 @@ class Admin:
             "engine_id": member.info.engine_id,
             "incarnation": member.info.incarnation,
             "state": state,
+            "reason": reason,
             "url": member.info.url,
             "pid": stats.get("pid"),
             "warm_peers": sorted(member.warm_peers),

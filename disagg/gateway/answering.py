@@ -17,9 +17,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from disagg.config import GatewayConfig
+from disagg.errors import RateLimitError, StreamLimitError
 from disagg.gateway.handoff import Answer, Call, Handoff
+from disagg.gateway.limits import within
 from disagg.gateway.metrics import Metrics
+from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_event, error_response, shape_of
+from disagg.gateway.resuming import Resuming
+from disagg.gateway.shadow import Shadow
 from disagg.gateway.splice import splice_of
 from pools.errors import NoReplicaError, ReplicaLostError
 from transport.errors import DisaggError
@@ -31,6 +36,8 @@ class Carrier(Protocol):
     handoff: Handoff
     metrics: Metrics
     config: GatewayConfig
+    renderer: Renderer
+    shadow: Shadow | None
     num_in_flight: int
     echo_request_id: bool
 
@@ -81,10 +88,12 @@ class AnsweredCall(Response):
         started = time.perf_counter()
         mode = "none"
         try:
-            answer = await self._handoff.answer(await self._prepare())
+            resuming = Resuming(await self._prepare(), self._carrier)
+            check = self._carrier.shadow.begin(resuming.call) if self._carrier.shadow else None
+            answer = await self._handoff.answer(check.call if check else resuming.call)
         except DisaggError as exc:
             headers = {"x-request-id": self._request_id} if self._carrier.echo_request_id else {}
-            if isinstance(exc, NoReplicaError):
+            if isinstance(exc, NoReplicaError | RateLimitError):
                 headers["retry-after"] = str(self._carrier.config.retry_after_s)
             self._count(mode, shape_of(exc).status)
             await error_response(exc, headers)(scope, receive, send)
@@ -93,11 +102,15 @@ class AnsweredCall(Response):
         self._metrics.first_byte_seconds.observe(time.perf_counter() - started)
         self._count(mode, answer.status)
         try:
-            await self._send(answer, scope, send)
+            if check is not None:
+                check.begun(answer)
+            await self._send(answer, resuming, scope, send)
+            if check is not None:
+                check.over(answer)
         finally:
             answer.close()
 
-    async def _send(self, answer: Answer, scope: Scope, send: Send) -> None:
+    async def _send(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
         headers = [
             (b"content-type", answer.content_type.encode("latin-1")),
             (b"x-disagg-prefill", answer.prefill_id.encode()),
@@ -112,9 +125,12 @@ class AnsweredCall(Response):
             return
         headers.append((b"cache-control", b"no-cache"))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.content, "more_body": True})
+        answer.sent = resuming.sent
+        content = answer.sent.feed(answer.content) if answer.sent else answer.content
+        await send({"type": "http.response.body", "body": content, "more_body": True})
         self._streaming = True
-        last = await self._stream(answer, scope, send)
+        streaming = self._stream(answer, resuming, scope, send)
+        last = await within(streaming, self._carrier.config.max_stream_s, self._over_limit)
         self._streaming = False
         with self._limited(scope):
             await send({"type": "http.response.body", "body": last})
@@ -133,21 +149,47 @@ class AnsweredCall(Response):
         finally:
             cut.cancel()
 
-    async def _stream(self, answer: Answer, scope: Scope, send: Send) -> bytes:
-        """Send the rest of the stream; returns what has to follow it."""
-        assert answer.exchange is not None
+    async def _stream(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> bytes:
+        """Send the rest of the stream, whatever replicas it comes from; returns what has to follow it."""
+
+        async def write(data: bytes) -> None:
+            with self._limited(scope):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
         try:
-            if (protocol := splice_of(scope)) is not None:
-                self._metrics.streams.labels("splice").inc()
-                await protocol.splice(answer.exchange)
-            else:
-                self._metrics.streams.labels("asgi").inc()
-                while (chunk := await answer.exchange.next_chunk()) is not None:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._carried(answer, scope, send)
+            resuming.check()
         except ReplicaLostError as exc:
-            self._metrics.broken_streams.inc()
-            return error_event(exc)
-        return b""
+            if self._client_stalled(answer):
+                self._metrics.broken_streams.inc()
+                return error_event(exc)
+            return await resuming.run(answer, exc, write)
+        return answer.sent.rest() if answer.sent else b""
+
+    async def _carried(self, answer: Answer, scope: Scope, send: Send) -> None:
+        """Send what comes from the first replica. Raises ReplicaLostError."""
+        assert answer.exchange is not None
+        through = answer.sent.feed if answer.sent else None
+        if (protocol := splice_of(scope)) is not None:
+            self._metrics.streams.labels("splice").inc()
+            await protocol.splice(answer.exchange, through)
+            return
+        self._metrics.streams.labels("asgi").inc()
+        while (chunk := await answer.exchange.next_chunk()) is not None:
+            data = chunk if through is None else through(chunk)
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def _client_stalled(self, answer: Answer) -> bool:
+        """Whether it was the client that stood still, so that nobody would read how the stream goes on."""
+        assert answer.exchange is not None
+        paused_at = answer.exchange.paused_at
+        limit = self._carrier.config.client_stall_timeout_s
+        return paused_at is not None and asyncio.get_running_loop().time() - paused_at >= limit
+
+    def _over_limit(self, error: StreamLimitError) -> bytes:
+        self._metrics.stream_limits.inc()
+        return error_event(error)
 
     def _count(self, mode: str, status: int) -> None:
         self._metrics.requests.labels(self._endpoint, mode, str(status)).inc()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,7 +31,9 @@ from disagg.errors import (
 from disagg.gateway import ledger_query, openapi
 from disagg.gateway.admin import Admin, AdminKey, Scaler
 from disagg.gateway.answering import AnsweredCall
+from disagg.gateway.api_keys import keys_of
 from disagg.gateway.background import Background
+from disagg.gateway.edge import Edge, tenant_of
 from disagg.gateway.handoff import Call, Handoff
 from disagg.gateway.intake import (
     ClientDisconnect,
@@ -41,15 +44,21 @@ from disagg.gateway.intake import (
     request_id_of,
     take_store,
 )
+from disagg.gateway.kv_paths import KvPaths
 from disagg.gateway.ledger import Ledger
 from disagg.gateway.ledger_feed import LedgerFeed
+from disagg.gateway.ledger_foreign import foreign_ledger
 from disagg.gateway.legs import Endpoint, Store
+from disagg.gateway.limits import check_prompt_tokens, check_prompts
 from disagg.gateway.membership import POOLS, Membership
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_response, shape_of
+from disagg.gateway.shadow import Shadow, show_paths
+from disagg.gateway.tenants import salted
 from disagg.gateway.transfers import TransportType, transfer_for
 from disagg.gateway.warm import PairWarmer
+from disagg.gateway.watch import Watch
 from disagg.gateway.wire import Upstreams
 from pools.errors import NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.errors import DisaggError
@@ -76,8 +85,14 @@ class Gateway:
         max_model_len: int | None,
         transport: TransportType = "nixl",
         echo_request_id: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`echo_request_id`: put `x-request-id` on responses; False behind a server that does so itself."""
+        """Blocks on the files of keys. Raises ConfigError when they cannot be read.
+
+        Args:
+            echo_request_id: put `x-request-id` on responses; False behind a server that does so itself.
+            environment: where API keys are looked for when the configuration names a variable.
+        """
         self.model_id = model_id
         self.config = config
         self.max_model_len = max_model_len
@@ -85,6 +100,11 @@ class Gateway:
         self.created = int(time.time())
         self.renderer = renderer
         self.metrics = Metrics()
+        self.api_keys = keys_of(
+            config,
+            environment or {},
+            on_reload=lambda ok: self.metrics.key_reloads.labels("ok" if ok else "failed").inc(),
+        )
         self.ledger = Ledger(
             num_records=config.ledger_records,
             # A decode leg may hold a hand-off that long, then its lease ends it.
@@ -93,6 +113,12 @@ class Gateway:
             on_lease_left=self.metrics.lease_left_seconds.observe,
         )
         self.metrics.open_handoffs.set_function(lambda: self.ledger.num_open)
+        self.foreign = foreign_ledger(
+            self.ledger,
+            num_records=config.ledger_records,
+            unknown_after_s=config.prefill_timeout_s + config.first_byte_timeout_s + _LEASE_MARGIN_S,
+            on_count=self.metrics.count_foreign,
+        )
         self.background = Background()
         self.upstreams = Upstreams(
             connect_timeout_s=config.connect_timeout_s,
@@ -102,7 +128,10 @@ class Gateway:
         )
         self.membership = Membership(self._members_changed)
         transfer = transfer_for(transport, self.upstreams)
-        self.warmer = PairWarmer(self.membership, self.upstreams, self.metrics, self.background, transfer)
+        self.kv_paths = KvPaths()
+        self.warmer = PairWarmer(
+            self.membership, self.upstreams, self.metrics, self.background, transfer, self.kv_paths
+        )
         self.handoff = Handoff(
             model_id=model_id,
             config=config,
@@ -120,19 +149,48 @@ class Gateway:
             self.background,
             self.handoff.settle,
             connect_timeout_s=config.connect_timeout_s,
+            foreign=self.foreign,
+            reader=uuid.uuid4().hex[:12],
+            carrying=lambda: self.num_in_flight > 0,
+        )
+        self.watch = Watch(
+            self.membership,
+            self.upstreams,
+            self.metrics,
+            self.background,
+            interval_s=config.watch_interval_s,
+            probation_s=config.probation_s,
         )
         self.admin_key = AdminKey(config.admin.key_file)
-        self.admin = Admin(self.membership, self.upstreams, scaler, self.ledger)
+        self.admin = Admin(self.membership, self.upstreams, scaler, self.ledger, self.foreign)
         self.num_in_flight = 0
+        self.shadow = self._shadow()
         self._loops: list[asyncio.Task[None]] = []
         self.metrics.on_render(self._refresh_gauges)
+
+    def _shadow(self) -> Shadow | None:
+        if self.config.shadow_check_every is None:
+            return None
+        return Shadow(
+            self.config.shadow_check_every,
+            model_id=self.model_id,
+            config=self.config,
+            membership=self.membership,
+            upstreams=self.upstreams,
+            metrics=self.metrics,
+            background=self.background,
+            paths=self.kv_paths,
+            ledger=self.ledger,
+            num_in_flight=lambda: self.num_in_flight,
+        )
 
     def start(self) -> None:
         self._loops = [
             self.background.forever(self._sweep()),
-            self.background.forever(self.warmer.recheck_unreachable()),
             self.background.forever(self.feed.sweep()),
         ]
+        if self.api_keys is not None:
+            self._loops.append(self.background.forever(self.api_keys.watch()))
 
     async def close(self) -> None:
         """Stop the loops, finish what gives KV back, close the connections."""
@@ -147,24 +205,30 @@ class Gateway:
             self.upstreams.sweep(asyncio.get_running_loop().time())
 
     def _members_changed(self) -> None:
+        for info in (member.info for pool in POOLS for member in self.membership.members(pool)):
+            self.upstreams.set_key(info.url, info.secret)
         self.upstreams.retain(self.membership.urls())
         self.warmer.start_missing()
         self.feed.members_changed()
+        self.watch.members_changed()
 
     def _refresh_gauges(self) -> None:
         for pool in POOLS:
             routable = self.membership.num_routable(pool)
             self.metrics.replicas.labels(pool, "routable").set(routable)
-            self.metrics.replicas.labels(pool, "other").set(len(self.membership.members(pool)) - routable)
+            quarantined = sum(1 for member in self.membership.members(pool) if member.quarantined)
+            self.metrics.replicas.labels(pool, "quarantined").set(quarantined)
+            self.metrics.replicas.labels(pool, "other").set(len(self.membership.members(pool)) - routable - quarantined)
         self.metrics.in_flight.set(self.num_in_flight)
         self.metrics.warm_pairs.set(self.membership.num_warm_pairs())
+        show_paths(self.kv_paths, self.membership, self.metrics)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of `/health`: 200 exactly when a request could be served."""
         pools = {pool: self.membership.num_routable(pool) for pool in POOLS}
         pairs = self.membership.num_warm_pairs()
         cold = len(self.membership.cold_pairs())
-        if not any(member.reachable for member in self.membership.members("decode")):
+        if not any(member.usable for member in self.membership.members("decode")):
             return 503, {"status": "unavailable", "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
         status = "ok" if pairs else "degraded"
         return 200, {"status": status, "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
@@ -178,11 +242,16 @@ class Gateway:
                 f"the gateway carries {self.num_in_flight} requests, its limit (gateway.max_num_requests)"
             )
         request_id = request_id_of(request)
+        check_prompts(body, self.config.max_prompts)
+        tenant = tenant_of(request.scope)
+        raw = salted(body, raw, tenant)
 
         async def prepare() -> Call:
             with self.metrics.render_seconds.time():
                 prompts = await self.renderer.prompts(endpoint, body)
-            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request), store)
+            check_prompt_tokens(prompts, self.config.max_prompt_tokens)
+            name = tenant.name if tenant else None
+            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request), store, name)
 
         if store is not None:
             self.metrics.stores.labels(store).inc()
@@ -249,6 +318,8 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
         gateway.metrics.requests.labels("other", "none", str(status)).inc()
         return error_response(error, headers)
 
+    app.add_middleware(Edge, keys=gateway.api_keys, max_header_bytes=gateway.config.max_header_bytes, refuse=answer)
+
     @app.exception_handler(DisaggError)
     async def disagg_error(request: Request, error: DisaggError) -> Response:
         return answer(request, error)
@@ -287,7 +358,7 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
     def operation(schema: dict[str, Any]) -> dict[str, Any]:
         return openapi.operation(openapi.for_model(schema, gateway.model_id))
 
-    refusals = openapi.errors(400, 404, 405, 408, 413, 415, 503)
+    refusals = openapi.errors(400, 401, 404, 405, 408, 413, 415, 429, 431, 503)
 
     @app.post("/v1/chat/completions", openapi_extra=operation(openapi.CHAT), responses=refusals)
     async def chat_completions(request: Request) -> Response:

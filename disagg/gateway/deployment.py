@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,15 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from disagg.config import AppConfig
-from disagg.errors import ConflictError
+from disagg.errors import ConfigError, ConflictError
+from disagg.exposure import ACTION, strangers_served
 from disagg.gateway import splice
 from disagg.gateway.app import Gateway, create_app
 from disagg.gateway.render import VllmRenderer
 from disagg.router import feed
 from disagg.router.views import ReplicaInfo
 from pools.launch import engine_args, merged_engine_kwargs
+from pools.log_targets import kept_log_targets
 from pools.placement import placement
 from transport.errors import DisaggError
 
@@ -39,7 +42,11 @@ class GatewayDeployment:
     ) -> None:
         splice.install()
         self._config = AppConfig.model_validate(config)
-        self._renderer = await asyncio.to_thread(make_renderer, self._config)
+        trouble = strangers_served(self._config.gateway, await asyncio.to_thread(serve_host))
+        if trouble is not None:
+            raise ConfigError(f"the gateway does not start: {trouble}; {ACTION}", path="gateway.api_keys")
+        with kept_log_targets():
+            self._renderer = await asyncio.to_thread(make_renderer, self._config)
         self._app_name = serve.get_replica_context().app_name
         # Making options is what starts a handle's router, and with it the reports of replicas.
         self._handles = [prefill.options(), decode.options()]
@@ -54,6 +61,7 @@ class GatewayDeployment:
             max_model_len=self._renderer.max_model_len,
             transport=self._config.transport.type,
             echo_request_id=False,  # Serve's own middleware does
+            environment=os.environ,
         )
 
         def report(pool: str, replicas: list[ReplicaInfo]) -> None:
@@ -106,6 +114,14 @@ class ServeScaler:
             ) from exc
         except (ray.exceptions.RayError, ValueError) as exc:
             raise DisaggError(f"Serve's controller refused to scale {pool}: {exc}") from exc
+
+
+def serve_host() -> str | None:
+    """Where Serve listens for HTTP; None when it does not. Blocks."""
+    location, options = ray.get(
+        [_controller().get_proxy_location.remote(), _controller().get_http_config.remote()], timeout=60
+    )
+    return None if getattr(location, "value", location) == "Disabled" else options.host
 
 
 def _controller() -> Any:

@@ -24,7 +24,7 @@ class EngineMetric:
     """One statistic of an engine."""
 
     key: str
-    """Its field of `pools.engine.base.EngineStats`."""
+    """Its field of `/disagg/v1/stats`; in `ENGINE_METRICS` one of `pools.engine.base.EngineStats`."""
     type: Literal["counter", "gauge"]
     help: str
 
@@ -67,6 +67,15 @@ ENGINE_METRICS = (
     EngineMetric("kv_offload_allocation_failures_total", "counter", "KV that host memory had no room for."),
 )
 
+SERVER_METRICS = (
+    EngineMetric(
+        "num_connections_closed_total",
+        "counter",
+        "Connections to an engine's private port that were closed for what they sent or did not send.",
+    ),
+)
+"""Told by `pools.http` beside the statistics of its engine."""
+
 
 class EngineCollector(Collector):
     """The latest statistics of every live replica, as Prometheus families."""
@@ -84,7 +93,7 @@ class EngineCollector(Collector):
             del self._stats[replica_id]
 
     def collect(self) -> Iterable[Metric]:
-        for metric in ENGINE_METRICS:
+        for metric in (*ENGINE_METRICS, *SERVER_METRICS):
             make = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
             family = make(metric.family, metric.help, labels=LABELS)
             for replica, stats in self._stats.values():

@@ -67,6 +67,8 @@ class Record:
     reused_at: float | None = None
     suspect_since: float | None = None
     """When events were lost that may have ended this record."""
+    tenant: str | None = None
+    """Whose request it was; None where clients need no key, or when the ledger does not remember the request."""
 
     def add_reason(self, reason: str) -> None:
         """Append a reason, once."""
@@ -101,6 +103,7 @@ class Ledger:
         max_open: int = _MAX_OPEN,
         on_count: Callable[[str, int, int], None] = lambda word, tokens, num_bytes: None,
         on_lease_left: Callable[[float], None] = lambda seconds: None,
+        owns: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Start with empty books.
@@ -112,6 +115,7 @@ class Ledger:
             max_open: open records, and announced ones, to hold at most.
             on_count: told of every addition to the books, as (word, tokens, bytes).
             on_lease_left: told what was left of the lease of each consumed hand-off.
+            owns: whose hand-offs these books are of, by id; unset means those announced with `open`.
             clock: unix seconds.
         """
         self.totals = {word: Total() for word in TOTALS}
@@ -128,6 +132,7 @@ class Ledger:
         self._max_open = max_open
         self._on_count = on_count
         self._on_lease_left = on_lease_left
+        self._owns = owns
         self._clock = clock
         self._numbers = itertools.count(1)
         self._prefixes: set[str] = set()
@@ -151,7 +156,13 @@ class Ledger:
     # From the gateway
 
     def open(
-        self, handoff_id: str, request_id: str, prefill: ReplicaInfo, decode: ReplicaInfo, prompt_tokens: int
+        self,
+        handoff_id: str,
+        request_id: str,
+        prefill: ReplicaInfo,
+        decode: ReplicaInfo,
+        prompt_tokens: int,
+        tenant: str | None = None,
     ) -> None:
         """Announce a hand-off before its prefill leg is sent. It enters the books when the engine has produced it."""
         self._prefixes.add(handoff_id.rpartition("-")[0])
@@ -167,6 +178,7 @@ class Ledger:
             decode.replica_id,
             decode.incarnation,
             prompt_tokens,
+            tenant=tenant,
         )
         self._announced[handoff_id] = record
         if len(self._announced) > self._max_open:
@@ -181,7 +193,9 @@ class Ledger:
     # From the engines
 
     def is_own(self, handoff_id: str) -> bool:
-        """Whether this gateway made the hand-off's id."""
+        """Whether these books are of it: this gateway made the hand-off's id, or `owns` says so."""
+        if self._owns is not None:
+            return self._owns(handoff_id)
         return handoff_id.rpartition("-")[0] in self._prefixes
 
     def apply(self, replica: ReplicaInfo, event: Mapping[str, Any]) -> None:

@@ -54,6 +54,7 @@ class _Batch(msgspec.Struct):
     next: int
     lost: int
     events: list[dict[str, Any]]
+    draining: bool = False
 
 
 @dataclass
@@ -62,6 +63,8 @@ class _Followed:
     task: asyncio.Task[None] | None = None
     leaving: bool = False
     """Serve has taken it out of its list."""
+    draining: bool = False
+    """It said so itself. Serve's list alone is no proof: it is empty for a moment after a restart of the controller."""
     after: int = 0
     """Number of the last event read."""
     stats_at: float = 0.0
@@ -82,6 +85,9 @@ class LedgerFeed:
         on_unread: OnUnread,
         *,
         connect_timeout_s: float,
+        foreign: Ledger | None = None,
+        reader: str = "",
+        carrying: Callable[[], bool] = lambda: False,
         wait_s: float = _WAIT_S,
         stats_s: float = _STATS_S,
         clock: Callable[[], float] = time.time,
@@ -89,16 +95,22 @@ class LedgerFeed:
         """Start with nobody to follow.
 
         Args:
+            foreign: books of other gateways' hand-offs; unset keeps none.
+            reader: this gateway's name, by which a replica that leaves waits for it; none without one.
+            carrying: whether the gateway has requests that may need a replica that leaves.
             wait_s: longest that one poll waits for events.
             stats_s: seconds between two looks at statistics.
             clock: unix seconds. Tiers that degraded before this call are not counted.
         """
         self._ledger = ledger
+        self._foreign = foreign or Ledger(num_records=1, owns=lambda _: False)
         self._membership = membership
         self._metrics = metrics
         self._background = background
         self._on_unread = on_unread
         self._connect_timeout_s = connect_timeout_s
+        self._reader = reader
+        self._carrying = carrying
         self._wait_s = wait_s
         self._stats_s = stats_s
         self._started_at = clock()
@@ -122,9 +134,10 @@ class LedgerFeed:
         while True:
             await asyncio.sleep(self._stats_s)
             self._ledger.sweep()
+            self._foreign.sweep()
 
     async def _follow(self, followed: _Followed) -> None:
-        upstream = Upstream(followed.info.url, connect_timeout_s=self._connect_timeout_s)
+        upstream = Upstream(followed.info.url, connect_timeout_s=self._connect_timeout_s, key=followed.info.secret)
         loop = asyncio.get_running_loop()
         delay = _FIRST_RETRY_S
         followed.heard_at = loop.time()
@@ -155,6 +168,8 @@ class LedgerFeed:
             if len(self._read) > _MAX_REMEMBERED:
                 self._read.popitem(last=False)
             self._ledger.replica_gone(followed.info.incarnation)
+            self._foreign.replica_gone(followed.info.incarnation)
+            self._membership.forget(followed.info.incarnation)
 
     async def _poll(self, upstream: Upstream, followed: _Followed) -> bool:
         """One round: statistics when they are due, then events; whether there were any."""
@@ -166,7 +181,7 @@ class LedgerFeed:
         wait_s = min(self._wait_s, self._stats_s)
         status, payload = await upstream.request(
             "GET",
-            f"/disagg/v1/events?after={followed.after}&wait_s={wait_s:g}",
+            f"/disagg/v1/events?after={followed.after}&wait_s={wait_s:g}{self._standing(followed)}",
             timeout_s=wait_s + _POLL_TIMEOUT_S,
         )
         if status != 200:
@@ -180,10 +195,20 @@ class LedgerFeed:
                 self._metrics.ledger_events_lost.inc(batch.lost)
                 logger.warning("%d events of %s are lost", batch.lost, followed.info.replica_id)
             self._ledger.gap(followed.info.incarnation)
+            self._foreign.gap(followed.info.incarnation)
         followed.after = batch.next
+        followed.draining = batch.draining
         for event in batch.events:
             self._take(followed.info, event)
         return bool(batch.events)
+
+    def _standing(self, followed: _Followed) -> str:
+        """Who reads, and whether this gateway is done with a replica that leaves, as query parameters."""
+        if not self._reader:
+            return ""
+        leaves = followed.leaving and followed.draining
+        done = leaves and self._membership.let_go(followed.info.incarnation, carrying=self._carrying())
+        return f"&reader={self._reader}&done={int(done)}"
 
     def _take(self, replica: ReplicaInfo, event: dict[str, Any]) -> None:
         kind = event.get("kind")
@@ -198,6 +223,7 @@ class LedgerFeed:
                 self._metrics.count_degraded(event.get("tier"))
         else:
             self._ledger.apply(replica, event)
+            self._foreign.apply(replica, event)
 
     async def _read_stats(self, upstream: Upstream, followed: _Followed) -> None:
         status, payload = await upstream.request("GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S)

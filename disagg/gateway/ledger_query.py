@@ -14,6 +14,8 @@ from disagg.gateway.ledger import ENDS, Ledger, Record
 
 OUTCOMES = ("open", *ENDS, "stored", "reused")
 """Values of `outcome`: what became of the hand-off, or what the shared cache did with it."""
+GATEWAYS = ("own", "other")
+"""Values of `gateway`: whose hand-offs, this gateway replica's or those that the others made."""
 MAX_LIMIT = 10_000
 DEFAULT_LIMIT = 100
 
@@ -21,8 +23,14 @@ PARAMETERS: list[dict[str, Any]] = [
     {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
     for name, description, schema in (
         ("outcome", "Only records that ended so, or are stored or reused.", {"type": "string", "enum": [*OUTCOMES]}),
+        (
+            "gateway",
+            "Hand-offs of the gateway replica that answers, or what it heard of those of all others.",
+            {"type": "string", "enum": [*GATEWAYS], "default": "own"},
+        ),
         ("replica", "Only records of this replica, on either side.", {"type": "string", "minLength": 1}),
         ("request_id", "Only records of this request.", {"type": "string", "minLength": 1}),
+        ("tenant", "Only records of requests with a key of this tenant.", {"type": "string", "minLength": 1}),
         ("since", "Only records produced at or after this time, in unix seconds.", {"type": "number", "minimum": 0}),
         (
             "limit",
@@ -41,14 +49,18 @@ class Filter:
     outcome: str | None = None
     replica: str | None = None
     request_id: str | None = None
+    tenant: str | None = None
     since: float | None = None
     limit: int = DEFAULT_LIMIT
+    gateway: str = "own"
+    """Which books; says nothing of a record."""
 
     def passes(self, record: Record) -> bool:
         return (
             (self.outcome is None or _is(record, self.outcome))
             and (self.replica is None or self.replica in (record.prefill_id, record.decode_id))
             and (self.request_id is None or record.request_id == self.request_id)
+            and (self.tenant is None or record.tenant == self.tenant)
             and (self.since is None or (record.produced_at or 0.0) >= self.since)
         )
 
@@ -67,10 +79,14 @@ def parse(items: Iterable[tuple[str, str]]) -> Filter:
         given[name] = value
     if (outcome := given.get("outcome")) is not None and outcome not in OUTCOMES:
         raise InvalidRequestError(f"outcome must be one of {', '.join(OUTCOMES)}", param="outcome")
+    if (gateway := given.get("gateway", "own")) not in GATEWAYS:
+        raise InvalidRequestError(f"gateway must be one of {', '.join(GATEWAYS)}", param="gateway")
     return Filter(
+        gateway=gateway,
         outcome=outcome,
         replica=given.get("replica"),
         request_id=given.get("request_id"),
+        tenant=given.get("tenant"),
         since=_seconds(given["since"]) if "since" in given else None,
         limit=_limit(given["limit"]) if "limit" in given else DEFAULT_LIMIT,
     )
@@ -93,6 +109,7 @@ def as_json(record: Record) -> dict[str, Any]:
     return {
         "handoff_id": record.handoff_id,
         "request_id": record.request_id,
+        "tenant": record.tenant,
         "prefill": {"replica_id": record.prefill_id, "incarnation": record.prefill_incarnation},
         "decode": None
         if record.decode_id is None

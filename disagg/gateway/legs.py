@@ -32,9 +32,13 @@ REMOTE_PREFILL = {"do_remote_decode": False, "do_remote_prefill": True}
 
 HANDOFF_ID = "disagg.handoff_id"
 """Key of `kv_transfer_params` in both legs: the id under which engines report what became of the KV."""
+WARM_PREFIX = "warm-"
+"""Of the ids with which gateways warm pairs; no request's hand-off has it, and no ledger counts them."""
 _STORE = "disagg.store"
 _LMCACHE_LIMIT = "lmcache.max_offload_tokens"
 """LMCache's own key; 0 keeps it from storing anything of the request."""
+NOT_STORED = {_STORE: "never", _LMCACHE_LIMIT: 0}
+"""`kv_transfer_params` of a request whose KV the shared cache leaves alone."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -141,8 +145,13 @@ def decode_body(
     return _encode(sent)
 
 
-def probe_body(prompt_token_ids: Sequence[int], kv_transfer_params: Mapping[str, Any] | None) -> bytes:
-    return _encode({"prompt_token_ids": list(prompt_token_ids), "kv_transfer_params": kv_transfer_params})
+def probe_body(
+    prompt_token_ids: Sequence[int], kv_transfer_params: Mapping[str, Any] | None, cache_salt: str | None = None
+) -> bytes:
+    body: dict[str, Any] = {"prompt_token_ids": list(prompt_token_ids), "kv_transfer_params": kv_transfer_params}
+    if cache_salt is not None:
+        body["cache_salt"] = cache_salt
+    return _encode(body)
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,15 @@ def json_object(payload: bytes) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return {}
     return decoded if isinstance(decoded, dict) else {}
+
+
+def is_server_fault(event: bytes) -> bool:
+    """True for an SSE error event whose code is a 5xx: the engine's fault, so that another one may answer."""
+    try:
+        code = _decode(event.removeprefix(b"data: ").split(b"\n", 1)[0])["error"]["code"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return False
+    return isinstance(code, int) and code >= 500
 
 
 def transfer_params(response: Mapping[str, Any]) -> dict[str, Any] | None:

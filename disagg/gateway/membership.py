@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
+from disagg.router.fit import misfit
 from disagg.router.load import choose_decode, choose_pair
 from disagg.router.views import PairView, ReplicaInfo, ReplicaView
 
@@ -27,13 +28,30 @@ class Member:
     last_chosen: int = 0
     reachable: bool = True
     """False after a failed connection, until it answers again."""
+    quarantined: str | None = None
+    """Why it is taken out although it may live, until it works again; see `disagg.gateway.watch`."""
+    draining: bool = False
+    """It says itself that it leaves."""
+    slow: bool = False
+    """It lives, but is chosen only where no other one can be."""
+    on_probation: bool = False
+    """Its pool loses one replica after the other; it has to stay well for a while before it is chosen."""
     warm_peers: set[str] = field(default_factory=set)
     """Replica ids of the other pool that KV has moved with."""
+    local_prefill_tokens: int = 0
+    """Prompt tokens that it computes for this gateway without a hand-off, see `disagg.gateway.local_budget`."""
     remote_engine_id: str | None = None
     """Name of its KV memory at Mooncake's bootstrap server, once `disagg.gateway.transfer_push` has asked."""
 
+    @property
+    def usable(self) -> bool:
+        """Whether requests may go there, as far as it is concerned alone."""
+        return self.reachable and self.quarantined is None and not self.draining
+
     def view(self) -> ReplicaView:
-        return ReplicaView(self.info.replica_id, self.num_in_flight, self.last_chosen)
+        return ReplicaView(
+            self.info.replica_id, self.num_in_flight, self.last_chosen, self.local_prefill_tokens, self.slow
+        )
 
 
 @dataclass(frozen=True)
@@ -43,13 +61,22 @@ class Pair:
     prefill: Member
     decode: Member
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Their incarnations."""
+        return self.prefill.info.incarnation, self.decode.info.incarnation
+
 
 class Membership:
     """The members of both pools. Not thread-safe: call it from the gateway's loop."""
 
     def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
         self._members: dict[str, dict[str, Member]] = {pool: {} for pool in POOLS}
+        # By incarnation: what Serve has taken out of its lists and this gateway has not let go of.
+        self._leaving: dict[str, Member] = {}
         self._pair_chosen: dict[tuple[str, str], int] = {}
+        # By incarnations: pairs that are left alone for a while, see `disagg.gateway.breaker`.
+        self._resting: set[tuple[str, str]] = set()
         self._sequence = 0
         self._on_change = on_change
 
@@ -59,6 +86,7 @@ class Membership:
     def urls(self) -> set[str]:
         """Every address that the gateway speaks to."""
         infos = [member.info for pool in POOLS for member in self.members(pool)]
+        infos += [member.info for member in self._leaving.values()]
         return {info.url for info in infos} | {info.bootstrap_url for info in infos if info.bootstrap_url}
 
     def replace(self, pool: str, replicas: Collection[ReplicaInfo]) -> None:
@@ -67,11 +95,18 @@ class Membership:
         new: dict[str, Member] = {}
         for info in replicas:
             known = old.get(info.replica_id)
-            new[info.replica_id] = known if known is not None and known.info == info else Member(info)
+            if known is None or known.info != info:
+                known = self._back(info)
+            new[info.replica_id] = known
         kept = {replica_id for replica_id, member in new.items() if old.get(replica_id) is member}
         if kept == old.keys() == new.keys():
             return
         self._members[pool] = new
+        for replica_id, member in old.items():
+            if replica_id not in kept:
+                self._leaving[member.info.incarnation] = member
+        for member in new.values():
+            self._leaving.pop(member.info.incarnation, None)
         for other in self._members[DECODE if pool == PREFILL else PREFILL].values():
             other.warm_peers &= kept
         self._pair_chosen = {
@@ -86,21 +121,59 @@ class Membership:
             for p in self.members(PREFILL)
             for d in self.members(DECODE)
             if d.info.replica_id not in p.warm_peers
+            and p.quarantined is d.quarantined is None
+            and not (p.draining or d.draining)
+            and Pair(p, d).key not in self._resting
+            and misfit(p.info, d.info) is None
         ]
 
+    def misfits(self) -> list[tuple[Pair, str]]:
+        """Pairs of live replicas that are none, and why; they exist while a rolling update runs."""
+        pairs = [Pair(p, d) for p in self.members(PREFILL) for d in self.members(DECODE)]
+        return [(pair, why) for pair in pairs if (why := misfit(pair.prefill.info, pair.decode.info)) is not None]
+
+    def let_go(self, incarnation: str, *, carrying: bool) -> bool:
+        """Whether this gateway sends nothing more to a replica that leaves; from then on it is not chosen.
+
+        A leaving decode replica is kept while nobody else could take the requests that the gateway is `carrying`.
+        """
+        member = self._leaving.get(incarnation)
+        if member is None:
+            return True
+        if member.num_in_flight:
+            return False
+        if carrying and member.info.pool == DECODE and not any(self._usable(DECODE, ())):
+            return False
+        self.forget(incarnation)
+        return True
+
+    def forget(self, incarnation: str) -> None:
+        """A replica that left is gone."""
+        if self._leaving.pop(incarnation, None) is not None:
+            self._on_change()
+
     def mark_warm(self, pair: Pair) -> None:
-        """Make a pair routable; ignored when one of the two has gone meanwhile."""
-        if self._alive(pair.prefill) and self._alive(pair.decode):
+        """Make a pair routable; ignored when one of the two has gone meanwhile, or was taken out."""
+        well = pair.prefill.quarantined is pair.decode.quarantined is None
+        if well and self._alive(pair.prefill) and self._alive(pair.decode):
             pair.prefill.warm_peers.add(pair.decode.info.replica_id)
             pair.decode.warm_peers.add(pair.prefill.info.replica_id)
             pair.prefill.reachable = pair.decode.reachable = True
             self._on_change()
 
-    def mark_cold(self, pair: Pair) -> None:
-        """Take a pair out of routing until it is warmed again."""
+    def mark_cold(self, pair: Pair, *, rest: bool = False) -> None:
+        """Take a pair out of routing until it is warmed again; with `rest` not before `rested`."""
+        if rest:
+            self._resting.add(pair.key)
         pair.prefill.warm_peers.discard(pair.decode.info.replica_id)
         pair.decode.warm_peers.discard(pair.prefill.info.replica_id)
         self._on_change()
+
+    def rested(self, pair: Pair) -> None:
+        """Let a pair be warmed again."""
+        if pair.key in self._resting:
+            self._resting.discard(pair.key)
+            self._on_change()
 
     def mark_unreachable(self, member: Member) -> None:
         """Stop choosing a replica that cannot be connected to, until it answers or is replaced."""
@@ -112,6 +185,39 @@ class Membership:
         if not member.reachable:
             member.reachable = True
             self._on_change()
+
+    def quarantine(self, member: Member, reason: str) -> bool:
+        """Take a replica out, and with it what its pairs have proved; whether it was in."""
+        if member.quarantined is not None:
+            return False
+        member.quarantined = reason
+        member.warm_peers.clear()
+        for other in self.members(DECODE if member.info.pool == PREFILL else PREFILL):
+            other.warm_peers.discard(member.info.replica_id)
+        self._on_change()
+        return True
+
+    def release(self, member: Member, *, draining: bool = False) -> None:
+        """A replica works, or works and is `draining`; a pair of it carries traffic once it is warm again."""
+        if (member.quarantined, member.draining) != (None, draining):
+            member.quarantined, member.draining = None, draining
+            self._on_change()
+
+    def end_probation(self, member: Member) -> None:
+        member.on_probation = False
+        self._on_change()
+
+    def is_warm(self, member: Member) -> bool:
+        """Whether it has moved KV with some replica, or there is none in the other pool that it could have."""
+        return bool(member.warm_peers) or not self._members[DECODE if member.info.pool == PREFILL else PREFILL]
+
+    def is_listed(self, member: Member) -> bool:
+        """Whether Serve has it in its lists."""
+        return self._alive(member)
+
+    def is_known(self, member: Member) -> bool:
+        """Whether Serve has it in its lists, or this gateway has not let go of it."""
+        return self._alive(member) or self._leaving.get(member.info.incarnation) is member
 
     def pick_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
         """The warm pair for the next hand-off, its replicas not in `without`; None when there is none.
@@ -135,9 +241,16 @@ class Membership:
         self._pair_chosen[key] = pair.prefill.last_chosen = pair.decode.last_chosen = self._sequence
         return pair
 
+    def has_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> bool:
+        """Whether `pick_pair` would choose one."""
+        decodes = [d.info.replica_id for d in self._usable(DECODE, without) if decode in (None, d)]
+        return any(not p.warm_peers.isdisjoint(decodes) for p in self._usable(PREFILL, without))
+
     def pick_decode(self, *, without: Collection[str] = ()) -> Member | None:
         """The decode replica for a request that it prefills itself; None when there is none."""
         usable = {m.info.replica_id: m for m in self._usable(DECODE, without)}
+        if not usable:
+            usable = {m.info.replica_id: m for m in self._last_resort(without)}
         chosen = choose_decode(m.view() for m in usable.values())
         if chosen is None:
             return None
@@ -147,15 +260,29 @@ class Membership:
         return member
 
     def num_routable(self, pool: str) -> int:
-        """Replicas that requests can go to: reachable, and with at least one warm peer when the other pool has any."""
-        others = self._members[DECODE if pool == PREFILL else PREFILL]
-        return sum(1 for m in self.members(pool) if m.reachable and (m.warm_peers or not others))
+        """Replicas that requests can go to: usable, and with at least one warm peer when the other pool has any."""
+        return sum(1 for m in self.members(pool) if m.usable and not m.on_probation and self.is_warm(m))
 
     def num_warm_pairs(self) -> int:
         return sum(len(m.warm_peers) for m in self.members(PREFILL))
 
     def _usable(self, pool: str, without: Collection[str]) -> Iterable[Member]:
-        return (m for m in self._members[pool].values() if m.reachable and m.info.replica_id not in without)
+        members = self._members[pool].values()
+        return (m for m in members if m.usable and not m.on_probation and m.info.replica_id not in without)
+
+    def _back(self, info: ReplicaInfo) -> Member:
+        """A new member, or one that was out of Serve's list for a while, as around a restart of its controller."""
+        left = self._leaving.get(info.incarnation)
+        if left is None or left.info != info:
+            return Member(info)
+        left.warm_peers.clear()
+        return left
+
+    def _last_resort(self, without: Collection[str]) -> Iterable[Member]:
+        """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
+        leaving = [m for m in self._leaving.values() if m.info.pool == DECODE and m.reachable and not m.quarantined]
+        on_probation = [m for m in self._members[DECODE].values() if m.usable and m.on_probation]
+        return (m for m in [*leaving, *on_probation] if m.info.replica_id not in without)
 
     def _alive(self, member: Member) -> bool:
         return self._members[member.info.pool].get(member.info.replica_id) is member

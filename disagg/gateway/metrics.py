@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 AMOUNTS = ("produced", "consumed", "orphaned", "rescued", "stored", "reused")
 """Outcomes that tokens and bytes are counted by."""
+QUARANTINES = ("hang", "probe_failed", "listener", "unanswered")
+"""Why a replica is taken out of routing."""
 TIERS = ("offload", "disk", "lmcache", "sink")
 """Tiers whose failures are told apart."""
 _ORPHANED = frozenset(ENDS) - {"consumed"}
@@ -70,6 +72,13 @@ class Metrics:
             buckets=(0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, 300.0),
             registry=registry,
         )
+        self.foreign_handoffs = Counter(
+            "disagg_foreign_handoffs",
+            "Hand-offs of other gateway replicas, as the engines tell, with the same outcomes. Each gateway replica "
+            "counts those of all others: a gateway that died is still counted here.",
+            ["outcome"],
+            registry=registry,
+        )
         self.open_handoffs = Gauge(
             "disagg_open_handoffs", "Hand-offs produced by a prefill engine and not ended.", registry=registry
         )
@@ -98,8 +107,45 @@ class Metrics:
         )
         self.retries = Counter(
             "disagg_leg_retries",
-            "Legs that were sent to another replica because the first one was lost.",
+            "Legs that were sent to another replica because the first one was lost or too slow.",
             ["leg"],
+            registry=registry,
+        )
+        self.hedges = Counter(
+            "disagg_hedges",
+            "Prefill legs that were sent to a second replica because the first was slow, by whether it was faster.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.local_prefill_tokens = Gauge(
+            "disagg_local_prefill_tokens",
+            "Prompt tokens that a decode replica computes for this gateway at the moment, without a hand-off.",
+            ["replica"],
+            registry=registry,
+        )
+        self.local_prefills_refused = Counter(
+            "disagg_local_prefills_refused",
+            "Requests answered 429 because no decode replica had room for their prompt (gateway.local_prefill_tokens).",
+            registry=registry,
+        )
+        self.breaker_opened = Counter(
+            "disagg_pair_breaker_opened",
+            "Pairs taken out of routing because hand-offs between them failed while both replicas worked.",
+            registry=registry,
+        )
+        self.shadow_checks = Counter(
+            "disagg_shadow_checks",
+            "Greedy answers that were to be computed again without a hand-off (gateway.shadow_check_every): same, "
+            "different, tie (different where two tokens are nearly as likely), skipped (busy, or no KV had moved), "
+            "failed (no second answer).",
+            ["outcome"],
+            registry=registry,
+        )
+        self.kv_path_verified = Gauge(
+            "disagg_kv_path_verified",
+            "Whether the last warm-up or shadow check of a pair proved that KV moves and is right: 1 or 0. Once KV was "
+            "found wrong, only a shadow check can make it 1 again.",
+            ["prefill", "decode"],
             registry=registry,
         )
         self.disconnects = Counter(
@@ -110,13 +156,44 @@ class Metrics:
         )
         self.broken_streams = Counter(
             "disagg_broken_streams",
-            "Streams that ended with an error event because the decode replica was lost after the first token.",
+            "Streams that ended with an error event because the decode replica was lost after the first token and no "
+            "other one went on.",
+            registry=registry,
+        )
+        self.resumes = Counter(
+            "disagg_resumes",
+            "Losses of a decode replica in the middle of a stream: resumed elsewhere, refused (a request or an answer "
+            "that cannot be resumed) or failed (nobody to go on, or it went on differently).",
+            ["outcome"],
+            registry=registry,
+        )
+        self.resume_gap_seconds = Histogram(
+            "disagg_resume_gap_seconds",
+            "Time from the loss of a decode replica to the first bytes of its successor in the same stream.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.resume_diverged = Counter(
+            "disagg_resume_diverged",
+            "Resumed greedy streams that ended with an error event because the next replica gave another text than was "
+            "sent.",
             registry=registry,
         )
         self.streams = Counter(
             "disagg_streams",
             "Streamed answers by the path their bytes took: splice (socket to socket) or asgi.",
             ["path"],
+            registry=registry,
+        )
+        self.stream_limits = Counter(
+            "disagg_stream_limit_reached",
+            "Streams that ended with an error event because they took longer than gateway.max_stream_s.",
+            registry=registry,
+        )
+        self.key_reloads = Counter(
+            "disagg_api_key_reloads",
+            "Changes of the file of API keys, by whether they were taken over (ok) or the old keys stay (failed).",
+            ["outcome"],
             registry=registry,
         )
         self.warm_attempts = Counter(
@@ -149,6 +226,19 @@ class Metrics:
         self.replicas = Gauge(
             "disagg_replicas", "Replicas this gateway knows, by pool and state.", ["pool", "state"], registry=registry
         )
+        self.quarantines = Counter(
+            "disagg_quarantines",
+            "Replicas that were taken out of routing although they may live, by reason: hang, probe_failed, listener, "
+            "unanswered.",
+            ["pool", "reason"],
+            registry=registry,
+        )
+        self.crash_loops = Counter(
+            "disagg_crash_loops",
+            "Times that a pool began to lose one replica after the other: three within 120 s, by this gateway's count.",
+            ["pool"],
+            registry=registry,
+        )
         self.warm_pairs = Gauge(
             "disagg_warm_pairs", "Pairs of a prefill and a decode replica that have moved KV.", registry=registry
         )
@@ -179,6 +269,14 @@ class Metrics:
         if word in _ORPHANED:
             self._tokens["orphaned"].inc(tokens)
             self._bytes["orphaned"].inc(num_bytes)
+
+    def count_foreign(self, word: str, tokens: int, num_bytes: int) -> None:
+        """Take over an addition to the books of other gateways' hand-offs."""
+        self.foreign_handoffs.labels(word).inc()
+
+    def quarantined(self, pool: str, reason: str) -> None:
+        """Count a replica that was taken out of routing."""
+        self.quarantines.labels(pool, reason if reason in QUARANTINES else "other").inc()
 
     def count_degraded(self, tier: object) -> None:
         """Count a tier that stopped working in an engine."""

@@ -7,8 +7,10 @@ vLLM. Tokenising happens in vLLM's thread pool, off the event loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from disagg.gateway.legs import Endpoint
@@ -21,6 +23,10 @@ class Renderer(Protocol):
 
     async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
         """Token ids of each prompt; None when the engine itself has to look at the request (to refuse it, mostly)."""
+        ...
+
+    async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+        """The text that each token of an answer adds as it is streamed; empty where it waits for the next token."""
         ...
 
 
@@ -91,3 +97,23 @@ class VllmRenderer:
         if any(item.get("type") != "token" for item in inputs):
             return None
         return [list(item["prompt_token_ids"]) for item in inputs]
+
+    async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+        """The same detokeniser that runs in the engines, over the same tokens; in a thread."""
+        return await asyncio.to_thread(self._texts, dict(body), list(prompt), list(token_ids))
+
+    def _texts(self, body: Mapping[str, Any], prompt: list[int], token_ids: list[int]) -> list[str]:
+        from pools.engine._vllm_compat import incremental_detokenizer
+
+        detokenizer = incremental_detokenizer(
+            self._online.renderer.tokenizer,
+            prompt,
+            skip_special_tokens=body.get("skip_special_tokens") is not False,
+            spaces_between_special_tokens=body.get("spaces_between_special_tokens") is not False,
+        )
+        ends = [0]
+        for token_id in token_ids:
+            detokenizer.update([token_id], False)
+            ends.append(len(detokenizer.output_text))
+        text = detokenizer.output_text
+        return [text[start:end] for start, end in pairwise(ends)]

@@ -13,16 +13,20 @@ from disagg.errors import (
     AuthenticationError,
     BodyTooLargeError,
     ConflictError,
+    ContextLengthError,
+    HeadersTooLargeError,
     InvalidRequestError,
     MethodNotAllowedError,
     ModelNotFoundError,
     NotFoundError,
     PermissionDeniedError,
+    RateLimitError,
     RequestError,
     RequestTimeoutError,
+    StreamLimitError,
     UnsupportedMediaTypeError,
 )
-from pools.errors import EngineDeadError, NoReplicaError, PoolError, ReplicaLostError
+from pools.errors import AttemptsExhaustedError, EngineDeadError, NoReplicaError, PoolError, ReplicaLostError
 from transport.errors import DisaggError
 
 
@@ -46,8 +50,13 @@ STATUS: dict[type[DisaggError], Shape] = {
     ConflictError: Shape(409, "conflict_error"),
     BodyTooLargeError: Shape(413, "invalid_request_error", "request_too_large"),
     UnsupportedMediaTypeError: Shape(415, "invalid_request_error", "unsupported_media_type"),
+    HeadersTooLargeError: Shape(431, "invalid_request_error", "headers_too_large"),
+    ContextLengthError: Shape(400, "invalid_request_error", "context_length_exceeded"),
+    StreamLimitError: Shape(408, "invalid_request_error", "stream_time_limit"),
+    RateLimitError: Shape(429, "rate_limit_error", "rate_limit_exceeded"),
     RequestError: Shape(400, "invalid_request_error"),
     NoReplicaError: Shape(503, "service_unavailable_error", "no_replica_ready"),
+    AttemptsExhaustedError: Shape(503, "service_unavailable_error", "attempts_exhausted"),
     EngineDeadError: Shape(503, "service_unavailable_error", "engine_dead"),
     ReplicaLostError: Shape(502, "server_error", "replica_lost"),
     PoolError: Shape(503, "service_unavailable_error"),

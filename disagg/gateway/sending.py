@@ -10,11 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
-from disagg.gateway.legs import PATHS, Endpoint, PrefillReply, Store, prefill_reply, probe_body
+from disagg.gateway.legs import (
+    PATHS,
+    Endpoint,
+    PrefillReply,
+    Store,
+    is_server_fault,
+    prefill_reply,
+    probe_body,
+)
 from disagg.gateway.membership import Member, Membership
 from disagg.gateway.metrics import Metrics
+from disagg.gateway.sent_tokens import SentTokens
+from disagg.gateway.settling import UnderWay
 from disagg.gateway.wire import Exchange, Upstreams
 from pools.engine.base import HANDOFF_HEADER
 from pools.errors import ReplicaLostError
@@ -22,7 +30,6 @@ from pools.errors import ReplicaLostError
 logger = logging.getLogger(__name__)
 
 _ERROR_EVENT = b'data: {"error"'
-_decode_json = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Call:
     """Further headers of the decode leg, e.g. trace context."""
     store: Store | None = None
     """What the client said about KV that nobody consumes."""
+    tenant: str | None = None
+    """Whose API key it came with; None where clients need none."""
 
 
 @dataclass
@@ -56,21 +65,16 @@ class Answer:
     exchange: Exchange | None
     """The rest of a stream; None when `content` is everything."""
     _counted: contextlib.ExitStack
+    sent: SentTokens | None = None
+    """What the client was sent of a stream that can be resumed; valid after its `parse`."""
+    under_way: UnderWay | None = None
+    """The hand-off that it is made of, if the prompt's KV came by one."""
 
     def close(self) -> None:
         """End the decode leg, finished or not. Idempotent."""
         if self.exchange is not None:
             self.exchange.close()
         self._counted.close()
-
-
-def is_server_fault(event: bytes) -> bool:
-    """True for an SSE error event whose code is a 5xx: the engine's fault, so that another one may answer."""
-    try:
-        code = _decode_json(event.removeprefix(b"data: ").split(b"\n", 1)[0])["error"]["code"]
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return False
-    return isinstance(code, int) and code >= 500
 
 
 def _nothing() -> None:
@@ -101,9 +105,10 @@ class Sender:
         *,
         timeout_s: float,
         on_sent: Callable[[], None] = _nothing,
+        cache_salt: str | None = None,
     ) -> tuple[int, bytes]:
         """One token through an engine, for the KV's sake; status and body. Raises ReplicaLostError."""
-        body = probe_body(prompt, params)
+        body = probe_body(prompt, params, cache_salt)
         with self.carried(member):
             return await self._upstreams.get(member.info.url).request(
                 "POST", "/disagg/v1/probe", body, timeout_s=timeout_s, on_sent=on_sent

@@ -48,7 +48,13 @@ class Ledger(Protocol):
     """What the gateway itself says of its hand-offs; engines say the rest."""
 
     def open(
-        self, handoff_id: str, request_id: str, prefill: ReplicaInfo, decode: ReplicaInfo, prompt_tokens: int
+        self,
+        handoff_id: str,
+        request_id: str,
+        prefill: ReplicaInfo,
+        decode: ReplicaInfo,
+        prompt_tokens: int,
+        tenant: str | None = None,
     ) -> None: ...
 
     def note(self, handoff_id: str, reason: str) -> None: ...
@@ -58,7 +64,13 @@ class NoLedger:
     """Keeps no books."""
 
     def open(
-        self, handoff_id: str, request_id: str, prefill: ReplicaInfo, decode: ReplicaInfo, prompt_tokens: int
+        self,
+        handoff_id: str,
+        request_id: str,
+        prefill: ReplicaInfo,
+        decode: ReplicaInfo,
+        prompt_tokens: int,
+        tenant: str | None = None,
     ) -> None:
         pass
 
@@ -98,12 +110,14 @@ class Settling:
         self._ledger = ledger
         self._holders: OrderedDict[str, Member] = OrderedDict()
 
-    def begin(self, handoff_id: str, pair: Pair, request_id: str, num_tokens: int) -> UnderWay:
+    def begin(
+        self, handoff_id: str, pair: Pair, request_id: str, num_tokens: int, tenant: str | None = None
+    ) -> UnderWay:
         """A hand-off whose prefill leg is about to be sent."""
         self._holders[handoff_id] = pair.prefill
         if len(self._holders) > _MAX_REMEMBERED:
             self._holders.popitem(last=False)
-        self._ledger.open(handoff_id, request_id, pair.prefill.info, pair.decode.info, num_tokens)
+        self._ledger.open(handoff_id, request_id, pair.prefill.info, pair.decode.info, num_tokens, tenant)
         return UnderWay(handoff_id, pair)
 
     def settle(self, handoff_id: str) -> None:

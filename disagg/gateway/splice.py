@@ -10,19 +10,23 @@ anything is not as expected, which sends the response over plain ASGI.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 import uvicorn.protocols.http.auto as uvicorn_auto
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg.gateway.wire import Exchange
+from transport.bounded_http import BoundedProtocol, Door, HttpLimits
 
 _EXTENSION = "disagg.splice"
+_LIMITS = HttpLimits(body_s=600.0, max_head_bytes=2**20, max_connections=16_384)
+"""Against what would hold the port; `gateway.body_timeout_s` and `gateway.max_header_bytes` refuse far sooner."""
 
 
-class SplicingProtocol(HttpToolsProtocol):
+class SplicingProtocol(BoundedProtocol):
     """uvicorn's HTTP protocol, which names itself in the scope and tells a splice when the client is slow."""
 
+    door = Door("the gateway's port", _LIMITS)
     _exchange: Exchange | None = None
 
     def on_message_begin(self) -> None:
@@ -39,8 +43,11 @@ class SplicingProtocol(HttpToolsProtocol):
         if self._exchange is not None:
             self._exchange.resume()
 
-    async def splice(self, exchange: Exchange) -> None:
-        """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError."""
+    async def splice(self, exchange: Exchange, through: Callable[[bytes], bytes] | None = None) -> None:
+        """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError.
+
+        `through` makes of each chunk what the client gets; it must not raise.
+        """
         write, is_closing = self.transport.write, self.transport.is_closing
 
         def to_client(data: bytes) -> None:
@@ -48,11 +55,15 @@ class SplicingProtocol(HttpToolsProtocol):
             if not is_closing():
                 write(b"%x\r\n%b\r\n" % (len(data), data))
 
+        def what_is_left(data: bytes) -> None:
+            if (data := cast(Callable[[bytes], bytes], through)(data)) and not is_closing():
+                write(b"%x\r\n%b\r\n" % (len(data), data))
+
         self._exchange = exchange
         try:
             if self.flow.write_paused:
                 exchange.pause()
-            await exchange.forward(to_client)
+            await exchange.forward(to_client if through is None else what_is_left)
         finally:
             self._exchange = None
 

@@ -23,7 +23,7 @@ class Pull:
             async with asyncio.timeout_at(deadline):
                 reply = await asyncio.shield(attempt.send())
         except TimeoutError as exc:
-            raise PrefillFailed("prefill_timeout", retry=False) from exc
+            raise PrefillFailed("prefill_timeout", retry=True) from exc
         except ReplicaLostError as exc:
             raise PrefillFailed("prefill_lost", retry=True) from exc
         if reply.params is None:

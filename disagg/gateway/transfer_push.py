@@ -84,7 +84,7 @@ class Push:
 def _check(leg: asyncio.Task[PrefillReply]) -> None:
     """Raises PrefillFailed unless the leg ended well."""
     if not leg.done():
-        raise PrefillFailed("prefill_timeout", retry=False) from TimeoutError()
+        raise PrefillFailed("prefill_timeout", retry=True) from TimeoutError()
     error = leg.exception()
     if isinstance(error, ReplicaLostError):
         raise PrefillFailed("prefill_lost", retry=True) from error

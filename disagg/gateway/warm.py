@@ -2,13 +2,12 @@
 """Moves KV once between every new pair of replicas, so that no request pays for the first handshake.
 
 How they move it is the transfer's business. A pair is warm when the decode engine reports a fresh prompt's block as
-cached that only the prefill engine had computed. Replicas that could not be reached are asked again here, too.
+cached that only the prefill engine had computed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import uuid
@@ -17,8 +16,9 @@ from typing import Any
 import msgspec
 
 from disagg.gateway.background import Background
-from disagg.gateway.legs import PrefillReply, offer_params, prefill_reply
-from disagg.gateway.membership import POOLS, Membership, Pair
+from disagg.gateway.kv_paths import KvPaths
+from disagg.gateway.legs import WARM_PREFIX, PrefillReply, offer_params, prefill_reply
+from disagg.gateway.membership import DECODE, PREFILL, Membership, Pair
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.sending import Sender, spawn_kept
 from disagg.gateway.transfer import Attempt, PrefillFailed, Transfer
@@ -32,7 +32,6 @@ _MAX_AT_ONCE = 4
 """vLLM handshakes one peer at a time, so larger waves only queue there."""
 _FIRST_RETRY_S = 0.5
 _MAX_RETRY_S = 10.0
-_RECHECK_S = 1.0
 
 
 class PairWarmer:
@@ -45,8 +44,10 @@ class PairWarmer:
         metrics: Metrics,
         background: Background,
         transfer: Transfer,
+        paths: KvPaths,
     ) -> None:
         self._membership = membership
+        self._paths = paths
         self._transfer = transfer
         self._sender = Sender(membership, upstreams, metrics)
         self._upstreams = upstreams
@@ -55,26 +56,33 @@ class PairWarmer:
         self._in_progress: set[tuple[str, str]] = set()
         self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
         self._random = random.Random(uuid.uuid4().int)
+        self._misfits: set[tuple[str, str]] = set()
 
     def start_missing(self) -> None:
         """Begin with every cold pair that is not being warmed. Returns at once."""
+        self._tell_misfits()
+        members = self._membership.members
+        self._paths.retain({Pair(p, d).key for p in members(PREFILL) for d in members(DECODE)})
         for pair in self._membership.cold_pairs():
             key = (pair.prefill.info.incarnation, pair.decode.info.incarnation)
             if key not in self._in_progress:
                 self._in_progress.add(key)
                 self._background.forever(self._warm(pair, key))
 
-    async def recheck_unreachable(self) -> None:
-        """Forever: ask replicas that refused a connection whether they are back."""
-        while True:
-            await asyncio.sleep(_RECHECK_S)
-            for member in [m for pool in POOLS for m in self._membership.members(pool) if not m.reachable]:
-                with contextlib.suppress(ReplicaLostError):
-                    status, _ = await self._upstreams.get(member.info.url).request(
-                        "GET", "/disagg/v1/stats", timeout_s=_RECHECK_S
-                    )
-                    if status == 200:
-                        self._membership.mark_reachable(member)
+    def _tell_misfits(self) -> None:
+        """Say once for each pair that it is none."""
+        found = {
+            (pair.prefill.info.incarnation, pair.decode.info.incarnation): (pair, why)
+            for pair, why in self._membership.misfits()
+        }
+        for pair, why in (found[key] for key in found.keys() - self._misfits):
+            logger.warning(
+                "no KV goes from %s to %s, which have %s; as during a rolling update",
+                pair.prefill.info.replica_id,
+                pair.decode.info.replica_id,
+                why,
+            )
+        self._misfits = set(found)
 
     async def _warm(self, pair: Pair, key: tuple[str, str]) -> None:
         delay = _FIRST_RETRY_S
@@ -84,9 +92,11 @@ class PairWarmer:
                     failure = await self._try(pair)
                 if failure is None:
                     self._metrics.warm_attempts.labels("ok").inc()
+                    self._paths.warmed(pair.key)
                     self._membership.mark_warm(pair)
                     return
                 self._metrics.warm_attempts.labels("failed").inc()
+                self._paths.not_warmed(pair.key)
                 logger.warning(
                     "no KV moved yet from %s to %s: %s; trying again in %g s",
                     pair.prefill.info.replica_id,
@@ -107,7 +117,7 @@ class PairWarmer:
         info = pair.prefill.info
         prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
         # Not an id of the gateway's requests, so that no ledger counts it; and no tier keeps random tokens.
-        warm_id = f"warm-{uuid.uuid4().hex}"
+        warm_id = f"{WARM_PREFIX}{uuid.uuid4().hex}"
         offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id)
 
         def send() -> asyncio.Task[PrefillReply]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from pools.engine_key import ENGINE_KEY_HEADER
 from pools.errors import ReplicaLostError
 
 _HIGH_WATER_BYTES = 256 * 1024
 _IDLE_CONNECTION_S = 60.0
 """Shorter than the engine's keep-alive, so that a pooled connection is never closed under a request."""
+_MAX_KEYS = 4096
 
 Chunk = bytes
 
@@ -255,18 +257,27 @@ class _Connection(asyncio.Protocol):
 class Upstream:
     """The connections to one engine."""
 
-    def __init__(self, url: str, *, connect_timeout_s: float) -> None:
+    def __init__(self, url: str, *, connect_timeout_s: float, key: str | None = None) -> None:
+        """`key`: what its engine asks for; None where it asks for nothing."""
         parts = urlsplit(url)
         assert parts.hostname and parts.port, url
         self.url = url
         self._host = parts.hostname
         self._port = parts.port
         self._authority = parts.netloc.encode()
+        self._fixed = b""
+        self.set_key(key)
         self._connect_timeout_s = connect_timeout_s
         self._idle: list[_Connection] = []
         self._active: set[Exchange] = set()
         self._connections: set[_Connection] = set()
         self._closed = False
+
+    def set_key(self, key: str | None) -> None:
+        """Send this key with every further request."""
+        self._fixed = b"host: %b\r\n" % self._authority
+        if key is not None:
+            self._fixed += b"%b: %b\r\n" % (ENGINE_KEY_HEADER.encode(), key.encode("ascii"))
 
     async def open(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -274,7 +285,7 @@ class Upstream:
         """Send a request; the response is the exchange's. Raises ReplicaLostError, unsent, when it cannot connect."""
         connection = self._pop_idle() or await self._connect()
         exchange = Exchange(self.url, asyncio.get_running_loop())
-        lines = [b"%s %s HTTP/1.1\r\nhost: %s\r\n" % (method.encode(), path.encode(), self._authority)]
+        lines = [b"%s %s HTTP/1.1\r\n%b" % (method.encode(), path.encode(), self._fixed)]
         for name, value in (headers or {}).items():
             lines.append(b"%s: %s\r\n" % (name.encode("latin-1"), value.encode("latin-1")))
         if body or method != "GET":
@@ -330,6 +341,12 @@ class Upstream:
         for connection in [c for c in self._idle if now - c.idle_since > _IDLE_CONNECTION_S]:
             self._idle.remove(connection)
             connection.abandon()
+
+    def fail(self, error: ReplicaLostError) -> None:
+        """Fail every exchange that is not over."""
+        for exchange in list(self._active):
+            # One each: a traceback grows with every place that raises it.
+            exchange.fail(ReplicaLostError(str(error), sent=error.sent, gone=error.gone))
 
     def close(self) -> None:
         """Close idle connections now and the others when their exchange ends."""
@@ -388,12 +405,33 @@ class Upstreams:
             "stall_timeout_s": stall_timeout_s,
         }
         self._by_url: dict[str, Upstream] = {}
+        # Also of engines that are not in use any more: one that drains is still told what to give up.
+        self._keys: OrderedDict[str, str] = OrderedDict()
+
+    def set_key(self, url: str, key: str | None) -> None:
+        """Send this key to the engine at `url`."""
+        if self._keys.get(url) == key:
+            return
+        self._keys.pop(url, None)
+        if key is not None:
+            self._keys[url] = key
+            if len(self._keys) > _MAX_KEYS:
+                self._keys.popitem(last=False)
+        if (upstream := self._by_url.get(url)) is not None:
+            upstream.set_key(key)
 
     def get(self, url: str) -> Upstream:
         upstream = self._by_url.get(url)
         if upstream is None:
-            upstream = self._by_url[url] = Upstream(url, connect_timeout_s=self._connect_timeout_s)
+            upstream = self._by_url[url] = Upstream(
+                url, connect_timeout_s=self._connect_timeout_s, key=self._keys.get(url)
+            )
         return upstream
+
+    def fail(self, url: str, error: ReplicaLostError) -> None:
+        """Fail what is under way with one engine, so that it can go on elsewhere; a later request is tried again."""
+        if (upstream := self._by_url.get(url)) is not None:
+            upstream.fail(error)
 
     def retain(self, urls: set[str]) -> None:
         """Forget engines that are not in `urls`; running exchanges finish."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class ReplicaInfo:
     """Where Mooncake's bootstrap server of a prefill engine answers; None with another transport."""
     lmcache_http_url: str | None = None
     """HTTP API of the LMCache server that its engine uses: status and metrics. None without one, or when unknown."""
+    kv_fit: str = ""
+    """Equal for replicas whose engines compute and lay out KV alike; see `pools.kv_fit`."""
+    secret: str | None = field(default=None, repr=False)
+    """Key that its private HTTP asks for. In no log and in no answer of the gateway."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class ReplicaView:
     """Legs this gateway has running there."""
     last_chosen: int
     """Sequence number of the last decision that took it; 0 before the first."""
+    local_prefill_tokens: int = 0
+    """Prompt tokens that it computes for this gateway without a hand-off."""
+    slow: bool = False
+    """It works, but far slower than the best of its pool."""
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,11 @@ class Client:
     def handoffs(
         self,
         *,
+        gateway: str | None = None,
         outcome: str | None = None,
         replica: str | None = None,
         request_id: str | None = None,
+        tenant: str | None = None,
         since: float | None = None,
         limit: int | None = None,
     ) -> Handoffs:
@@ -71,16 +73,27 @@ class Client:
         With several gateway replicas the answer is that of the one which got the request.
 
         Args:
+            gateway: `own`, which is the default, or `other`: what that replica heard of all others' hand-offs, such as
+                those of a gateway that has died.
             outcome: `open`, `consumed`, `released`, `rescued`, `expired` or `failed`; or `stored` or `reused`.
             replica: id of a replica on either side.
             request_id: id of one request.
+            tenant: whose API key the requests came with.
             since: unix seconds; only what was produced at that time or later.
             limit: records at most, 0 to 10,000; the server's own limit is 100.
 
         Raises:
             APIStatusError: 400 a filter that the server does not know, 401 and 403 key trouble.
         """
-        call = wire.list_handoffs(outcome=outcome, replica=replica, request_id=request_id, since=since, limit=limit)
+        call = wire.list_handoffs(
+            gateway=gateway,
+            outcome=outcome,
+            replica=replica,
+            request_id=request_id,
+            tenant=tenant,
+            since=since,
+            limit=limit,
+        )
         return wire.read_handoffs(self._send(call), call)
 
     def pool(self, name: str) -> PoolHandle:
@@ -203,14 +216,24 @@ class AsyncClient:
     async def handoffs(
         self,
         *,
+        gateway: str | None = None,
         outcome: str | None = None,
         replica: str | None = None,
         request_id: str | None = None,
+        tenant: str | None = None,
         since: float | None = None,
         limit: int | None = None,
     ) -> Handoffs:
         """As `Client.handoffs`."""
-        call = wire.list_handoffs(outcome=outcome, replica=replica, request_id=request_id, since=since, limit=limit)
+        call = wire.list_handoffs(
+            gateway=gateway,
+            outcome=outcome,
+            replica=replica,
+            request_id=request_id,
+            tenant=tenant,
+            since=since,
+            limit=limit,
+        )
         return wire.read_handoffs(await self._send(call), call)
 
     def pool(self, name: str) -> AsyncPoolHandle:

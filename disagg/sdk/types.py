@@ -24,8 +24,11 @@ class Replica(_Answer):
     """Name that KV transfers know its engine by."""
     incarnation: int | str | None = None
     """Changes when the engine behind the same name is a new one."""
-    state: Literal["warming", "routable", "draining", "unreachable"] | str
-    """Only `routable` replicas get requests."""
+    state: Literal["warming", "routable", "slow", "quarantined", "draining", "unreachable"] | str
+    """Only `routable` replicas get requests, and `slow` ones where there is no other. `quarantined` ones hang."""
+    reason: str | None = None
+    """Why it is in that state, in a word: `hang`, `probe_failed`, `listener` or `unanswered` when quarantined,
+    `crash_loop` when its pool lost several replicas and it has to stay well for a while first."""
     url: str | None = None
     """Address of its private HTTP server."""
     pid: int | None = None
@@ -80,6 +83,8 @@ class HandoffRecord(_Answer):
     """Name that the gateway gave it."""
     request_id: str | None = None
     """The request it belongs to; None when the gateway does not remember that."""
+    tenant: str | None = None
+    """Whose API key the request came with; None where clients need none."""
     prefill: HandoffReplica = HandoffReplica()
     """The replica that computed the KV."""
     decode: HandoffReplica | None = None

@@ -95,14 +95,24 @@ def scale_pool(name: str, num_replicas: int) -> Call:
 
 def list_handoffs(
     *,
+    gateway: str | None = None,
     outcome: str | None = None,
     replica: str | None = None,
     request_id: str | None = None,
+    tenant: str | None = None,
     since: float | None = None,
     limit: int | None = None,
 ) -> Call:
     """Asks for the ledger of hand-offs. What is None does not filter."""
-    given = {"outcome": outcome, "replica": replica, "request_id": request_id, "since": since, "limit": limit}
+    given = {
+        "gateway": gateway,
+        "outcome": outcome,
+        "replica": replica,
+        "request_id": request_id,
+        "tenant": tenant,
+        "since": since,
+        "limit": limit,
+    }
     query = urlencode({name: value for name, value in given.items() if value is not None})
     return Call("GET", f"/admin/v1/handoffs?{query}" if query else "/admin/v1/handoffs")
 

@@ -22,6 +22,7 @@ from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDetokenizer
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -31,6 +32,7 @@ __all__ = [
     "StatLoggerBase",
     "VLLMValidationError",
     "VllmEngineDeadError",
+    "incremental_detokenizer",
     "init_app_state",
     "settle_request",
     "split_args",
@@ -50,6 +52,29 @@ def split_args(arguments: Mapping[str, Any]) -> tuple[AsyncEngineArgs, argparse.
     frontend = FrontendArgs(**{k: v for k, v in arguments.items() if k in frontend_names})
     engine_args = AsyncEngineArgs(**{k: v for k, v in arguments.items() if k not in frontend_names})
     return engine_args, argparse.Namespace(**(vars(frontend) | vars(engine_args)))
+
+
+def incremental_detokenizer(
+    tokenizer: Any, prompt_token_ids: list[int], *, skip_special_tokens: bool, spaces_between_special_tokens: bool
+) -> BaseIncrementalDetokenizer:
+    """What makes text of a request's tokens in the engine: the same text for the same tokens after the same prompt."""
+    params = SamplingParams(
+        skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
+    )
+    request = EngineCoreRequest(
+        request_id="texts",
+        prompt_token_ids=prompt_token_ids,
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+    assert isinstance(detokenizer, BaseIncrementalDetokenizer)
+    return detokenizer
 
 
 async def vllm_app(engine: AsyncLLM, args: argparse.Namespace) -> Any:

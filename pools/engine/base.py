@@ -84,6 +84,8 @@ class EngineStats:
     """Bytes this (prefill) engine wrote into decode engines over Mooncake."""
     mooncake_num_failed_transfers_total: int = 0
     """Writes that failed on this (prefill) engine, or hand-offs whose KV did not come to this (decode) engine."""
+    num_steps_total: int = 0
+    """Steps that the engine has reported, also those that finished nothing; 0 from an engine that does not tell."""
     num_requests_kv_fetch_waiting_to_start: int = 0
     """Requests on this (decode) engine whose KV is elsewhere and whose fetch has not begun. A gauge."""
 
@@ -140,9 +142,16 @@ class Engine(Protocol):
         ...
 
     async def probe(
-        self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        kv_transfer_params: KVTransferParams | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> ProbeResult:
-        """Run one token through the engine itself. Raises EngineDeadError when it is gone."""
+        """Run one token through the engine itself. Raises EngineDeadError when it is gone.
+
+        `cache_salt`: whose caches it uses and fills, as in a request.
+        """
         ...
 
     async def reset_prefix_cache(self) -> bool:

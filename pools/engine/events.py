@@ -46,6 +46,11 @@ class EventLog:
         self._newest = 0
         self._waiting: asyncio.Event | None = None
 
+    @property
+    def newest(self) -> int:
+        """Number of the last event; 0 before the first."""
+        return self._newest
+
     def append(self, event: Event) -> None:
         self._events.append(event)
         self._newest += 1

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from pools.config import FakeEngineConfig
@@ -160,12 +160,21 @@ class FakeEngine:
         return self._kv.reset_cache()
 
     async def probe(
-        self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        kv_transfer_params: KVTransferParams | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> ProbeResult:
         """As the protocol says; also raises HandoffRefusedError for parameters that were used before."""
         generation = wire.parse(
             "completion",
-            {"prompt": list(prompt_token_ids), "max_tokens": 1, "kv_transfer_params": kv_transfer_params},
+            {
+                "prompt": list(prompt_token_ids),
+                "max_tokens": 1,
+                "kv_transfer_params": kv_transfer_params,
+                "cache_salt": cache_salt,
+            },
             model_id=self._model_id,
             max_model_len=self._max_model_len,
         )
@@ -446,6 +455,8 @@ class FakeEngine:
             choice = Answer(tokens, texts, "stop" if ended else "length", None)
             if cut := wire.cut_at_stop(texts, generation.stop):
                 choice = Answer(tokens[: len(cut[0])], cut[0], "stop", cut[1])
+            streamed = wire.held_back(texts[: len(choice.texts)], "".join(choice.texts), generation.stop)
+            choice = replace(choice, texts=streamed)
             answers += [choice] * generation.n
         return answers
 
@@ -512,7 +523,7 @@ def _body(payload: bytes) -> dict[str, Any]:
 
 
 async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
-    await _send(send, status, _JSON, json.dumps(body).encode())
+    await _send(send, status, _JSON, json.dumps(body, separators=(",", ":")).encode())
 
 
 async def _send(send: Send, status: int, content_type: tuple[bytes, bytes], payload: bytes) -> None:

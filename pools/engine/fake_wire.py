@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from pools.engine.base import EngineStats, KVTransferParams
@@ -211,6 +212,18 @@ def cut_at_stop(texts: Sequence[str], stop: Sequence[str]) -> tuple[list[str], s
         if offset >= end:
             break
     return cut, item
+
+
+def held_back(texts: Sequence[str], text: str, stop: Sequence[str]) -> list[str]:
+    """What each token adds to a stream: what may be the beginning of a stop string waits for the next ones.
+
+    Args:
+        texts: of each token.
+        text: the whole answer, which a stop string may have cut.
+    """
+    keep = max(map(len, stop), default=1) - 1
+    ends = [max(0, end - keep) for end in accumulate(map(len, texts))]
+    return [text[start:end] for start, end in pairwise([0, *ends[:-1], len(text)])]
 
 
 class Framing:

@@ -172,7 +172,11 @@ class VllmEngine:
             raise EngineDeadError("EngineCore is gone") from exc
 
     async def probe(
-        self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        kv_transfer_params: KVTransferParams | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> ProbeResult:
         if kv_transfer_params:
             # With this key vLLM reports what the prefill engine had cached, not what arrived here.
@@ -185,6 +189,8 @@ class VllmEngine:
             extra_args={"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None,
         )
         prompt = TokensPrompt(prompt_token_ids=list(prompt_token_ids))
+        if cache_salt is not None:
+            prompt["cache_salt"] = cache_salt
         output: Any = None
         try:
             async for latest in self._running().generate(prompt, params, f"probe-{uuid.uuid4().hex}"):

@@ -42,7 +42,7 @@ _OFFLOAD = {
 }
 """Counter of OffloadingConnector -> ours."""
 _TOTALS = (
-    *("prompt_tokens", "prompt_tokens_computed", "generation_tokens", "num_preemptions"),
+    *("prompt_tokens", "prompt_tokens_computed", "generation_tokens", "num_preemptions", "num_steps"),
     *_SOURCES.values(),
     *_TRANSFER_BYTES.values(),
     *dict.fromkeys(name for cases in _TRANSFER_CASES.values() for name in cases),
@@ -71,6 +71,7 @@ class Tally:
             totals["num_preemptions"] += iteration_stats.num_preempted_reqs
         if scheduler_stats is None:
             return
+        totals["num_steps"] += 1
         self._running = scheduler_stats.num_running_reqs
         self._waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         self._kv_fetch_waiting_to_start = scheduler_stats.num_kv_fetch_reqs_by_stage.get("waiting_to_start", 0)

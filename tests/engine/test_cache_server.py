@@ -115,28 +115,19 @@ async def test_the_http_api_answers_the_node_alone(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_server_whose_queue_is_dead_is_replaced() -> None:
-    """One malformed message ends LMCache's queue thread while `/healthcheck` stays 200; the probe notices."""
+    """One malformed message ends LMCache's queue thread while `/healthcheck` stays 200; what Python writes about it is
+    noticed sooner than a probe could be missed."""
     async with _running(_server()) as server:
         first = _pid(server)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket_:
             socket_.linger = 1000
             socket_.connect(server.address.url)
             socket_.send(b"x")
-            await _until(lambda: _is_silent(server.address.url), 10)
-            code, _ = await http_get(f"{server.address.http_url}/healthcheck", timeout_s=5)
-            assert code == 200
-            await _until(lambda: server.status()["num_restarts"] == 1, 30)
+            # One missed probe takes 3 s, and four are waited for.
+            await _until(lambda: server.status()["num_restarts"] == 1, 4)
         await _until(lambda: server.status()["healthy"], BACK_S)
         assert _pid(server) != first
         assert await ask(server.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
-
-
-async def _is_silent(url: str) -> bool:
-    try:
-        await ask(url, GET_CHUNK_SIZE, timeout_s=1)
-    except TimeoutError:
-        return True
-    return False
 
 
 async def test_a_server_that_cannot_start_says_why() -> None:

@@ -30,7 +30,7 @@ from pools.config import FakeEngineConfig
 from pools.engine import fake_wire
 from pools.engine.base import ASGIApp, KVTransferParams, Message, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.fake import FakeEngine
-from pools.engine.fake_text import NUM_WORDS, WORD_BASE
+from pools.engine.fake_text import NUM_WORDS, WORD_BASE, word
 from pools.engine.fake_tiers import FakeSharedCache
 from pools.http import EngineServer
 from transport.errors import DisaggError
@@ -79,6 +79,20 @@ class Seen:
     body: Any
 
 
+def respond(status: int, body: bytes = b'{"error": {"message": "x", "code": 1}}') -> Hook:
+    """Answer every completion so."""
+
+    async def hook(scope: Scope, receive: Receive, send: Send) -> bool:
+        if "completions" not in scope["path"]:
+            return False
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        return True
+
+    return hook
+
+
 class WatchedEngine(FakeEngine):
     """A fake engine that remembers what it was asked, and fails on request."""
 
@@ -88,6 +102,7 @@ class WatchedEngine(FakeEngine):
         self.aborts: list[str] = []
         self.settled: list[str] = []
         self.probes: list[list[int]] = []
+        self.probe_salts: list[str | None] = []
         self.hook: Hook | None = None
 
     @property
@@ -114,10 +129,15 @@ class WatchedEngine(FakeEngine):
         return [event["outcome"] for event in self.happened("ended")]
 
     async def probe(
-        self, prompt_token_ids: Sequence[int], kv_transfer_params: KVTransferParams | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        kv_transfer_params: KVTransferParams | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> ProbeResult:
         self.probes.append(list(prompt_token_ids))
-        return await super().probe(prompt_token_ids, kv_transfer_params)
+        self.probe_salts.append(cache_salt)
+        return await super().probe(prompt_token_ids, kv_transfer_params, cache_salt=cache_salt)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -168,8 +188,11 @@ class Replica:
     def _make(self) -> None:
         number = next(_numbers)
         self.incarnation = f"incarnation-{number}"
+        self.key = f"key-{number}"
         self.engine = WatchedEngine(f"engine-{number}", self.pool, self._config, model_id=MODEL, **self._options)
-        self.server = EngineServer(self.engine, role=self.pool, host="127.0.0.1", incarnation=self.incarnation)
+        self.server = EngineServer(
+            self.engine, role=self.pool, host="127.0.0.1", incarnation=self.incarnation, key=self.key
+        )
 
     async def start(self) -> None:
         await self.engine.start()
@@ -212,6 +235,7 @@ class Replica:
             block_size=self._config.block_size,
             vocab_size=WORD_BASE + NUM_WORDS,
             bootstrap_url=self.engine.bootstrap_url,
+            secret=self.key,
         )
 
     @property
@@ -235,6 +259,9 @@ class StubRenderer:
         except Exception:
             return None
         return [list(prompt) for prompt in parsed.prompts]
+
+    async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+        return [word(token_id) for token_id in token_ids]
 
 
 class StubScaler:

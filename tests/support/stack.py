@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,10 +25,12 @@ import yaml
 
 from disagg.sdk.client import Client
 from pools.config import CpuConfig
+from pools.engine_key import ENGINE_KEY_HEADER
 from pools.launch import HOST_WORKER_EXTENSION, engine_env
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
+ENGINE_KEY_FILE = ROOT / ".cache" / "engine-key"
 ENGINE_KWARGS: dict[str, Any] = {
     "max_model_len": 4096,
     "max_num_seqs": 32,
@@ -51,6 +54,11 @@ def tiny_model() -> Path:
     if not (path / "config.json").exists():
         write_tiny_model(path)
     return path
+
+
+def engine_headers() -> dict[str, str]:
+    """What a request to an engine of `running` has to bring; without an effect on one of `engine_process`."""
+    return {ENGINE_KEY_HEADER: ENGINE_KEY_FILE.read_text().strip()}
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, poll_s: float = 0.1) -> float:
@@ -83,7 +91,11 @@ class Stack:
         with self.client() as client:
             pools = client.pools()
         return {
-            pool.name: [httpx.get(f"{r.url}/disagg/v1/stats", timeout=10).json() for r in pool.replicas if r.url]
+            pool.name: [
+                httpx.get(f"{r.url}/disagg/v1/stats", headers=engine_headers(), timeout=10).json()
+                for r in pool.replicas
+                if r.url
+            ]
             for pool in pools
         }
 
@@ -110,13 +122,20 @@ class Stack:
 
 
 def write_config(source: Path, *, name: str, port: int, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """A copy of a shipped config with another port, the tiny model's absolute path and `change` applied."""
+    """A copy of a shipped config with another port, the tiny model's absolute path and `change` applied.
+
+    Its engines ask for a key that the tests know, see `engine_headers`.
+    """
     config = yaml.safe_load(source.read_text())
     config.setdefault("http_options", {})["port"] = port
     args = config["applications"][0]["args"]
     args["model"]["source"] = str(tiny_model())
     args["model"]["engine_kwargs"] = {**args["model"].get("engine_kwargs", {}), **ENGINE_KWARGS}
     args["gateway"] = {**args.get("gateway", {}), "admin": {"key_file": str(ROOT / ".cache" / "admin-key")}}
+    if not ENGINE_KEY_FILE.exists():
+        ENGINE_KEY_FILE.parent.mkdir(exist_ok=True)
+        ENGINE_KEY_FILE.write_text(secrets.token_urlsafe(32) + "\n")
+    args["engine_key_file"] = str(ENGINE_KEY_FILE)
     if change is not None:
         change(config)
     path = BUILD / f"{name}.yaml"
@@ -148,7 +167,7 @@ def running(
         def ready() -> bool:
             if process.poll() is not None:
                 raise RuntimeError("disagg serve ended:\n" + "\n".join(stack.output[-30:]))
-            return _is_warm(stack.url)
+            return is_warm(stack.url)
 
         wait_until(ready, timeout_s, f"{name} serves with every pair warm; see {log}", 0.25)
         stack.admin_key = (ROOT / ".cache" / "admin-key").read_text().strip()
@@ -170,7 +189,8 @@ def _collect(process: subprocess.Popen[bytes], lines: list[str], log: BinaryIO |
         lines.append(line.decode(errors="replace").rstrip("\n"))
 
 
-def _is_warm(url: str) -> bool:
+def is_warm(url: str) -> bool:
+    """Whether the application at `url` serves and every pair has moved KV."""
     import httpx
 
     try:

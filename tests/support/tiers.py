@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from tests.support.answers import Answer, Case, ask_all, difference
-from tests.support.stack import BUILD, Stack, aggregated_engine, wait_until
+from tests.support.stack import BUILD, Stack, aggregated_engine, engine_headers, wait_until
 
 CHUNK = 256
 """Tokens of an LMCache chunk, and two KV blocks of the CPU engine."""
@@ -131,7 +131,7 @@ def reset_caches(stack: Stack) -> None:
     for url in replica_urls(stack):
 
         def done(url: str = url) -> bool:
-            answer = httpx.post(f"{url}/disagg/v1/reset_prefix_cache", json={}, timeout=30)
+            answer = httpx.post(f"{url}/disagg/v1/reset_prefix_cache", json={}, headers=engine_headers(), timeout=30)
             answer.raise_for_status()
             return bool(answer.json()["reset"])
 
@@ -204,8 +204,9 @@ def orphan(stack: Stack, chosen: Sequence[Sequence[int]], transport: str = "nixl
         if transport == "mooncake":
             params["transfer_id"] = handoff_id
         body = {"model": "tiny", "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-        httpx.post(f"{url}/v1/completions", json={**body, "kv_transfer_params": params}, timeout=60).raise_for_status()
-        httpx.post(f"{url}/disagg/v1/settle", json={"handoff_ids": [handoff_id]}, timeout=60).raise_for_status()
+        leg, settle = {**body, "kv_transfer_params": params}, {"handoff_ids": [handoff_id]}
+        for path, sent in (("/v1/completions", leg), ("/disagg/v1/settle", settle)):
+            httpx.post(url + path, json=sent, headers=engine_headers(), timeout=60).raise_for_status()
 
     def stored() -> bool:
         return set(ids) <= {e["id"] for e in events(url) if e["kind"] == "rescued"}
@@ -218,7 +219,8 @@ def events(url: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     after = 0
     while True:
-        answer = httpx.get(f"{url}/disagg/v1/events", params={"after": after, "wait_s": 0}, timeout=30).json()
+        query = {"after": after, "wait_s": 0}
+        answer = httpx.get(f"{url}/disagg/v1/events", params=query, headers=engine_headers(), timeout=30).json()
         if not answer["events"]:
             return found
         found += answer["events"]

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import mooncake_connector as vllm_mooncake
 
 from transport.in_engine import mooncake_fit
+from transport.in_engine.mooncake_door import BootstrapServer, DoorContext
 from transport.in_engine.mooncake_metrics import MooncakePromMetrics
 from transport.in_engine.mooncake_receiver import Receiving
 from transport.in_engine.mooncake_scheduler import Scheduler
@@ -27,9 +28,27 @@ mooncake_fit.check()
 class Worker(Sending, Receiving):
     """Both halves; an engine uses the one of its role."""
 
+    async_zmq_ctx: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _device_index():
             super().__init__(*args, **kwargs)
+        # Nothing has been opened in vLLM's yet: its side channel comes with `register_kv_caches`.
+        self.async_zmq_ctx.term()
+        self.async_zmq_ctx = DoorContext()
+        self._bootstrap_server: BootstrapServer | None = None
+        if not self.is_kv_consumer and self.tp_rank == 0 and self.pp_rank == 0:
+            host, port = vllm_mooncake.get_mooncake_bootstrap_addr(self.vllm_config)
+            self._bootstrap_server = BootstrapServer(
+                host, port, engine_id=self.engine_id, tp_size=self.tp_size, pp_size=self.pp_size
+            )
+            self._bootstrap_server.start()
+
+    def shutdown(self) -> None:
+        """As vLLM's, which does not know our bootstrap server."""
+        super().shutdown()
+        if (server := getattr(self, "_bootstrap_server", None)) is not None:
+            server.shutdown()
 
 
 class MooncakeConnector(vllm_mooncake.MooncakeConnector):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import mooncake_connector as vllm_mooncake
+from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import mooncake_utils
 
 _Scheduler = vllm_mooncake.MooncakeConnectorScheduler
 _Worker = vllm_mooncake.MooncakeConnectorWorker
@@ -43,7 +44,25 @@ _EXPECTED: tuple[tuple[object, tuple[str, ...]], ...] = (
     ),
     (_Worker.record_send_reqs, ("send_meta.ready.set()", "self.reqs_need_send.pop(transfer_id)")),
     (_Worker.fetch_finished_sending_reqs, ("self.finished_sending_reqs = set()", "record_kv_expired_req()")),
-    (_Worker._mooncake_sender_listener, ("for _ in range(self.num_sender_tasks)",)),
+    (
+        _Worker._mooncake_sender_listener,
+        (
+            "for _ in range(self.num_sender_tasks)",
+            "sock = self.async_zmq_ctx.socket(zmq.ROUTER)",
+            'sock.bind_to_random_port(f"tcp://{self.hostname}")',
+            "identity, metadata_bytes = await sock.recv_multipart()",
+        ),
+    ),
+    (_Worker.shutdown, ("self.async_zmq_ctx.term()",)),
+    (
+        vllm_mooncake.should_launch_bootstrap_server,
+        ('kv_config.get_from_extra_config("bootstrap_server_address", None) is not None', "return False"),
+    ),
+    (vllm_mooncake.get_mooncake_bootstrap_addr, ("host, port = split_host_port(address)",)),
+    (
+        mooncake_utils.MooncakeBootstrapServer,
+        ('self.app.post("/register")(self.register_worker)', "self._socket.close()", "self.server.should_exit = True"),
+    ),
     (
         _Worker.receive_kv_from_single_worker,
         ("self.process_pulling_result(response, pull_metas)", "self._handle_failed_recv("),

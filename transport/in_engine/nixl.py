@@ -17,7 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPull
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
+from transport.in_engine import nixl_listener
 from transport.in_engine.protocols import Ended
+
+nixl_listener.check()
 
 
 class NixlConnector(NixlPullConnector):
@@ -104,6 +107,9 @@ class NixlScheduler(NixlPullConnectorScheduler):
     vLLM sends the producer an empty notification, which looks there like any other reader's. The gateway settles the
     hand-off at the producer instead, so that it counts as released.
     """
+
+    # vLLM's thread calls it with its own arguments.
+    _nixl_handshake_listener = staticmethod(nixl_listener.listen)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -46,6 +46,7 @@ def base(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "key").write_text("secret\n")
     (tmp_path / "empty").write_text("\n")
     return {
+        "http_options": {"host": "127.0.0.1"},
         "applications": [
             {
                 "name": "disagg",
@@ -59,7 +60,7 @@ def base(tmp_path: Path) -> dict[str, Any]:
                 },
                 "deployments": [{"name": name, "num_replicas": 1} for name in ("gateway", "prefill", "decode")],
             }
-        ]
+        ],
     }
 
 
@@ -382,10 +383,15 @@ BAD: dict[str, Case] = {
         f"{A}.shared_cache.server.http_url",
         "http://",
     ),
+    "engine that is replaced before it is suspect": (
+        args(decode__hang_after_s=20),
+        f"{A}.decode.hang_after_s",
+        "less than health_probe_timeout_s (20); lower it, or raise health_probe_timeout_s",
+    ),
     "server that may block for as long as a probe of prefill": (
-        args(shared_cache={"mq_timeout_s": 16}),
+        args(shared_cache={"mq_timeout_s": 11}),
         f"{A}.shared_cache.mq_timeout_s",
-        "15 or less, half of prefill.health_probe_timeout_s; lower it, or raise prefill.health_probe_timeout_s",
+        "10 or less, half of prefill.health_probe_timeout_s; lower it, or raise prefill.health_probe_timeout_s",
     ),
     "server that may block for as long as a probe of decode": (
         args(shared_cache={"mq_timeout_s": 10}, decode__health_probe_timeout_s=19.9),
@@ -471,7 +477,7 @@ def test_good(base: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        args(shared_cache={"mq_timeout_s": 15}),
+        args(shared_cache={"mq_timeout_s": 10}),
         args(shared_cache={"mq_timeout_s": 40}, prefill__health_probe_timeout_s=80, decode__health_probe_timeout_s=80),
         args(offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv2"})),
     ],
@@ -581,7 +587,7 @@ def test_tiers_are_shown(base: dict[str, Any], tmp_path: Path) -> None:
     """A sound config with every tier has no problems; the report has sizes, tokens and the server's command."""
     TIERS(base)
     pool(2, num_replicas=2)(base)
-    report = check(base, tmp_path, environment={"KV_PASSWORD": "secret"})
+    report = check(base, tmp_path, environment={"KV_PASSWORD": "hunter-2"})
     assert report.problems == ()
     offload, shared = report.tiers
     assert (offload.name, offload.gib_each, offload.gib_total) == ("offload", 1.5, 4.5)
@@ -592,7 +598,7 @@ def test_tiers_are_shown(base: dict[str, Any], tmp_path: Path) -> None:
     assert f"L2 0: fs path={tmp_path}/kv/l2" in text
     assert "--port <free port> --http-host" in text and "--http-port 8080" in text
     assert '"lmcache.mp.port": "<free port>"' in text
-    assert "secret" not in text + json.dumps(report.as_dict())
+    assert "hunter-2" not in text + json.dumps(report.as_dict())
     assert [tier["name"] for tier in report.as_dict()["tiers"]] == ["offload", "shared_cache"]
 
 

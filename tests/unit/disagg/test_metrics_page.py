@@ -13,11 +13,12 @@ from typing import get_args
 import pytest
 
 from disagg import docs
-from disagg.gateway.engine_metrics import ENGINE_METRICS
+from disagg.gateway.engine_metrics import ENGINE_METRICS, SERVER_METRICS
+from disagg.gateway.hedging import Outcome
 from disagg.gateway.ledger import TOTALS
 from disagg.gateway.legs import Endpoint, Mode, Store
 from disagg.gateway.membership import POOLS
-from disagg.gateway.metrics import AMOUNTS, TIERS, Metrics
+from disagg.gateway.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
 from disagg.metrics_page import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo, metrics
 from pools.engine.base import EngineStats
 
@@ -68,7 +69,13 @@ def test_label_values_are_those_of_the_code() -> None:
     used["disagg_handoff_bytes", "outcome"] |= set(AMOUNTS)
     used["disagg_stores", "store"] |= set(get_args(Store))
     used["disagg_tier_degraded", "tier"] |= set(TIERS)
-    for metric in ENGINE_METRICS:
+    used["disagg_hedges", "outcome"] |= set(get_args(Outcome))
+    used["disagg_foreign_handoffs", "outcome"] |= set(TOTALS)
+    used["disagg_quarantines", "pool"] |= set(POOLS)
+    used["disagg_crash_loops", "pool"] |= set(POOLS)
+    used["disagg_quarantines", "reason"] |= set(QUARANTINES)
+    used["disagg_resumes", "outcome"] |= words_of("resuming.py", "_give_up")
+    for metric in (*ENGINE_METRICS, *SERVER_METRICS):
         used[metric.family, "pool"] |= set(POOLS)
     documented = {(family, label): set(v) for family, of in LABEL_VALUES.items() for label, v in of.items() if v}
     assert {key: words for key, words in used.items() if words} == documented
@@ -94,7 +101,8 @@ def test_check_says_which_page_is_stale(
 
 
 def reasons_in_code() -> set[str]:
-    """Words of local routes in `legs`, of `PrefillFailed`, and those that `handoff` passes on, returns or counts."""
+    """Words of local routes in `legs`, of `PrefillFailed`, and those that `handoff` passes on and `prefilling`
+    returns or counts."""
     found: set[str] = set()
     for call in calls(parsed("legs.py"), "Route"):
         mode, *reason = call.args
@@ -103,13 +111,13 @@ def reasons_in_code() -> set[str]:
     for path in GATEWAY.glob("transfer*.py"):
         for call in calls(parsed(path.name), "PrefillFailed"):
             found |= words(*call.args[:1])
-    tree = parsed("handoff.py")
-    for call in calls(tree, "_local"):
+    for call in calls(parsed("handoff.py"), "_local"):
         found |= words(*call.args[1:2])
+    tree = parsed("prefilling.py")
     for call in calls(tree, "local_prefill"):
         found |= words(*call.args[:1])
     for function in ast.walk(tree):
-        if isinstance(function, ast.AsyncFunctionDef) and function.name == "_tried":
+        if isinstance(function, ast.AsyncFunctionDef) and function.name == "tried":
             for statement in ast.walk(function):
                 if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Constant | ast.IfExp):
                     found |= words(statement.value)
@@ -130,6 +138,11 @@ def label_words_in_code() -> defaultdict[tuple[str, str], set[str]]:
             for label, argument in zip(info.labels, call.args, strict=True):
                 found[info.family, label] |= words(argument)
     return found
+
+
+def words_of(file: str, function: str) -> set[str]:
+    """First arguments of the calls of one function in one file of the gateway."""
+    return {word for call in calls(parsed(file), function) for word in words(*call.args[:1])}
 
 
 def parsed(name: str) -> ast.Module:

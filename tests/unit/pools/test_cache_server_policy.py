@@ -47,6 +47,18 @@ def test_a_server_that_dies_after_a_long_life_is_restarted_at_once() -> None:
     assert life.num_restarts == 1
 
 
+def test_a_server_that_says_it_is_silent_is_killed_at_once() -> None:
+    """No further probe is waited for, whether it was healthy or not; its successor starts afresh."""
+    never = Life()
+    never.started(0.0)
+    for life in (_healthy(), never):
+        life.silenced()
+        assert life.step(0.1) == "kill"
+        life.died(0.1)
+        life.started(1.0)
+        assert life.step(1.1) == "wait"
+
+
 def test_a_crash_loop_is_slowed_down_and_forgiven() -> None:
     """The first early death costs nothing, each further one doubles the wait, a long life ends it."""
     life, now, waits = Life(), 0.0, []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,8 @@ from pools.engine.base import Role
 from pools.engine.fake import FakeEngine
 from pools.http import EngineServer
 from pools.testing_client import open_request, request
+from tests.support.garbage import kinds, silence, still_open, throw
+from transport.bounded_http import HttpLimits
 
 
 @asynccontextmanager
@@ -105,3 +108,92 @@ async def test_there_is_no_release() -> None:
     """Giving back through a decode engine is no route."""
     async with served("decode") as (_, server):
         assert (await request("POST", f"{server.url}/disagg/v1/release", {"kv_transfer_params": {}})).status == 404
+
+
+async def test_a_drain_waits_for_gateways_that_may_still_send() -> None:
+    """It wakes their reads and ends once each has said that it is done, not before."""
+    async with served() as (_, server):
+        events = f"{server.url}/disagg/v1/events?after=0&wait_s=30&reader=g1"
+        reading = asyncio.create_task(request("GET", f"{events}&done=0"))
+        await until_polled(server)
+        draining = asyncio.create_task(server.drain(10))
+        assert (await asyncio.wait_for(reading, 2)).status == 200
+        await request("GET", f"{events}&done=0")
+        assert not draining.done()
+        await request("GET", f"{events}&done=1")
+        assert await asyncio.wait_for(draining, 2)
+
+
+async def test_a_drain_waits_for_nobody_who_is_gone() -> None:
+    """A gateway whose connection breaks says nothing more."""
+    async with served() as (_, server):
+        reading = asyncio.create_task(request("GET", f"{server.url}/disagg/v1/events?wait_s=30&reader=g1&done=0"))
+        await until_polled(server)
+        reading.cancel()
+        async with asyncio.timeout(2):
+            while server._polls:
+                await asyncio.sleep(0.005)
+        assert await asyncio.wait_for(server.drain(10), 2)
+
+
+async def test_a_drain_has_an_end() -> None:
+    """Only requests that are cut make it a failure."""
+    async with served() as (_, server):
+        await request("GET", f"{server.url}/disagg/v1/events?reader=g1&done=0")
+        assert await server.drain(0.1)
+
+
+async def test_the_last_events_are_read_before_the_end() -> None:
+    """A replica knows whether every gateway has taken its last event."""
+    async with served() as (engine, server):
+        events = f"{server.url}/disagg/v1/events?reader=g1&done=1"
+        await request("GET", f"{events}&after=0")
+        engine.events.append({"kind": "unread", "at": 1.0, "id": "g-1"})
+        assert not await server.told(0.1)
+        await request("GET", f"{events}&after=1")
+        assert await server.told(0.1)
+
+
+async def until_polled(server: EngineServer) -> None:
+    async with asyncio.timeout(2):
+        while not server._polls:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_probe_uses_the_caches_of_its_salt() -> None:
+    """What one salt's probe left is found with that salt and with no other; a salt that is none is refused."""
+    async with served("decode") as (_, server):
+
+        async def cached(salt: object) -> int:
+            body = {"prompt_token_ids": list(range(64)), "cache_salt": salt}
+            return int((await request("POST", f"{server.url}/disagg/v1/probe", body)).json()["num_cached_tokens"])
+
+        assert [await cached(salt) for salt in ("a", "a", "b", None, "b")] == [0, 48, 0, 0, 48]
+        for salt in ("", 1, ["a"]):
+            body = {"prompt_token_ids": [1], "cache_salt": salt}
+            assert (await request("POST", f"{server.url}/disagg/v1/probe", body)).status == 400
+
+
+async def test_the_private_port_survives_garbage_and_silence() -> None:
+    """Every kind of garbage and more silent connections than it takes: requests go on, and what was closed is told."""
+    engine = FakeEngine("e", "prefill", FakeEngineConfig(type="fake"), model_id="tiny")
+    await engine.start()
+    limits = HttpLimits(head_s=0.2, body_s=0.2, max_connections=20)
+    server = EngineServer(engine, role="prefill", host="127.0.0.1", incarnation="i1", limits=limits)
+    await server.start()
+    try:
+        port = int(server.url.rsplit(":", 1)[1])
+        for data in itertools.chain.from_iterable(kinds().values()):
+            await asyncio.to_thread(throw, "127.0.0.1", port, data, wait_s=0.01)
+        with silence("127.0.0.1", port, 60) as connections:
+            stats = (await request("GET", f"{server.url}/disagg/v1/stats")).json()
+            assert stats["num_requests_in_flight"] == 0
+            async with asyncio.timeout(5):
+                while still_open(connections):
+                    await asyncio.sleep(0.02)
+        closed = (await request("GET", f"{server.url}/disagg/v1/stats")).json()["num_connections_closed_total"]
+        assert closed >= 60
+        assert (await request("POST", f"{server.url}/disagg/v1/settle", {"handoff_ids": []})).status == 200
+    finally:
+        await server.stop()
+        await engine.shutdown()

@@ -30,6 +30,7 @@ def planned(role: str, **settings: object) -> EngineLaunch:
 def test_child(role: str, kv_role: str) -> None:
     """The child is our class under vLLM's name, in the engine's own role, and carries no second engine id."""
     config = planned(role, protocol="rdma", device_name="mlx5_0,mlx5_1", num_workers=8).kv_transfer_config
+    bootstrap = {"bootstrap_server_address": "10.0.0.5:8123"} if role == "prefill" else {}
     assert config["kv_connector_extra_config"]["connectors"] == [
         {
             "kv_connector": "MooncakeConnector",
@@ -40,6 +41,7 @@ def test_child(role: str, kv_role: str) -> None:
                 "mooncake_protocol": "rdma",
                 "device_name": "mlx5_0,mlx5_1",
                 "num_workers": 8,
+                **bootstrap,
             },
         }
     ]
@@ -48,15 +50,14 @@ def test_child(role: str, kv_role: str) -> None:
 
 
 def test_env() -> None:
-    """Both roles get address and limits; only a prefill engine has a bootstrap server."""
+    """Both roles get address and limits."""
     common = {
         "VLLM_HOST_IP": "10.0.0.5",
         "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": "45",
         "VLLM_MOONCAKE_CONNECTOR_TIMEOUT": "7",
     }
     settings = {"kv_lease_duration_s": 45, "connector_timeout_s": 7}
-    assert planned("decode", **settings).env == common
-    assert planned("prefill", **settings).env == common | {"VLLM_MOONCAKE_BOOTSTRAP_PORT": "8123"}
+    assert planned("decode", **settings).env == planned("prefill", **settings).env == common
 
 
 def test_rdma_needs_a_device() -> None:

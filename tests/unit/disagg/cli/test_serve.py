@@ -15,6 +15,7 @@ from disagg.cli import serve
 from disagg.cli.main import main
 from disagg.cli.processes import Process, belonging_to, mapped_by, parse_stat, process_table, remove_shared
 from disagg.cli.supervise import child_env, is_fatal, reason
+from disagg.gateway.api_keys import parse
 
 LOG = """\
 (ServeController pid=9) INFO 2026-11-21 22:57:48 controller 9 -- Adding 1 replica to Deployment(name='prefill').
@@ -44,6 +45,9 @@ def test_key_file(tmp_path: Path) -> None:
     assert len(key.strip()) >= 32
     assert not serve.ensure_key(file)
     assert file.read_text() == key
+    assert serve.ensure_key(tmp_path / "keys", name="default")
+    [(name, _)] = parse((tmp_path / "keys").read_text())
+    assert name == "default"
 
 
 def test_curl_survives_the_shell() -> None:
@@ -51,6 +55,7 @@ def test_curl_survives_the_shell() -> None:
     words = shlex.split(serve.curl("http://127.0.0.1:8000", "it's $HOME"))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "it's $HOME"
+    assert "Authorization: Bearer $API_KEY" in shlex.split(serve.curl("http://h:1", "m", needs_key=True))
 
 
 def test_progress() -> None:

@@ -149,7 +149,7 @@ async def test_states(stack: Stack) -> None:
     joined = Replica("prefill", "p1", FAST)
     await joined.start()
 
-    async def broken(*args: Any) -> Any:
+    async def broken(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("not yet")
 
     joined.engine.probe = broken  # type: ignore[method-assign,assignment]

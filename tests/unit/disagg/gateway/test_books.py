@@ -95,7 +95,15 @@ async def test_key_and_filters(config: GatewayConfig) -> None:
             reply = await stack.call("GET", f"/admin/v1/handoffs?{query}", None, HEADERS)
             assert (reply.status, reply.json()["error"]["param"]) == (400, param)
         document = (await stack.call("GET", "/openapi.json")).json()["paths"]["/admin/v1/handoffs"]["get"]
-        assert [p["name"] for p in document["parameters"]] == ["outcome", "replica", "request_id", "since", "limit"]
+        assert [p["name"] for p in document["parameters"]] == [
+            "outcome",
+            "gateway",
+            "replica",
+            "request_id",
+            "tenant",
+            "since",
+            "limit",
+        ]
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send) -> bool:

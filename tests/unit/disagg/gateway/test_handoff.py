@@ -15,27 +15,11 @@ from disagg.gateway import warm
 from disagg.gateway.handoff import is_server_fault
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.engine.fake_text import answer, decode, encode
-from tests.support.gateway_stack import FAST, Hook, Replica, Stack, running_stack, until
+from tests.support.gateway_stack import FAST, Hook, Replica, Stack, respond, running_stack, until
 
 PROMPT = "a prompt longer than one block of KV"
 EXPECTED = decode(answer(encode(PROMPT), 8))
-
-
-def respond_with(status: int, body: bytes) -> Hook:
-    """Answer every completion so."""
-
-    async def hook(scope: Scope, receive: Receive, send: Send) -> bool:
-        if "completions" not in scope["path"]:
-            return False
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-        return True
-
-    return hook
-
-
-FAIL = respond_with(500, b'{"error": {"message": "x", "type": "InternalServerError", "param": null, "code": 500}}')
+FAIL = respond(500, b'{"error": {"message": "x", "type": "InternalServerError", "param": null, "code": 500}}')
 
 
 def dies(replica: Replica, *, after_writes: int | None = None) -> Hook:
@@ -191,10 +175,10 @@ async def test_whole_prefill_pool_gone() -> None:
 async def test_prefill_answers_5xx(status: int) -> None:
     """One failing prefill replica is passed over, two mean local prefill."""
     async with running_stack(num_prefill=2) as stack:
-        stack.prefill[0].engine.hook = respond_with(status, b"{}")
+        stack.prefill[0].engine.hook = respond(status, b"{}")
         replies = [await stack.complete(PROMPT) for _ in range(2)]
         assert [r.headers["x-disagg-prefill"] for r in replies] == ["p1", "p1"]
-        stack.prefill[1].engine.hook = respond_with(status, b"{}")
+        stack.prefill[1].engine.hook = respond(status, b"{}")
         reply = await stack.complete(PROMPT)
         assert (reply.text, reply.headers["x-disagg-prefill"]) == (EXPECTED, "local")
         assert stack.metric("disagg_local_prefills_total", reason="prefill_lost") == 1
@@ -213,7 +197,7 @@ async def test_prefill_answers_5xx(status: int) -> None:
 async def test_prefill_offers_nothing(status: int, body: bytes, reason: str) -> None:
     """A prefill answer without hand-off parameters costs nothing but time."""
     async with running_stack() as stack:
-        stack.prefill[0].engine.hook = respond_with(status, body)
+        stack.prefill[0].engine.hook = respond(status, body)
         for reply in (await stack.complete(PROMPT), await stack.complete(PROMPT, n=2)):
             assert (reply.status, reply.text, reply.headers["x-disagg-prefill"]) == (200, EXPECTED, "local")
         assert stack.metric("disagg_local_prefills_total", reason=reason) == 2
@@ -287,10 +271,10 @@ async def test_decode_dies_before_a_whole_answer() -> None:
 @pytest.mark.parametrize("spliced", [True, False], ids=["splice", "asgi"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_decode_dies_mid_stream(spliced: bool, path: str) -> None:
-    """The stream ends with an error event in OpenAI's shape and `[DONE]`, and the connection stays usable."""
+    """A stream that cannot be resumed ends with an OpenAI error event and `[DONE]`; the connection stays usable."""
     async with running_stack(num_decode=2, spliced=spliced, itl_ms=5) as stack:
         first_used(stack.decode, after_writes=4)
-        async with stack.streaming(path, max_tokens=50) as connection:
+        async with stack.streaming(path, max_tokens=50, seed=1) as connection:
             reply = await connection.reply()
             assert reply.status == 200 and reply.headers["content-type"].startswith("text/event-stream")
             *tokens, error, done = reply.events
@@ -362,9 +346,9 @@ async def test_new_replica_is_warmed_before_it_is_used() -> None:
         go_on = asyncio.Event()
         probe = new.engine.probe
 
-        async def held(*args: Any) -> Any:
+        async def held(*args: Any, **kwargs: Any) -> Any:
             await go_on.wait()
-            return await probe(*args)
+            return await probe(*args, **kwargs)
 
         new.engine.probe = held  # type: ignore[method-assign,assignment]
         stack.decode.append(new)
@@ -400,10 +384,10 @@ async def test_failed_warming_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
         await new.start()
         probe, failures = new.engine.probe, [KeyError("x"), ValueError("y")]
 
-        async def failing(*args: Any) -> Any:
+        async def failing(*args: Any, **kwargs: Any) -> Any:
             if failures:
                 raise failures.pop()
-            return await probe(*args)
+            return await probe(*args, **kwargs)
 
         new.engine.probe = failing  # type: ignore[method-assign,assignment]
         stack.decode.append(new)
@@ -413,10 +397,9 @@ async def test_failed_warming_is_repeated(monkeypatch: pytest.MonkeyPatch) -> No
         assert stack.metric("disagg_pair_warm_attempts_total", outcome="ok") == 1
 
 
-async def test_unreachable_replica_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_replica_comes_back() -> None:
     """A replica that refused a connection is asked again and used once it answers."""
-    monkeypatch.setattr(warm, "_RECHECK_S", 0.05)
-    async with running_stack(num_decode=2) as stack:
+    async with running_stack(num_decode=2, config=GatewayConfig(watch_interval_s=0.05)) as stack:
         member = stack.gateway.membership.members("decode")[0]
         stack.gateway.membership.mark_unreachable(member)
         assert (await stack.complete(PROMPT)).headers["x-disagg-decode"] == "d1"

@@ -18,7 +18,7 @@ def ledger() -> Ledger:
     """1 consumed, 2 rescued and reused, 3 open on another replica, 4 announced only."""
     made = Ledger()
     for number, prefill in ((1, P0), (2, P0), (3, P1), (4, P0)):
-        made.open(f"gw-{number}", f"request-{number}", prefill, D0, 100)
+        made.open(f"gw-{number}", f"request-{number}", prefill, D0, 100, f"tenant-{number % 2}")
     made.apply(P0, produced("gw-1", at=1.0))
     made.apply(P0, produced("gw-2", at=2.0))
     made.apply(P1, produced("gw-3", at=3.0))
@@ -42,6 +42,8 @@ def ledger() -> Ledger:
         ({"replica": "d0"}, "321"),
         ({"replica": "x"}, ""),
         ({"request_id": "request-3"}, "3"),
+        ({"tenant": "tenant-1"}, "31"),
+        ({"tenant": "tenant"}, ""),
         ({"since": "2"}, "32"),
         ({"since": "2.5", "replica": "p0"}, ""),
         ({"limit": "2"}, "32"),
@@ -64,6 +66,7 @@ def test_record(ledger: Ledger) -> None:
     assert record == {
         "handoff_id": "gw-2",
         "request_id": "request-2",
+        "tenant": "tenant-0",
         "prefill": {"replica_id": "p0", "incarnation": "p0-1"},
         "decode": {"replica_id": "d0", "incarnation": "d0-1"},
         "outcome": "rescued",

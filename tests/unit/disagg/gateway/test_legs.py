@@ -140,6 +140,7 @@ def test_probe_carries_parameters_or_none() -> None:
     """A probe names its parameters even when there are none."""
     assert json.loads(probe_body([1], None)) == {"prompt_token_ids": [1], "kv_transfer_params": None}
     assert json.loads(probe_body([1], PARAMS))["kv_transfer_params"] == PARAMS
+    assert json.loads(probe_body([1], None, "salt"))["cache_salt"] == "salt"
 
 
 @pytest.mark.parametrize(

@@ -149,4 +149,140 @@ def test_bootstrap_servers_are_addresses_too() -> None:
     membership.replace(PREFILL, [replace(info("p0"), bootstrap_url="http://p0:8998")])
     assert membership.urls() == {"http://p0:1", "http://p0:8998"}
     membership.replace(PREFILL, [])
+    assert membership.let_go("1", carrying=False)
     assert membership.urls() == set()
+
+
+def test_a_replica_that_leaves_is_let_go_when_nothing_runs_there(members: Membership) -> None:
+    """It is not chosen any more, and its connections are kept until this gateway has nothing there."""
+    members.replace(DECODE, [info("d0", "7"), info("d1", "8")])
+    for pair in members.cold_pairs():
+        members.mark_warm(pair)
+    leaving = members.members(DECODE)[0]
+    leaving.num_in_flight = 1
+    members.replace(DECODE, [info("d1", "8")])
+    pairs = [members.pick_pair() for _ in range(4)]
+    assert ids([pair for pair in pairs if pair]) == {"p0-d1", "p1-d1"}
+    chosen = [members.pick_decode() for _ in range(3)]
+    assert [member and member.info.replica_id for member in chosen] == ["d1"] * 3
+    assert leaving.info.url in members.urls() and not members.let_go("7", carrying=False)
+    leaving.num_in_flight = 0
+    assert members.let_go("7", carrying=False)
+    assert leaving.info.url not in members.urls()
+
+
+def test_the_last_decode_replica_serves_what_is_carried_although_it_leaves(members: Membership) -> None:
+    """An application that ends finishes the requests it has accepted, those without a replica yet as well."""
+    members.replace(DECODE, [info("d0", "7")])
+    members.let_go("1", carrying=False)
+    members.replace(DECODE, [])
+    assert not members.let_go("7", carrying=True)
+    chosen = members.pick_decode()
+    assert chosen is not None and chosen.info.replica_id == "d0"
+    assert members.pick_decode(without={"d0"}) is None
+    assert members.let_go("7", carrying=False)
+    assert members.pick_decode() is None
+
+
+def test_a_replica_that_comes_back_keeps_its_count(members: Membership) -> None:
+    """Serve's list may be empty for a moment when its controller restarts; the legs that run there still count."""
+    replicas = [info("d0", "7")]
+    members.replace(DECODE, replicas)
+    member = members.members(DECODE)[0]
+    member.num_in_flight = 3
+    members.replace(DECODE, [])
+    members.replace(DECODE, replicas)
+    assert members.members(DECODE) == [member] and member.num_in_flight == 3
+    assert members.pick_decode() is member
+
+
+def test_replicas_that_do_not_fit_are_no_pair() -> None:
+    """During a rolling update old prefill and new decode replicas are never warmed and never chosen together."""
+    membership = Membership()
+    old, new = replace(info("p0"), kv_fit="old"), replace(info("p1"), kv_fit="new")
+    membership.replace(PREFILL, [old, new])
+    membership.replace(DECODE, [replace(info("d0"), kv_fit="new")])
+    assert ids(membership.cold_pairs()) == {"p1-d0"}
+    assert [(ids([pair]), "KV depends on" in why) for pair, why in membership.misfits()] == [({"p0-d0"}, True)]
+
+
+def test_a_pair_that_rests(members: Membership) -> None:
+    """A pair that is left alone is neither warm nor to be warmed, until it has rested; that is told once."""
+    members.replace(PREFILL, [info("p0", "p0-1")])
+    members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
+    for pair in members.cold_pairs():
+        members.mark_warm(pair)
+    (pair, *_) = [Pair(p, d) for p in members.members(PREFILL) for d in members.members(DECODE)]
+    members.mark_cold(pair, rest=True)
+    assert not members.cold_pairs() and members.num_warm_pairs() == 1
+    changes: list[int] = []
+    members._on_change = lambda: changes.append(1)
+    members.rested(pair)
+    members.rested(pair)
+    assert ids(members.cold_pairs()) == ids([pair]) and len(changes) == 1
+
+
+def test_has_pair_says_what_pick_pair_would_find(members: Membership) -> None:
+    """With replicas left out, a settled decode replica, and none that is warm."""
+    d0, d1 = members.members(DECODE)
+    assert members.has_pair() and members.has_pair(without={"p0", "d1"}) and members.has_pair(decode=d0)
+    assert not members.has_pair(without={"p0", "p1"}) and not members.has_pair(without={"d0"}, decode=d0)
+    for pair in [Pair(p, d1) for p in members.members(PREFILL)]:
+        members.mark_cold(pair)
+    assert not members.has_pair(decode=d1) and members.has_pair()
+    members.mark_unreachable(d0)
+    assert not members.has_pair()
+
+
+def test_quarantine_takes_the_replica_and_its_pairs_out(members: Membership) -> None:
+    """It is not chosen nor warmed, no warm-up that ends late brings it back, and its pairs begin cold again."""
+    d0 = members.members(DECODE)[0]
+    pairs = [Pair(p, d0) for p in members.members(PREFILL)]
+    assert members.quarantine(d0, "hang") and not members.quarantine(d0, "unanswered")
+    assert d0.quarantined == "hang" and members.num_warm_pairs() == 2
+    members.mark_warm(pairs[0])
+    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p0-d1", "p1-d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    assert not members.cold_pairs() and members.num_routable(DECODE) == 1
+    members.release(d0)
+    assert ids(members.cold_pairs()) == {"p0-d0", "p1-d0"}
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d0", "d1"}
+
+
+def test_quarantine_ends_with_the_incarnation(members: Membership) -> None:
+    """A successor under the same name is a new replica, with nothing against it."""
+    d0 = members.members(DECODE)[0]
+    members.quarantine(d0, "hang")
+    d0.slow = d0.on_probation = True
+    members.replace(DECODE, [info("d0", "2"), info("d1")])
+    new = members.members(DECODE)[0]
+    assert (new.quarantined, new.slow, new.on_probation, new.draining) == (None, False, False, False)
+
+
+def test_slow_replicas_come_last(members: Membership) -> None:
+    """However much the others carry, and still before nobody."""
+    p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
+    p0.slow = d0.slow = True
+    members.members(PREFILL)[1].num_in_flight = members.members(DECODE)[1].num_in_flight = 9
+    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p1-d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    chosen = members.pick_decode(without={"d1"})
+    assert chosen is d0
+
+
+def test_probation(members: Membership) -> None:
+    """A replica on probation is warmed and not chosen; a decode replica is, where there is no other."""
+    p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
+    p0.on_probation = d0.on_probation = True
+    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p1-d1"}
+    assert members.num_routable(DECODE) == 1
+    assert members.pick_decode(without={"d1"}) is d0 and members.pick_pair(without={"d1"}) is None
+    members.end_probation(d0)
+    assert members.num_routable(DECODE) == 2
+
+
+def test_draining_replicas_are_not_chosen(members: Membership) -> None:
+    """A replica that says it leaves gets nothing more."""
+    members.release(members.members(DECODE)[0], draining=True)
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    assert members.num_routable(DECODE) == 1

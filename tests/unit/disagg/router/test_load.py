@@ -58,3 +58,5 @@ def test_decode_by_load_then_age_then_name() -> None:
     assert choose_decode([ReplicaView("a", 2, 0), ReplicaView("b", 1, 5)]) == ReplicaView("b", 1, 5)
     assert choose_decode([ReplicaView("a", 1, 6), ReplicaView("b", 1, 5)]) == ReplicaView("b", 1, 5)
     assert choose_decode([ReplicaView("b", 1, 5), ReplicaView("a", 1, 5)]) == ReplicaView("a", 1, 5)
+    computing = ReplicaView("a", 0, 0, local_prefill_tokens=100)
+    assert choose_decode([computing, ReplicaView("b", 3, 5)]) == ReplicaView("b", 3, 5)

@@ -144,11 +144,12 @@ def test_handoffs(server: StubServer) -> None:
     with _client(server) as client:
         found = client.handoffs()
         assert str(server.requests[-1].url) == "http://stub:1/admin/v1/handoffs"
-        client.handoffs(outcome="rescued", replica="p 0&", request_id="r", since=0, limit=0)
+        client.handoffs(outcome="rescued", replica="p 0&", request_id="r", tenant="alice", since=0, limit=0)
     assert dict(server.requests[-1].url.params) == {
         "outcome": "rescued",
         "replica": "p 0&",
         "request_id": "r",
+        "tenant": "alice",
         "since": "0",
         "limit": "0",
     }

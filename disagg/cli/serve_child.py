@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`serve run CONFIG`, but Ctrl-C lets the applications finish what they carry before Serve ends.
+
+`serve.shutdown` kills Serve's proxies at once, and with them every stream that goes through one, and gives up on
+replicas after 30 s. Here the applications are deleted first, which drains them behind proxies that live on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve import scripts
+
+_LOOK_S = 0.2
+
+
+def main() -> None:
+    """Arguments: the config file, and the seconds that running requests get."""
+    config, drain_s = sys.argv[1], float(sys.argv[2])
+    at_once = serve.shutdown
+
+    def after_drain() -> None:
+        drain(drain_s)
+        at_once()
+
+    # `serve run` ends with this name, whatever ended it.
+    scripts.serve.shutdown = after_drain
+    sys.argv = ["serve", "run", config]
+    scripts.cli()
+
+
+def drain(timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    """Delete every application and wait until their replicas have ended, at most `timeout_s`. Never raises."""
+    deadline = clock() + timeout_s
+    try:
+        for name in serve.status().applications:
+            serve.delete(name, _blocking=False)
+        while serve.status().applications and clock() < deadline:
+            time.sleep(_LOOK_S)
+    except (RayError, RuntimeError) as exc:
+        # Without its controller Serve drains nothing; what is left is ended by force.
+        print(f"the applications could not be drained: {exc}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which replicas are slow although they live, and whether a pool's replicas die one after the other. Pure.
+
+Everything is by incarnation: what was known of a replica is not held against its successor.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_SLOW_S = 1.0
+"""A probe that takes no longer than this is never slow."""
+_SLOW_FACTOR = 5.0
+"""How many times the best of its pool a slow one takes."""
+_SLOW_PROBES = 3
+"""Probes in a row."""
+_LOSSES = 3
+_LOSSES_WITHIN_S = 120.0
+_MAX_REMEMBERED = 256
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The last token that a replica asked its engine for."""
+
+    seconds: float
+    number: int
+    """Which one it was; the same number is the same measurement."""
+
+
+class Slowness:
+    """Compares the probes of one pool."""
+
+    def __init__(self) -> None:
+        # Incarnation to (number of the probe that was judged last, slow ones in a row).
+        self._judged: dict[str, tuple[int, int]] = {}
+
+    def judge(self, probes: Mapping[str, Probe]) -> set[str]:
+        """The incarnations that are slow, of those in `probes`; others are forgotten."""
+        limit_s = max(_SLOW_S, _SLOW_FACTOR * min((probe.seconds for probe in probes.values()), default=0.0))
+        judged: dict[str, tuple[int, int]] = {}
+        for incarnation, probe in probes.items():
+            number, num_slow = self._judged.get(incarnation, (0, 0))
+            if probe.number != number:
+                num_slow = num_slow + 1 if probe.seconds > limit_s else 0
+            judged[incarnation] = (probe.number, num_slow)
+        self._judged = judged
+        return {incarnation for incarnation, (_, num_slow) in judged.items() if num_slow >= _SLOW_PROBES}
+
+
+class CrashLoop:
+    """Counts the replicas that one pool lost. A replica that was scaled down is not lost."""
+
+    def __init__(self) -> None:
+        self._lost_at: deque[float] = deque(maxlen=_LOSSES)
+        self._counted: OrderedDict[str, None] = OrderedDict()
+
+    def lost(self, incarnation: str, now: float) -> bool:
+        """Count a replica, once; whether the pool's replicas die one after the other only since this one."""
+        if incarnation in self._counted:
+            return False
+        was_on = self.is_on(now)
+        self._counted[incarnation] = None
+        if len(self._counted) > _MAX_REMEMBERED:
+            self._counted.popitem(last=False)
+        self._lost_at.append(now)
+        return self.is_on(now) and not was_on
+
+    def is_on(self, now: float) -> bool:
+        """Whether new replicas of the pool have to prove themselves."""
+        return len(self._lost_at) == _LOSSES and now - self._lost_at[0] <= _LOSSES_WITHIN_S

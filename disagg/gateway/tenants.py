@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client's name, and the `cache_salt` that keeps its KV apart from that of others in every tier. Pure.
+
+vLLM puts the salt into the hash of a prompt's first block, and with it into the key of every later one; host memory and
+disk use these hashes, and LMCache has the salt in its keys. Source: vLLM 0.32 `generate_block_hash_extra_keys`,
+LMCache 0.5.6 `ObjectKey`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from disagg.errors import InvalidRequestError
+
+FIELD = "cache_salt"
+_SALT_CHARACTERS = 32
+"""Of base64url: 192 bits, none of them a character that LMCache refuses."""
+_encode_json = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who a key belongs to."""
+
+    name: str
+    cache_salt: str | None = None
+    """Salt of all its requests; None when tenants share KV."""
+
+
+def salt_of(secret: bytes, name: str) -> str:
+    """The salt of a tenant: the same for the same secret, after any restart, and of no use to guess the secret."""
+    return _text(hmac.digest(secret, name.encode(), "sha256"))
+
+
+def mixed(tenant_salt: str, client_salt: str) -> str:
+    """The salt of a request whose client names one itself: it divides what the tenant has and reaches nobody else's."""
+    return _text(hashlib.sha256(f"{tenant_salt}\0{client_salt}".encode("utf-8", "surrogatepass")).digest())
+
+
+def salted(body: dict[str, Any], raw: bytes, tenant: Tenant | None) -> bytes:
+    """Put the tenant's salt into `body`; returns the body's bytes with it.
+
+    The client's bytes are kept as they are where it sent no salt: the field goes in front of them.
+
+    Args:
+        raw: a JSON object that is not empty, from which `body` was decoded.
+
+    Raises:
+        InvalidRequestError: the client's own salt is none that vLLM takes.
+    """
+    if tenant is None or tenant.cache_salt is None:
+        return raw
+    if FIELD not in body:
+        body[FIELD] = tenant.cache_salt
+        # Only white space can come before the brace. A base64url salt needs no escapes.
+        brace = raw.index(b"{") + 1
+        return b'%b"%b":"%b",%b' % (raw[:brace], FIELD.encode(), tenant.cache_salt.encode(), raw[brace:])
+    given = body[FIELD]
+    if given is not None and (not isinstance(given, str) or not given):
+        raise InvalidRequestError(f"{FIELD} must be a non-empty string", param=FIELD)
+    body[FIELD] = tenant.cache_salt if given is None else mixed(tenant.cache_salt, given)
+    # With two fields of one name the client's would win.
+    return _encode_json(body)
+
+
+def _text(digest: bytes) -> str:
+    return base64.urlsafe_b64encode(digest)[:_SALT_CHARACTERS].decode("ascii")

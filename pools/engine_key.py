@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key of an engine's private HTTP: only who has it is answered. Gateways get it with the list of replicas."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from transport.errors import ConfigError
+
+ENGINE_KEY_HEADER = "x-disagg-engine-key"
+_NAME = ENGINE_KEY_HEADER.encode()
+_OPEN = frozenset(("/health", "/metrics"))
+"""Routes that scrapers and operators may ask without it."""
+
+
+def make_key(file: str | None) -> str:
+    """A random key, or the one in `file`. Blocks. Raises ConfigError when there is none in it."""
+    if file is None:
+        return secrets.token_urlsafe(32)
+    try:
+        key = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not ASCII text"
+        raise ConfigError(f"engine_key_file {file!r} cannot be read: {reason}", path="engine_key_file") from None
+    if not usable_key(key):
+        raise ConfigError(f"engine_key_file {file!r} must hold one key without spaces", path="engine_key_file")
+    return key
+
+
+def usable_key(text: str) -> bool:
+    """Whether there is one key in `text`, around which white space may be."""
+    key = text.strip()
+    return bool(key) and all("!" <= character <= "~" for character in key)
+
+
+class EngineKey:
+    """Decides who may ask an engine. Pure."""
+
+    def __init__(self, key: str | None) -> None:
+        """`key` None: everyone may, as tests of a single engine want it."""
+        self._key = None if key is None else key.encode("ascii")
+
+    def admits(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether to answer an HTTP request."""
+        if self._key is None:
+            return True
+        if method == "GET" and path in _OPEN:
+            return True
+        return any(name == _NAME and hmac.compare_digest(value, self._key) for name, value in headers)
