@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pools.config import CpuConfig, EngineConfig, ModelConfig, Platform, PoolConfig, VllmEngineConfig
+from pools.hang_limits import cache_blocks_s, hang_limits
 from transport.config import (
     Config,
     Name,
@@ -249,21 +250,29 @@ class AppConfig(Config):
         """A scheduler blocked by a server that does not answer must not look like an engine that hangs."""
         if self.shared_cache is None:
             return
-        limits = {
-            "prefill.health_probe_timeout_s": self.prefill.health_probe_timeout_s,
-            "decode.health_probe_timeout_s": self.decode.health_probe_timeout_s,
-        }
-        where, limit = min(limits.items(), key=lambda item: item[1])
-        if 2 * self.shared_cache.mq_timeout_s > limit:
-            raise refusal(
-                "cache_timeout",
-                f"a server that does not answer can block an engine's scheduler for {self.shared_cache.mq_timeout_s:g} "
-                f"s, twice before it is noticed; a health probe fails after {limit:g} s ({where}), so healthy replicas "
-                "would be replaced",
-                field="shared_cache.mq_timeout_s",
-                allowed=f"{limit / 2:g} or less, half of {where}",
-                action=f"lower it, or raise {where}",
-            )
+        blocked_s = cache_blocks_s(self.shared_cache)
+        blocks = (
+            f"a server that does not answer can block an engine's scheduler for {self.shared_cache.mq_timeout_s:g} s "
+            "(shared_cache.mq_timeout_s), twice before it is noticed"
+        )
+        for name, pool in {"prefill": self.prefill, "decode": self.decode}.items():
+            limits = hang_limits(pool, self.shared_cache)
+            if limits.suspect_s <= blocked_s:
+                raise refusal(
+                    "cache_timeout",
+                    f"{blocks}; healthy replicas would be suspect after {limits.suspect_s:g} s",
+                    field=f"{name}.hang_after_s",
+                    allowed=f"more than {blocked_s:g}, or unset",
+                    action="raise or remove it, or lower shared_cache.mq_timeout_s",
+                )
+            if limits.replace_s <= limits.suspect_s:
+                raise refusal(
+                    "cache_timeout",
+                    f"{blocks}; healthy replicas would be replaced after {limits.replace_s:g} s",
+                    field=f"{name}.health_probe_timeout_s",
+                    allowed=f"more than {limits.suspect_s:g} ({name}.hang_after_s), or unset",
+                    action="raise or remove it, or lower shared_cache.mq_timeout_s",
+                )
 
     def _engine_kwargs(self) -> dict[str, dict[str, Any]]:
         return {

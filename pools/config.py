@@ -152,6 +152,10 @@ EngineConfig = Annotated[VllmEngineConfig | FakeEngineConfig, Field(discriminato
 """Which engine the replicas own."""
 
 
+HANG_AFTER_S = 5.0
+"""`hang_after_s` where nothing else says how long an engine may take."""
+
+
 class PoolConfig(Config):
     """What one pool has of its own. Its size is not here: it is `deployments[].num_replicas` of the Serve config."""
 
@@ -166,24 +170,37 @@ class PoolConfig(Config):
     probe_interval_s: Seconds = 4.0
     """Seconds after which an idle engine is asked for one token; one that counts nothing although requests wait for it
     is asked after a second, a busy one never. What an idle engine costs is mostly this."""
-    hang_after_s: Seconds = 5.0
+    hang_after_s: Seconds | None = None
     """Seconds that an engine may owe that token and count nothing, not even a step, before its replica is suspect:
-    gateways take it out and run its requests elsewhere, until it counts again. It must exceed the longest step."""
-    health_probe_timeout_s: Seconds = 20.0
-    """The same, before the replica ends its process with the engine's, so that Serve replaces both. Longer than
-    `hang_after_s`."""
+    gateways take it out and run its requests elsewhere, until it counts again. An engine with requests gets twice its
+    longest step of the last ten minutes when that is more, and on CPUs a minute while it computes. Unset: 5, or with
+    `shared_cache` a second more than twice its `mq_timeout_s`, for which a server that does not answer can block an
+    engine."""
+    health_probe_timeout_s: Seconds | None = None
+    """The same, before the replica ends its process with the engine's, so that Serve replaces both; an engine with
+    requests gets four times its longest step. Longer than `hang_after_s`. Unset: 15 more than that."""
 
     @model_validator(mode="after")
     def _suspect_before_replaced(self) -> Self:
-        if self.hang_after_s >= self.health_probe_timeout_s:
+        replace_s = self.health_probe_timeout_s
+        if replace_s is None or replace_s > (self.hang_after_s or HANG_AFTER_S):
+            return self
+        message = f"an engine would be replaced after {replace_s:g} s, before it is suspect"
+        if self.hang_after_s is None:
             raise refusal(
                 "hang_after",
-                f"an engine would be replaced after {self.health_probe_timeout_s:g} s, before it is suspect",
-                field="hang_after_s",
-                allowed=f"less than health_probe_timeout_s ({self.health_probe_timeout_s:g})",
-                action="lower it, or raise health_probe_timeout_s",
+                message,
+                field="health_probe_timeout_s",
+                allowed=f"more than hang_after_s ({HANG_AFTER_S:g} unless set)",
+                action="raise it, or lower hang_after_s",
             )
-        return self
+        raise refusal(
+            "hang_after",
+            message,
+            field="hang_after_s",
+            allowed=f"less than health_probe_timeout_s ({replace_s:g})",
+            action="lower it, or raise health_probe_timeout_s",
+        )
 
     @field_validator("engine_kwargs")
     @classmethod

@@ -29,12 +29,14 @@ class ReplicaLostError(PoolError):
         sent: whether the request may have reached the engine. If not, its hand-off is still unread.
         gone: whether the replica has ended the request itself: it refused or closed the connection, or its engine
             failed. False when it is only late, and may still be at work on the request.
+        reason: why nothing can go on in its place, in words for the client; the message may have addresses in it.
     """
 
-    def __init__(self, message: str, *, sent: bool = True, gone: bool = False) -> None:
+    def __init__(self, message: str, *, sent: bool = True, gone: bool = False, reason: str | None = None) -> None:
         super().__init__(message)
         self.sent = sent
         self.gone = gone
+        self.reason = reason
 
 
 class NoReplicaError(PoolError):

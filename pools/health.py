@@ -2,11 +2,12 @@
 """Whether an engine works, judged from what it has counted and how long it owes an answer. Pure: time is handed in.
 
 An engine that counts something works. One that counts nothing is asked for one token of real work, and hangs when that
-stays out while nothing is counted.
+stays out while nothing is counted, for longer than the steps of its own requests have been seen to take.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,8 +20,20 @@ _LONGEST_LOOK_S = 1.0
 """More time than this between two looks is this process's own: it was stopped, or its loop was."""
 _CARRYING_S = 1.0
 """How soon an engine is asked that counts nothing although its replica carries requests."""
-_STEPS_ALONE = 6
-"""How many times the limit an engine may make steps that bring no token while it owes one."""
+_STEPS_ALONE_S = 900.0
+"""How long an engine may make steps that bring no token while it owes one: the prefill of a long prompt in chunks,
+behind which the token waits, takes minutes on a slow machine, and each chunk is work that gets done."""
+_SUSPECT_STEPS = 2
+_REPLACE_STEPS = 4
+"""How many times the longest step that was seen an engine with requests may take for the next one."""
+_STEP_SEEN_S = 600.0
+"""How long a step is remembered."""
+_COMPUTES_S = 60.0
+"""How long an engine may compute without a count; a deadlock that spins computes, too."""
+_COMPUTING_CORES = 0.5
+_CPU_WINDOW_S = 2.0
+_CPU_WINDOW_MIN_S = 1.0
+"""vLLM's processes spin on a queue for a second after each message, which must not look like work."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Health:
     since_s: float = 0.0
     """How long it has been in that state, in seconds."""
     probe_s: float | None = None
-    """How long the engine took for the last token that it was asked for; None before the first."""
+    """How long the engine took for the last token that it was asked for without other work; None before the first."""
     num_probes: int = 0
     """How many of these it has answered."""
 
@@ -60,7 +73,7 @@ class HangRules:
 
         Args:
             probe_interval_s: idle time after which it is asked.
-            hang_after_s: time without an answer or a count after which it is suspect.
+            hang_after_s: time without an answer or a count after which it is suspect, with requests at least.
             replace_after_s: the same, after which it has to be replaced.
         """
         self._interval_s = probe_interval_s
@@ -76,6 +89,15 @@ class HangRules:
         self._asked_at = 0.0
         self._outstanding = False
         self._carrying = False
+        # Since when it has had requests without a count in between, and whether it has had any since the last count.
+        self._carrying_since: float | None = None
+        self._carried = False
+        self._queued = False
+        # (when it ended, how long it took) of long steps, each longer than those behind it.
+        self._steps: deque[tuple[float, float]] = deque()
+        # (when, CPU seconds) since the last count, and of this time how long it computed, and how long it did not.
+        self._cpu: deque[tuple[float, float]] = deque()
+        self._computed_s = self._stood_s = 0.0
         self.was_refused = False
         self.probe_s: float | None = None
         self.num_probes = 0
@@ -88,12 +110,72 @@ class HangRules:
         if self._seen is None or seen != self._seen:
             if self._seen is None or seen[0] != self._seen[0]:
                 self._done_at = self._awake
-            self._moved_at = self._awake
+            self._moved()
             self._seen = seen
+        if not carrying:
+            self._carrying_since = None
+        elif self._carrying_since is None:
+            self._carrying_since = self._awake
+        self._carried = self._carried or carrying
+        self._queued = self._queued or carrying
+
+    def used_cpu(self, total_s: float) -> None:
+        """Take over the CPU seconds of the engine's processes, read after `look` when it `wants_cpu`."""
+        if not self._cpu:
+            self._cpu.append((self._awake, total_s))
+            return
+        passed_s = self._awake - self._cpu[-1][0]
+        while len(self._cpu) > 1 and self._awake - self._cpu[1][0] >= _CPU_WINDOW_S:
+            self._cpu.popleft()
+        self._cpu.append((self._awake, total_s))
+        window_s = self._awake - self._cpu[0][0]
+        if window_s < _CPU_WINDOW_MIN_S:
+            return
+        if total_s - self._cpu[0][1] <= _COMPUTING_CORES * window_s:
+            self._stood_s += passed_s
+        elif self._computed_s < _COMPUTES_S:
+            self._computed_s += passed_s
+
+    @property
+    def wants_cpu(self) -> bool:
+        """Whether the CPU time of the engine's processes matters: requests wait, and nothing has been counted for half
+        of the time that makes it suspect."""
+        return self._carried and self.silent_s >= self._suspect_s / 2
+
+    def _moved(self) -> None:
+        """Something was counted."""
+        if self._carrying_since is not None:
+            took_s = self._awake - max(self._moved_at, self._carrying_since) - self._stood_s
+            # A process that mostly stood still was stopped, which is no step.
+            if _SUSPECT_STEPS * took_s > self._hang_after_s and took_s >= self._stood_s:
+                while self._steps and self._steps[-1][1] <= took_s:
+                    self._steps.pop()
+                self._steps.append((self._awake, took_s))
+        self._moved_at = self._awake
+        self._carrying_since = None
+        self._carried = False
+        self._cpu.clear()
+        self._computed_s = self._stood_s = 0.0
+
+    @property
+    def _longest_step_s(self) -> float:
+        """Of the steps with requests that ended of late; 0 when none was long, or when there are no requests."""
+        while self._steps and self._awake - self._steps[0][0] > _STEP_SEEN_S:
+            self._steps.popleft()
+        return self._steps[0][1] if self._steps and self._carried else 0.0
+
+    @property
+    def _suspect_s(self) -> float:
+        return max(self._hang_after_s, _SUSPECT_STEPS * self._longest_step_s)
+
+    @property
+    def _replace_s(self) -> float:
+        return max(self._replace_after_s, _REPLACE_STEPS * self._longest_step_s)
 
     def asked(self) -> None:
         """A token was asked for."""
         self._outstanding = True
+        self._queued = self._carrying
         self._asked_at = self._awake
         if self._owed_since is None:
             self._owed_since = self._awake
@@ -102,9 +184,12 @@ class HangRules:
         """It came, `took_s` seconds after it was asked for."""
         self._outstanding = self.was_refused = False
         self._owed_since = None
-        self._moved_at = self._done_at = self._awake
-        self.probe_s = took_s
-        self.num_probes += 1
+        self._moved()
+        self._done_at = self._awake
+        if not self._queued:
+            # Else it is the time of the requests before it, and says nothing about the engine.
+            self.probe_s = took_s
+            self.num_probes += 1
 
     def failed(self) -> None:
         """The engine refused to give one, though it is not dead. It goes on owing it."""
@@ -127,7 +212,7 @@ class HangRules:
     @property
     def reason(self) -> Reason | None:
         """Why the engine is suspect, or None."""
-        if self.silent_s < self._hang_after_s:
+        if self.silent_s - self._computed_s < self._suspect_s:
             return None
         return "probe_failed" if self.was_refused and not self._outstanding else "hang"
 
@@ -136,10 +221,10 @@ class HangRules:
         """Why the engine has to be replaced, in words, or None."""
         if self._owed_since is None:
             return None
-        if self.silent_s >= self._replace_after_s:
+        if self.silent_s - self._computed_s >= self._replace_s:
             return f"its engine counted nothing for {self.silent_s:.1f} s while it was asked for one token"
         fruitless_s = self._awake - max(self._owed_since, self._done_at)
-        if fruitless_s >= _STEPS_ALONE * self._replace_after_s:
+        if fruitless_s >= max(_STEPS_ALONE_S, self._replace_s):
             return f"its engine made steps for {fruitless_s:.1f} s that brought no token, though it was asked for one"
         return None
 

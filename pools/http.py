@@ -72,7 +72,9 @@ class EngineServer:
         self.health: Callable[[], Health] = Health
         """Says how the engine is; a replica puts its watchdog's word here."""
         self._stopping = False
-        self._protocol = bounded_protocol(f"the {role} engine's private port", limits)
+        self._protocol = bounded_protocol(
+            f"the {role} engine's private port", limits, admits=lambda scope: self._key.is_with(scope["headers"])
+        )
         self.url = ""
 
     @property
@@ -152,6 +154,9 @@ class EngineServer:
         self._server = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._key.is_with(scope["headers"]):
+            # Such a connection carries nothing more, so that it takes nobody's place.
+            send = _closing(send)
         if scope["type"] == "http" and not self._key.admits(scope["method"], scope["path"], scope["headers"]):
             await _respond(send, 401, _error("missing or wrong engine key", "AuthenticationError", 401))
             return
@@ -332,6 +337,17 @@ async def _while_connected(receive: Receive, work: Awaitable[dict[str, Any]]) ->
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _closing(send: Send) -> Send:
+    """Sends what `send` does, and ends the connection with it."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await send(message)
+
+    return closing
 
 
 async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ dies of any message but the one sent here.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from http.client import HTTPException
 
@@ -16,11 +17,13 @@ import msgspec
 from pools.cache_server_probe import http_get
 
 ListenerProbe = Callable[[float], Awaitable[bool]]
-"""Whether the listener answers within the given seconds."""
+"""Whether the listener answers within the given seconds. Raises when it cannot be asked, e.g. for want of memory."""
 
 _QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
 """For the metadata of pipeline rank 0, tensor rank 0, which every engine has."""
 _NUM_PARTS = 2
+_OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""This process has run out of something; that is no answer of the listener's."""
 
 
 def nixl_probe(host: str, port: int) -> ListenerProbe:
@@ -41,7 +44,11 @@ def mooncake_probe(bootstrap_url: str) -> ListenerProbe:
     async def ask(timeout_s: float) -> bool:
         try:
             status, _ = await http_get(f"{bootstrap_url}/query", timeout_s=timeout_s)
-        except (OSError, HTTPException):
+        except HTTPException:
+            return False
+        except OSError as exc:
+            if exc.errno in _OWN_ERRORS:
+                raise
             return False
         return status == 200
 

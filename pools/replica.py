@@ -28,7 +28,7 @@ from pools.kv_fit import kv_fit
 from pools.listener_probe import ListenerProbe, mooncake_probe, nixl_probe
 from pools.log_targets import kept_log_targets
 from pools.ports import free_port
-from pools.process_tree import kill_descendants
+from pools.process_tree import cpu_seconds, kill_descendants
 from pools.spec import ReplicaSpec
 from pools.watchdog import Watchdog
 from transport.config import MooncakeConfig
@@ -66,8 +66,8 @@ class _Replica:
             with kept_log_targets():
                 self._engine = self._make_engine(await self._lmcache_url())
                 await self._engine.start()
-        self._watchdog = Watchdog(self._engine, self._spec.pool, on_hang=self._exit, listener=self._listener_probe())
-        await self._watchdog.first_answer()
+            self._watchdog = self._make_watchdog()
+            await self._watchdog.first_answer()
         self._server = EngineServer(
             self._engine, role=self.role, host=self._host, incarnation=self._incarnation, key=self._engine_key
         )
@@ -118,6 +118,17 @@ class _Replica:
         )
         plan = launch(self._spec.transport, facts, offload=self._spec.offload, shared_cache=self._spec.shared_cache)
         return self._spec.make_engine(facts, plan)
+
+    def _make_watchdog(self) -> Watchdog:
+        on_cpus = self._spec.platform == "cpu" and self._spec.engine.type == "vllm"
+        return Watchdog(
+            self._engine,
+            probe_interval_s=self._spec.pool.probe_interval_s,
+            limits=self._spec.hang_limits,
+            on_hang=self._exit,
+            listener=self._listener_probe(),
+            cpu_s=cpu_seconds if on_cpus else None,
+        )
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """What `disagg.router.serve` hands to every gateway; fields of `ReplicaInfo`. JSON-able."""

@@ -7,6 +7,7 @@ import os
 
 from pools.config import CpuConfig, EngineConfig, FakeEngineConfig, ModelConfig, Platform, PoolConfig
 from pools.engine.base import Engine
+from pools.hang_limits import HangLimits, hang_limits
 from pools.launch import engine_args, engine_env, merged_engine_kwargs
 from pools.placement import placement
 from transport.config import Config, TransportConfig
@@ -35,6 +36,10 @@ class ReplicaSpec(Config):
     """The settings of its pool."""
     engine_key_file: str | None = None
     """Where the key of its private HTTP is; without one it makes its own."""
+
+    @property
+    def hang_limits(self) -> HangLimits:
+        return hang_limits(self.pool, self.shared_cache)
 
     def make_engine(self, facts: EngineFacts, plan: EngineLaunch) -> Engine:
         """An engine that has not been started. Sets the environment that vLLM reads when it is imported."""

@@ -12,9 +12,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from pools.config import PoolConfig
 from pools.engine.base import Engine
 from pools.errors import EngineDeadError
+from pools.hang_limits import HangLimits
 from pools.health import HangRules, Health, ListenerRules, Reason, progress
 from pools.listener_probe import ListenerProbe
 
@@ -39,24 +39,28 @@ class Watchdog:
     def __init__(
         self,
         engine: Engine,
-        config: PoolConfig,
         *,
+        probe_interval_s: float,
+        limits: HangLimits,
         on_hang: Callable[[str], None],
         listener: ListenerProbe | None = None,
+        cpu_s: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_hang` is told, once, why the engine has to be replaced; `listener` asks its transport."""
+        """`on_hang` is told, once, why the engine has to be replaced; `listener` asks its transport. `cpu_s`: the CPU
+        seconds of an engine that computes on CPUs; None for others."""
         self._engine = engine
-        self._limit_s = config.health_probe_timeout_s
         self.carrying: Callable[[], bool] = lambda: False
         """Whether requests are under way at the replica, so that an engine that counts nothing is asked sooner."""
         self._on_hang = on_hang
         self._listener = listener
+        self._cpu_s = cpu_s
+        self._listener_failures: set[type[Exception]] = set()
         self._clock = clock
         self._rules = HangRules(
-            probe_interval_s=config.probe_interval_s,
-            hang_after_s=config.hang_after_s,
-            replace_after_s=config.health_probe_timeout_s,
+            probe_interval_s=probe_interval_s,
+            hang_after_s=limits.suspect_s,
+            replace_after_s=limits.replace_s,
             now=clock(),
         )
         self._listener_rules = ListenerRules()
@@ -67,12 +71,10 @@ class Watchdog:
         self._loops: list[asyncio.Task[None]] = []
 
     async def first_answer(self) -> None:
-        """Return when the engine has produced a token. Raises EngineDeadError when it does not in time."""
+        """Return when the engine has produced a token. No time limit: the first one may need code compiled, and the
+        caller bounds the whole start."""
         began = self._clock()
-        try:
-            await asyncio.wait_for(self._engine.probe(PROMPT), self._limit_s)
-        except TimeoutError as exc:
-            raise EngineDeadError(f"no token within {self._limit_s:g} s of asking for one") from exc
+        await self._engine.probe(PROMPT)
         self._rules.look(self._clock(), progress(self._engine.stats()))
         self._rules.answered(self._clock() - began)
 
@@ -109,6 +111,8 @@ class Watchdog:
     def look(self) -> None:
         """One look at the engine; asks it for a token when that is due."""
         self._rules.look(self._clock(), progress(self._engine.stats()), carrying=self.carrying())
+        if self._cpu_s is not None and self._rules.wants_cpu:
+            self._rules.used_cpu(self._cpu_s())
         self._take_state()
         if (why := self._rules.verdict or self._listener_rules.verdict) is not None:
             self._give_up(why)
@@ -141,7 +145,14 @@ class Watchdog:
             missed = self._listener_rules.num_misses
             await asyncio.sleep(_LISTENER_AGAIN_S if missed else _LISTENER_S)
             timeout_s = _LISTENER_LAST_ANSWER_S if self._listener_rules.is_suspect else _LISTENER_ANSWER_S
-            well = await listener(timeout_s)
+            try:
+                well = await listener(timeout_s)
+            except Exception as exc:
+                # The question failed, here; that says nothing about who is asked.
+                if type(exc) not in self._listener_failures:
+                    self._listener_failures.add(type(exc))
+                    logger.exception("the transport's listener could not be asked; it is asked again")
+                continue
             if well or self._rules.silent_s < _SILENT_S:
                 self._listener_rules.answered(well)
 

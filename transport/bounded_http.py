@@ -13,6 +13,7 @@ import http
 import logging
 import resource
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 _SECOND_LOOK_S = 0.2
 """A process that was busy finds its timers due before it has read what came meanwhile; so it reads first."""
 
+Admits = Callable[[Mapping[str, Any]], bool]
+"""Whether a request, an ASGI scope, shows that its sender may be here."""
 Stage = Literal["head", "body", "whole"]
 """How much of the current request is here."""
 
@@ -40,14 +43,15 @@ class HttpLimits:
     """Request line and headers; beyond it 431."""
     max_connections: int = 4096
     """Connections at once, and never more than half of the process' file descriptors. Beyond it the oldest one that
-    never sent a whole request is closed, so that whoever sends one gets in."""
+    never sent a whole request, from somebody who may send one, is closed, so that whoever sends one gets in."""
 
 
 class Door:
     """The connections of one server: how many, who has yet to send something, and how many were closed and why."""
 
-    def __init__(self, name: str, limits: HttpLimits) -> None:
+    def __init__(self, name: str, limits: HttpLimits, admits: Admits = lambda scope: True) -> None:
         """`name` is for the log."""
+        self.admits = admits
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = soft == resource.RLIM_INFINITY
         self.limits = limits
@@ -67,7 +71,7 @@ class Door:
             oldest.transport.abort()
 
     def left(self, connection: BoundedProtocol) -> None:
-        """It is gone, or has sent a whole request."""
+        """It is gone, or has sent a whole request that is admitted."""
         self._silent.pop(connection, None)
 
     def count(self, reason: str) -> None:
@@ -77,9 +81,14 @@ class Door:
             logger.warning("%s: a connection is closed: %s. Further ones are counted only", self._name, reason)
 
 
-def bounded_protocol(name: str, limits: HttpLimits | None = None) -> type[BoundedProtocol]:
-    """A class for `http` of one uvicorn server's config. Set `ws="none"` beside it: upgrades are refused."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"door": Door(name, limits or HttpLimits())})
+def bounded_protocol(
+    name: str, limits: HttpLimits | None = None, *, admits: Admits = lambda scope: True
+) -> type[BoundedProtocol]:
+    """A class for `http` of one uvicorn server's config. Set `ws="none"` beside it: upgrades are refused.
+
+    A connection that has sent nothing that `admits` counts as silent, though it is answered.
+    """
+    return type("BoundedProtocol", (BoundedProtocol,), {"door": Door(name, limits or HttpLimits(), admits)})
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -142,7 +151,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._waited()
         self._stage = "whole"
-        self.door.left(self)
+        if self.door.admits(self.scope):
+            self.door.left(self)
         super().on_message_complete()
 
     def _refuse(self, reason: str) -> None:

@@ -208,7 +208,7 @@ class SharedCacheConfig(Config):
     """Where the tier is."""
     mq_timeout_s: Seconds = 10.0
     """Seconds an engine waits for the server's answer before it goes on without; LMCache's own default of 300 would
-    stall an engine as long. At most half of `health_probe_timeout_s` of either pool. A copy that is under way may take
-    ten times as long on cuda, where the server does it and cannot be stopped."""
+    stall an engine as long. Less than half of `hang_after_s` of either pool, which follows it unless set. A copy that
+    is under way may take ten times as long on cuda, where the server does it and cannot be stopped."""
     heartbeat_interval_s: Seconds = 3.0
     """Seconds between two heartbeats of an engine; bounds how long a dead or a returned server stays unnoticed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from disagg.config import GatewayConfig
 from disagg.errors import RateLimitError, StreamLimitError
 from disagg.gateway.handoff import Answer, Call, Handoff
-from disagg.gateway.limits import within
+from disagg.gateway.limits import apart, within
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_event, error_response, shape_of
@@ -28,6 +29,8 @@ from disagg.gateway.shadow import Shadow
 from disagg.gateway.splice import splice_of
 from pools.errors import NoReplicaError, ReplicaLostError
 from transport.errors import DisaggError
+
+logger = logging.getLogger(__name__)
 
 
 class Carrier(Protocol):
@@ -56,6 +59,8 @@ class AnsweredCall(Response):
         self._request_id = request_id
         self._endpoint = endpoint
         self._streaming = False
+        self._last = b""
+        """The bytes of a stream that were sent last."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
@@ -92,6 +97,8 @@ class AnsweredCall(Response):
             check = self._carrier.shadow.begin(resuming.call) if self._carrier.shadow else None
             answer = await self._handoff.answer(check.call if check else resuming.call)
         except DisaggError as exc:
+            if isinstance(exc, ReplicaLostError):
+                logger.warning("request %s was lost: %s", self._request_id, exc)
             headers = {"x-request-id": self._request_id} if self._carrier.echo_request_id else {}
             if isinstance(exc, NoReplicaError | RateLimitError):
                 headers["retry-after"] = str(self._carrier.config.retry_after_s)
@@ -128,6 +135,7 @@ class AnsweredCall(Response):
         answer.sent = resuming.sent
         content = answer.sent.feed(answer.content) if answer.sent else answer.content
         await send({"type": "http.response.body", "body": content, "more_body": True})
+        self._last = content
         self._streaming = True
         streaming = self._stream(answer, resuming, scope, send)
         last = await within(streaming, self._carrier.config.max_stream_s, self._over_limit)
@@ -155,6 +163,7 @@ class AnsweredCall(Response):
         async def write(data: bytes) -> None:
             with self._limited(scope):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._last = data
 
         try:
             await self._carried(answer, scope, send)
@@ -162,8 +171,10 @@ class AnsweredCall(Response):
         except ReplicaLostError as exc:
             if self._client_stalled(answer):
                 self._metrics.broken_streams.inc()
-                return error_event(exc)
-            return await resuming.run(answer, exc, write)
+                logger.warning("stream %s is cut: %s", self._request_id, exc)
+                lost = ReplicaLostError(str(exc), reason="the client took nothing of it")
+                return apart(self._last, error_event(lost))
+            return apart(self._last, await resuming.run(answer, exc, write))
         return answer.sent.rest() if answer.sent else b""
 
     async def _carried(self, answer: Answer, scope: Scope, send: Send) -> None:
@@ -172,13 +183,17 @@ class AnsweredCall(Response):
         through = answer.sent.feed if answer.sent else None
         if (protocol := splice_of(scope)) is not None:
             self._metrics.streams.labels("splice").inc()
-            await protocol.splice(answer.exchange, through)
+            try:
+                await protocol.splice(answer.exchange, through)
+            finally:
+                self._last = protocol.last_spliced or self._last
             return
         self._metrics.streams.labels("asgi").inc()
         while (chunk := await answer.exchange.next_chunk()) is not None:
             data = chunk if through is None else through(chunk)
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._last = data
 
     def _client_stalled(self, answer: Answer) -> bool:
         """Whether it was the client that stood still, so that nobody would read how the stream goes on."""
@@ -189,7 +204,7 @@ class AnsweredCall(Response):
 
     def _over_limit(self, error: StreamLimitError) -> bytes:
         self._metrics.stream_limits.inc()
-        return error_event(error)
+        return apart(self._last, error_event(error))
 
     def _count(self, mode: str, status: int) -> None:
         self._metrics.requests.labels(self._endpoint, mode, str(status)).inc()

@@ -87,6 +87,8 @@ class ApiKeys:
         # compares digests, says nothing about any key.
         self._pepper = secrets.token_bytes(32)
         self._seen = self._mark()
+        self._unread: tuple[object, str] | None = None
+        """Mark of a file that could not be read, and why, as it was said last."""
         try:
             self._table = self._read()
         except (OSError, ValueError) as exc:
@@ -109,19 +111,32 @@ class ApiKeys:
             await asyncio.to_thread(self.look)
 
     def look(self) -> None:
-        """Look once whether the file is another one, and read it then. Blocks. Nothing to do without a file."""
+        """Look once whether the file is another one, and read it then. Blocks. Nothing to do without a file.
+
+        One that cannot be read is tried again with every look: nothing has to change in it before it can be.
+        """
         mark = self._mark()
         if mark == self._seen:
+            self._unread = None
             return
-        self._seen = mark
         try:
             self._table = self._read()
-        except (OSError, ValueError) as exc:
-            logger.error("the file of API keys has changed and cannot be used, the old keys stay: %s", _reason(exc))
-            self._on_reload(False)
+        except OSError as exc:
+            unread = (mark, _reason(exc))
+            if unread != self._unread:
+                self._unread = unread
+                self._unusable(exc)
+            return
+        except ValueError as exc:
+            self._unusable(exc)
         else:
             logger.info("API keys taken over from the changed file: %d", len(self._table))
             self._on_reload(True)
+        self._seen, self._unread = mark, None
+
+    def _unusable(self, error: OSError | ValueError) -> None:
+        logger.error("the file of API keys has changed and cannot be used, the old keys stay: %s", _reason(error))
+        self._on_reload(False)
 
     def _mark(self) -> tuple[int, ...] | None:
         """What changes with the file; None without one."""
@@ -131,7 +146,8 @@ class ApiKeys:
             found = Path(self._config.path).stat()
         except OSError:
             return ()
-        return found.st_ino, found.st_dev, found.st_mtime_ns, found.st_size
+        # The ctime changes with whatever else does: a mode, or content of the same size under a time that was set.
+        return found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
     def _read(self) -> Table:
         if isinstance(self._config, FileKeysConfig):

@@ -55,12 +55,12 @@ from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_response, shape_of
 from disagg.gateway.shadow import Shadow, show_paths
-from disagg.gateway.tenants import salted
+from disagg.gateway.tenants import check_media_ids, salted
 from disagg.gateway.transfers import TransportType, transfer_for
 from disagg.gateway.warm import PairWarmer
 from disagg.gateway.watch import Watch
 from disagg.gateway.wire import Upstreams
-from pools.errors import NoReplicaError, PoolOverloadedError, ReplicaLostError
+from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ class Gateway:
             background=self.background,
             transfer=transfer,
             ledger=self.ledger,
+            max_model_len=max_model_len,
         )
         self.feed = LedgerFeed(
             self.ledger,
@@ -237,13 +238,11 @@ class Gateway:
         self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes, store: Store | None
     ) -> Response:
         """The response that runs one completion request. `body` and `raw` hold nothing that only the gateway reads."""
-        if self.num_in_flight >= self.config.max_num_requests:
-            raise PoolOverloadedError(
-                f"the gateway carries {self.num_in_flight} requests, its limit (gateway.max_num_requests)"
-            )
+        self._check_room()
         request_id = request_id_of(request)
         check_prompts(body, self.config.max_prompts)
         tenant = tenant_of(request.scope)
+        check_media_ids(body, tenant)
         raw = salted(body, raw, tenant)
 
         async def prepare() -> Call:
@@ -259,18 +258,44 @@ class Gateway:
 
     async def passed_on(self, request: Request, method: str, path: str, raw: bytes) -> Response:
         """One decode replica's answer to a route that needs no KV."""
-        tried: set[str] = set()
+        self._check_room()
+        self.num_in_flight += 1
+        try:
+            return await self._passed(request, method, path, raw)
+        finally:
+            self.num_in_flight -= 1
+
+    def _check_room(self) -> None:
+        """Raises PoolOverloadedError when the gateway carries as many requests as it may.
+
+        Raises NoReplicaError when the decode replicas that are left only finish what they have.
+        """
+        if self.membership.finishes_only:
+            raise NoReplicaError("every decode replica leaves")
+        if self.num_in_flight >= self.config.max_num_requests:
+            raise PoolOverloadedError(
+                f"the gateway carries {self.num_in_flight} requests, its limit (gateway.max_num_requests)"
+            )
+
+    async def _passed(self, request: Request, method: str, path: str, raw: bytes) -> Response:
+        request_id, tried = request_id_of(request), set[str]()
         while (member := self.membership.pick_decode(without=tried)) is not None:
+            if len(tried) >= self.config.max_attempts:
+                raise AttemptsExhaustedError(
+                    f"the request was lost on {len(tried)} decode replicas, and no more are tried for it "
+                    "(gateway.max_attempts)"
+                )
             try:
                 status, payload = await self.upstreams.get(member.info.url).request(
                     method, path, raw, timeout_s=_PASSED_TIMEOUT_S
                 )
             except ReplicaLostError as exc:
+                logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
                 if not exc.sent:
                     self.membership.mark_unreachable(member)
                 tried.add(member.info.replica_id)
                 continue
-            headers = {"x-request-id": request_id_of(request)} if self.echo_request_id else {}
+            headers = {"x-request-id": request_id} if self.echo_request_id else {}
             return Response(payload, status, headers, media_type="application/json")
         raise NoReplicaError("no decode replica is ready")
 

@@ -57,6 +57,10 @@ class PairBreaker:
         if len(self._pairs) > _MAX_REMEMBERED:
             self._pairs.popitem(last=False)
 
+    def pair_of(self, handoff_id: str) -> Pair | None:
+        """The pair of a hand-off that is begun, and neither over nor failed."""
+        return self._pairs.get(handoff_id)
+
     def over(self, handoff_id: str) -> None:
         """A hand-off was given up: whatever is said of it, its pair is not to blame."""
         self._pairs.pop(handoff_id, None)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from disagg.config import GatewayConfig
-from disagg.errors import RateLimitError
 from disagg.gateway.background import Background
 from disagg.gateway.legs import Route, decode_body, is_server_fault, route_for
-from disagg.gateway.local_budget import computing, has_room, num_prompt_tokens
-from disagg.gateway.membership import DECODE, Member, Membership, Pair
+from disagg.gateway.local_prefill import LocalPrefill
+from disagg.gateway.losses import Losses
+from disagg.gateway.membership import Member, Membership, Pair
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.pair_faults import PairFaults
 from disagg.gateway.prefill_deadline import LocalRate
@@ -27,7 +27,7 @@ from disagg.gateway.settling import Ledger, NoLedger, Settling, UnderWay
 from disagg.gateway.transfer import Transfer
 from disagg.gateway.transfer_pull import Pull
 from disagg.gateway.wire import Upstreams
-from pools.errors import AttemptsExhaustedError, NoReplicaError, ReplicaLostError
+from pools.errors import ReplicaLostError
 
 __all__ = ["Answer", "Call", "Handoff", "is_server_fault"]
 
@@ -55,6 +55,7 @@ class Handoff:
         background: Background,
         transfer: Transfer | None = None,
         ledger: Ledger | None = None,
+        max_model_len: int | None = None,
     ) -> None:
         self._model_id = model_id
         self._config = config
@@ -64,6 +65,14 @@ class Handoff:
         self._settling = Settling(upstreams, background, ledger or NoLedger())
         self._faults = PairFaults(membership, upstreams, metrics, background)
         self._local_rate = LocalRate()
+        self._local = LocalPrefill(
+            config=config,
+            membership=membership,
+            metrics=metrics,
+            sender=self._sender,
+            rate=self._local_rate,
+            max_model_len=max_model_len,
+        )
         self._prefilling = Prefilling(
             model_id=model_id,
             config=config,
@@ -76,7 +85,6 @@ class Handoff:
             faults=self._faults,
             local_rate=self._local_rate,
         )
-        metrics.on_render(self._show_local_prefills)
 
     async def answer(self, call: Call) -> Answer:
         """Run the request up to the first bytes of its answer.
@@ -88,24 +96,25 @@ class Handoff:
             return await self._handed_off(call)
         if route.mode == "primed":
             return await self._primed(call, route)
-        return await self._local(call, route.reason)
+        return await self._local.answer(call, route.reason)
 
-    async def resume(self, call: Call, *, without: Collection[str], num_lost: int) -> Answer:
-        """Go on with a stream that was begun, at another replica than those in `without` while there is one.
+    async def resume(self, call: Call, losses: Losses) -> Answer:
+        """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
 
         Raises what `answer` raises, but is not refused for lack of room: its stream has begun.
 
         Args:
             call: one prompt, which ends with the tokens that were sent.
-            num_lost: how many replicas it was lost on.
+            losses: of its stream and of all earlier tries to go on; those of this one are added.
         """
-        if self._membership.pick_decode(without=without) is None:
-            without = ()
+        without = set(losses.replica_ids)
+        if not self._membership.has_decode(without=without):
+            without = set()
         route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
         if route.mode == "handoff" and self._membership.has_pair(without=without):
-            return await self._handed_off(call, without, num_lost=num_lost, refuse=False)
+            return await self._handed_off(call, without, losses, refuse=False)
         reason = route.reason or "no_warm_pair"
-        return await self._local(call, reason, without, num_lost=num_lost, refuse=False)
+        return await self._local.answer(call, reason, without, losses, refuse=False)
 
     def settle(self, handoff_id: str) -> None:
         """Take a decode engine's word that it read nothing of a hand-off, and will not. Returns at once."""
@@ -115,10 +124,11 @@ class Handoff:
     # Modes
 
     async def _handed_off(
-        self, call: Call, without: Collection[str] = (), *, num_lost: int = 0, refuse: bool = True
+        self, call: Call, without: Collection[str] = (), losses: Losses | None = None, *, refuse: bool = True
     ) -> Answer:
-        """Through a warm pair, else locally. `without`, `num_lost` and `refuse` are those of `_local`."""
+        """Through a warm pair, else locally. `without`, `losses` and `refuse` are those of `LocalPrefill.answer`."""
         assert call.prompts is not None
+        losses = losses or Losses()
         prompt = call.prompts[0]
 
         async def take(under_way: UnderWay, params: dict[str, Any]) -> Answer | _Lost:
@@ -147,42 +157,70 @@ class Handoff:
 
         answer = await self._prefilling.tried(Prompt(call, prompt, take, _close, without=set(without)))
         if isinstance(answer, str):
-            return await self._local(call, answer, without, num_lost=num_lost, refuse=refuse)
+            return await self._local.answer(call, answer, without, losses, refuse=refuse)
         if isinstance(answer, _Lost):
             self._metrics.retries.labels("decode").inc()
-            lost = {*without, answer.member.info.replica_id}
-            return await self._local(call, "decode_lost", lost, num_lost=num_lost + answer.sent, refuse=refuse)
-        if answer.status >= 500:
-            answer.close()
-            return await self._local(call, "decode_error", without, num_lost=num_lost + 1, refuse=refuse)
-        return answer
+            lost_id = answer.member.info.replica_id
+            losses.lost(lost_id, had_it=answer.sent)
+            return await self._local.answer(call, "decode_lost", {*without, lost_id}, losses, refuse=refuse)
+        if answer.status < 500:
+            return answer
+        found = await self._after_error(call, answer, without, losses, refuse=refuse)
+        if found.status < 500 and answer.under_way is not None:
+            self._faults.failed(answer.under_way)
+        return found
+
+    async def _after_error(
+        self, call: Call, answer: Answer, without: Collection[str], losses: Losses, *, refuse: bool = True
+    ) -> Answer:
+        """Locally after a decode replica has answered 5xx, at another one while there is one."""
+        answer.close()
+        losses.lost(answer.decode_id)
+        others = {*without, answer.decode_id}
+        if not self._membership.has_decode(without=others):
+            others = set(without)
+        return await self._local.answer(call, "decode_error", others, losses, refuse=refuse)
 
     async def _primed(self, call: Call, route: Route) -> Answer:
         """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
+        failed: list[UnderWay] = []
+        answer = await self._after_priming(call, failed)
+        if answer.status < 500:
+            for under_way in failed:
+                self._faults.failed(under_way)
+        return answer
+
+    async def _after_priming(self, call: Call, failed: list[UnderWay]) -> Answer:
+        """As `_primed`. Adds the hand-offs that decode answered 5xx to `failed`."""
         assert call.prompts is not None
         pair = self._membership.pick_pair()
         if pair is None:
-            return await self._local(call, "no_warm_pair")
+            return await self._local.answer(call, "no_warm_pair")
         async with asyncio.TaskGroup() as group:
             # The first prompt goes to the chosen pair, the others where there is room for them.
             primed = [
-                group.create_task(self._prime(call, ids, pair.decode, None if i else pair))
+                group.create_task(self._prime(call, ids, pair.decode, None if i else pair, failed))
                 for i, ids in enumerate(call.prompts)
             ]
         outcomes = [task.result() for task in primed]
         prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
         if not prefills:
-            return await self._local(call, str(outcomes[0]))
+            return await self._local.answer(call, str(outcomes[0]))
+        losses = Losses()
         try:
-            return await self._sender.decode(
+            answer = await self._sender.decode(
                 pair.decode, call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id
             )
         except ReplicaLostError as exc:
             self._sender.lost(pair.decode, exc)
             self._metrics.retries.labels("decode").inc()
-            return await self._local(call, "decode_lost", {pair.decode.info.replica_id}, num_lost=int(exc.sent))
+            losses.lost(pair.decode.info.replica_id, had_it=exc.sent)
+            return await self._local.answer(call, "decode_lost", losses.replica_ids, losses)
+        return answer if answer.status < 500 else await self._after_error(call, answer, (), losses)
 
-    async def _prime(self, call: Call, prompt: Sequence[int], decode: Member, pair: Pair | None) -> Member | str:
+    async def _prime(
+        self, call: Call, prompt: Sequence[int], decode: Member, pair: Pair | None, failed: list[UnderWay]
+    ) -> Member | str:
         """Make `decode` pull one prompt's KV. A failure there costs a recomputation and nothing else.
 
         Returns the prefill replica that computed it, or why none did.
@@ -205,83 +243,11 @@ class Handoff:
             else:
                 self._settling.decode_answered(under_way, status)
                 self._faults.answered(under_way, status)
+                if status >= 500:
+                    failed.append(under_way)
             return under_way.pair.prefill
 
         return await self._prefilling.tried(Prompt(call, prompt, take, decode=decode), first=pair)
-
-    async def _local(
-        self, call: Call, reason: str, without: Collection[str] = (), *, num_lost: int = 0, refuse: bool = True
-    ) -> Answer:
-        """The request as it came, on each decode replica in turn until one answers without a fault of its own.
-
-        Raises NoReplicaError, RateLimitError and AttemptsExhaustedError.
-
-        Args:
-            without: decode replicas that were lost with this request.
-            num_lost: how many of the replicas tried so far may have had it.
-            refuse: whether it is refused when no replica has room for its prompt.
-        """
-        tried = set(without)
-        num_tokens = num_prompt_tokens(call.prompts, call.raw)
-        failed: Answer | None = None
-        self._metrics.local_prefill(reason)
-        while True:
-            member = self._roomy(num_tokens, tried, refuse=refuse) if num_lost < self._config.max_attempts else None
-            if member is None:
-                if failed is not None:
-                    return failed
-                self._give_up(tried, num_lost)
-            try:
-                answer = await self._computed(member, call, num_tokens)
-            except ReplicaLostError as exc:
-                self._sender.lost(member, exc)
-                num_lost += exc.sent
-            else:
-                if answer.status < 500:
-                    return answer
-                failed = answer
-                num_lost += 1
-            self._metrics.retries.labels("decode").inc()
-            tried.add(member.info.replica_id)
-
-    def _roomy(self, num_tokens: int, tried: set[str], *, refuse: bool) -> Member | None:
-        """The decode replica to compute a prompt, among those that have room for it."""
-        if not refuse:
-            return self._membership.pick_decode(without=tried)
-        limit = self._config.local_prefill_tokens
-        members = self._membership.members(DECODE)
-        full = {m.info.replica_id for m in members if not has_room(m, num_tokens, limit=limit)}
-        return self._membership.pick_decode(without=tried | full)
-
-    def _give_up(self, tried: set[str], num_lost: int) -> NoReturn:
-        if num_lost >= self._config.max_attempts:
-            raise AttemptsExhaustedError(
-                f"the request was lost on {num_lost} decode replicas, and no more are tried for it "
-                "(gateway.max_attempts)"
-            )
-        if self._membership.pick_decode(without=tried) is None:
-            raise NoReplicaError("no decode replica is ready")
-        self._metrics.local_prefills_refused.inc()
-        raise RateLimitError(
-            "every decode replica computes as many prompt tokens as it may for this gateway "
-            f"({self._config.local_prefill_tokens}, gateway.local_prefill_tokens)"
-        )
-
-    async def _computed(self, member: Member, call: Call, num_tokens: int) -> Answer:
-        """The request as it came, its prompt computed by `member`. Raises ReplicaLostError."""
-        now = asyncio.get_running_loop().time
-        began = now()
-        with computing(member, num_tokens):
-            answer = await self._sender.decode(member, call, call.raw, mode="local", prefill_id="local")
-        if answer.exchange is not None:
-            # An answer that is not streamed has no first token.
-            self._local_rate.measured(num_tokens, now() - began)
-        return answer
-
-    def _show_local_prefills(self) -> None:
-        self._metrics.local_prefill_tokens.clear()
-        for member in self._membership.members(DECODE):
-            self._metrics.local_prefill_tokens.labels(member.info.replica_id).set(member.local_prefill_tokens)
 
 
 def _close(answer: Answer | _Lost) -> None:

@@ -43,6 +43,16 @@ def check_prompt_tokens(prompts: Sequence[Sequence[int]] | None, max_tokens: int
         )
 
 
+def apart(sent: bytes, events: bytes) -> bytes:
+    """`events` as they follow a stream that was cut: on a line of their own, even when it stopped in mid-event.
+
+    Args:
+        sent: what was sent last; a blank line more than is needed means nothing to a reader.
+        events: whole events, or nothing.
+    """
+    return b"\n\n" + events if events and sent and not sent.endswith(b"\n\n") else events
+
+
 async def within(streaming: Awaitable[bytes], limit_s: float | None, end: Callable[[StreamLimitError], bytes]) -> bytes:
     """What `streaming` returns, or what `end` makes of it after `limit_s` seconds, when it is cancelled."""
     if limit_s is None:

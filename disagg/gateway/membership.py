@@ -7,6 +7,7 @@ is used once it is known, a pair only after `disagg.gateway.warm` has proved it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -70,13 +71,17 @@ class Pair:
 class Membership:
     """The members of both pools. Not thread-safe: call it from the gateway's loop."""
 
-    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, on_change: Callable[[], None] = lambda: None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock`: in seconds."""
         self._members: dict[str, dict[str, Member]] = {pool: {} for pool in POOLS}
         # By incarnation: what Serve has taken out of its lists and this gateway has not let go of.
         self._leaving: dict[str, Member] = {}
         self._pair_chosen: dict[tuple[str, str], int] = {}
-        # By incarnations: pairs that are left alone for a while, see `disagg.gateway.breaker`.
-        self._resting: set[tuple[str, str]] = set()
+        # By incarnations: pairs that are left alone, and until when; see `disagg.gateway.breaker` and `kv_paths`.
+        self._resting: dict[tuple[str, str], float] = {}
+        self._clock = clock
         self._sequence = 0
         self._on_change = on_change
 
@@ -123,7 +128,7 @@ class Membership:
             if d.info.replica_id not in p.warm_peers
             and p.quarantined is d.quarantined is None
             and not (p.draining or d.draining)
-            and Pair(p, d).key not in self._resting
+            and not self.is_resting(Pair(p, d))
             and misfit(p.info, d.info) is None
         ]
 
@@ -153,27 +158,39 @@ class Membership:
             self._on_change()
 
     def mark_warm(self, pair: Pair) -> None:
-        """Make a pair routable; ignored when one of the two has gone meanwhile, or was taken out."""
+        """Make a pair routable; ignored when one of the two has gone meanwhile, or it or one of them was taken out."""
         well = pair.prefill.quarantined is pair.decode.quarantined is None
-        if well and self._alive(pair.prefill) and self._alive(pair.decode):
+        if well and not self.is_resting(pair) and self._alive(pair.prefill) and self._alive(pair.decode):
             pair.prefill.warm_peers.add(pair.decode.info.replica_id)
             pair.decode.warm_peers.add(pair.prefill.info.replica_id)
             pair.prefill.reachable = pair.decode.reachable = True
             self._on_change()
 
-    def mark_cold(self, pair: Pair, *, rest: bool = False) -> None:
-        """Take a pair out of routing until it is warmed again; with `rest` not before `rested`."""
-        if rest:
-            self._resting.add(pair.key)
+    def mark_cold(self, pair: Pair, *, rest_s: float = 0.0) -> None:
+        """Take a pair out of routing until it is warmed again, not before `rest_s` are over and `rested` says so.
+
+        Of several rests the one that ends last counts.
+        """
+        if rest_s > 0:
+            until = self._clock() + rest_s
+            self._resting[pair.key] = max(until, self._resting.get(pair.key, until))
         pair.prefill.warm_peers.discard(pair.decode.info.replica_id)
         pair.decode.warm_peers.discard(pair.prefill.info.replica_id)
         self._on_change()
 
-    def rested(self, pair: Pair) -> None:
-        """Let a pair be warmed again."""
-        if pair.key in self._resting:
-            self._resting.discard(pair.key)
+    def is_resting(self, pair: Pair) -> bool:
+        return pair.key in self._resting
+
+    def rested(self, pair: Pair) -> float:
+        """Let a pair be warmed again if its rest is over; seconds for which it has to rest yet."""
+        until = self._resting.get(pair.key)
+        if until is None:
+            return 0.0
+        left = until - self._clock()
+        if left <= 0:
+            del self._resting[pair.key]
             self._on_change()
+        return max(0.0, left)
 
     def mark_unreachable(self, member: Member) -> None:
         """Stop choosing a replica that cannot be connected to, until it answers or is replaced."""
@@ -209,7 +226,8 @@ class Membership:
 
     def is_warm(self, member: Member) -> bool:
         """Whether it has moved KV with some replica, or there is none in the other pool that it could have."""
-        return bool(member.warm_peers) or not self._members[DECODE if member.info.pool == PREFILL else PREFILL]
+        others = self._members[DECODE if member.info.pool == PREFILL else PREFILL].values()
+        return bool(member.warm_peers) or not any(o.usable and misfit(member.info, o.info) is None for o in others)
 
     def is_listed(self, member: Member) -> bool:
         """Whether Serve has it in its lists."""
@@ -246,11 +264,15 @@ class Membership:
         decodes = [d.info.replica_id for d in self._usable(DECODE, without) if decode in (None, d)]
         return any(not p.warm_peers.isdisjoint(decodes) for p in self._usable(PREFILL, without))
 
-    def pick_decode(self, *, without: Collection[str] = ()) -> Member | None:
-        """The decode replica for a request that it prefills itself; None when there is none."""
-        usable = {m.info.replica_id: m for m in self._usable(DECODE, without)}
-        if not usable:
-            usable = {m.info.replica_id: m for m in self._last_resort(without)}
+    def has_decode(self, *, without: Collection[str] = ()) -> bool:
+        """Whether `pick_decode` would find a replica, were it to fit."""
+        return bool(self._decodes(without))
+
+    def pick_decode(
+        self, *, without: Collection[str] = (), fits: Callable[[Member], bool] = lambda _: True
+    ) -> Member | None:
+        """The decode replica for a request that it prefills itself; None when there is none that `fits`."""
+        usable = {m.info.replica_id: m for m in self._decodes(without) if fits(m)}
         chosen = choose_decode(m.view() for m in usable.values())
         if chosen is None:
             return None
@@ -278,11 +300,22 @@ class Membership:
         left.warm_peers.clear()
         return left
 
+    @property
+    def finishes_only(self) -> bool:
+        """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when
+        the drain is over: what was accepted before goes there, and nothing new."""
+        decodes = self._decodes(())
+        return bool(decodes) and all(member.draining for member in decodes)
+
+    def _decodes(self, without: Collection[str]) -> list[Member]:
+        return list(self._usable(DECODE, without)) or list(self._last_resort(without))
+
     def _last_resort(self, without: Collection[str]) -> Iterable[Member]:
         """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
         leaving = [m for m in self._leaving.values() if m.info.pool == DECODE and m.reachable and not m.quarantined]
         on_probation = [m for m in self._members[DECODE].values() if m.usable and m.on_probation]
-        return (m for m in [*leaving, *on_probation] if m.info.replica_id not in without)
+        found = [m for m in [*leaving, *on_probation] if m.info.replica_id not in without]
+        return [m for m in found if not m.draining] or found
 
     def _alive(self, member: Member) -> bool:
         return self._members[member.info.pool].get(member.info.replica_id) is member

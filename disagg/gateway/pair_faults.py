@@ -43,15 +43,16 @@ class PairFaults:
         self._breaker.over(under_way.handoff_id)
 
     def answered(self, under_way: UnderWay, status: int) -> None:
-        """The decode leg has a status. A refusal is the client's fault."""
-        if status >= 500:
-            # With both legs sent at once it may come before the prefill leg is over.
-            self._breaker.begin(under_way.handoff_id, under_way.pair)
-            self._failed(under_way.handoff_id)
-        elif status >= 400:
+        """The decode leg has a status. A refusal is the client's fault, and so may a 5xx be; see `failed`."""
+        if status >= 400:
             self._breaker.over(under_way.handoff_id)
         else:
             self._breaker.succeeded(under_way.handoff_id)
+
+    def failed(self, under_way: UnderWay) -> None:
+        """The decode leg was answered 5xx, and the same request well without the hand-off."""
+        self._breaker.begin(under_way.handoff_id, under_way.pair)
+        self._failed(under_way.handoff_id)
 
     def lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
         """The decode leg broke off: the pair's fault if the decode replica still answers. Returns at once."""
@@ -60,7 +61,11 @@ class PairFaults:
             self._background.spawn(self._blame(under_way.handoff_id, under_way.pair))
 
     def unread(self, handoff_id: str) -> None:
-        """A decode engine has not read this hand-off, and will not."""
+        """A decode engine has not read this hand-off, and will not: its prefill replica's fault if that is gone."""
+        pair = self._breaker.pair_of(handoff_id)
+        if pair is not None and not (pair.prefill.usable and self._membership.is_listed(pair.prefill)):
+            self._breaker.over(handoff_id)
+            return
         self._failed(handoff_id)
 
     async def _blame(self, handoff_id: str, pair: Pair) -> None:
@@ -76,6 +81,11 @@ class PairFaults:
             self._failed(handoff_id)
 
     def _failed(self, handoff_id: str) -> None:
+        pair = self._breaker.pair_of(handoff_id)
+        if pair is not None and self._membership.is_resting(pair):
+            # It was under way when the pair was taken out.
+            self._breaker.over(handoff_id)
+            return
         opened = self._breaker.failed(handoff_id)
         if opened is not None:
             self._open(opened)
@@ -91,11 +101,13 @@ class PairFaults:
                 pair.prefill.info.replica_id,
                 pair.decode.info.replica_id,
             )
-        self._membership.mark_cold(pair, rest=True)
-        self._background.forever(self._rest(pair, opened.rest_s))
+        self._membership.mark_cold(pair, rest_s=opened.rest_s)
+        self._background.forever(rest(self._membership, pair))
         members = self._membership.members
         self._breaker.retain({Pair(p, d).key for p in members(PREFILL) for d in members(DECODE)})
 
-    async def _rest(self, pair: Pair, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        self._membership.rested(pair)
+
+async def rest(membership: Membership, pair: Pair) -> None:
+    """Let a pair that was marked cold be warmed again when its rest is over."""
+    while (left := membership.rested(pair)) > 0:
+        await asyncio.sleep(left)

@@ -19,6 +19,10 @@ class LocalRate:
         self.tokens_per_s: float | None = None
         """None until a prompt was measured."""
 
+    def expected_s(self, num_tokens: int) -> float | None:
+        """How long a prompt should take."""
+        return None if self.tokens_per_s is None else num_tokens / self.tokens_per_s
+
     def measured(self, num_tokens: int, seconds: float) -> None:
         """Take one local prefill. `seconds` are those from sending it to the first byte of its stream."""
         if num_tokens < _MIN_MEASURED_TOKENS or seconds <= 0:

@@ -65,15 +65,25 @@ STATUS: dict[type[DisaggError], Shape] = {
 """Most specific class first along each branch; a class without a line of its own takes its parent's."""
 
 
+_LOST = "the replica that worked on the request was lost"
+
+
 def shape_of(error: DisaggError) -> Shape:
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+
+
+def client_message(error: DisaggError) -> str:
+    """What a client is told. The message of a loss has addresses in it, so it is for the log."""
+    if not isinstance(error, ReplicaLostError):
+        return str(error)
+    return _LOST if error.reason is None else f"{_LOST}; the stream ends here: {error.reason}"
 
 
 def error_body(error: DisaggError) -> dict[str, object]:
     shape = shape_of(error)
     return {
         "error": {
-            "message": str(error),
+            "message": client_message(error),
             "type": shape.type,
             "param": getattr(error, "param", None),
             "code": getattr(error, "code", None) or shape.code,

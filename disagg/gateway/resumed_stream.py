@@ -31,6 +31,7 @@ class ResumedStream:
         """`sent` is cut here: tokens behind the cut are made again, the same ones if `greedy`."""
         self._sent = sent
         self._overlap = cut.overlap
+        self._text_sent = bool(sent.text)
         self._num_prompt_tokens = num_prompt_tokens
         self._num_before = cut.num_tokens
         self._client_ids = client_ids
@@ -92,8 +93,10 @@ class ResumedStream:
         if delta is not None and delta.get("role") is not None and not choice.get("finish_reason"):
             first, self._sent.role_sent = not self._sent.role_sent, True
             return first
-        if delta is not None and delta.get("reasoning"):
-            raise DivergedError("the replica that took the stream over began to reason behind text")
+        if reasoned := delta is not None and bool(delta.get("reasoning")):
+            if self._text_sent or self._overlap:
+                raise DivergedError("the replica that took the stream over began to reason behind text")
+            self._sent.refusal = "reasoning"
         holder, key = (choice, "text") if delta is None else (delta, "content")
         text = holder.get(key) or ""
         cut_text = self._cut_text(text)
@@ -113,7 +116,7 @@ class ResumedStream:
             if self._overlap:
                 raise DivergedError("the replica that took the stream over called a tool in place of text")
             self._sent.refusal = "tool_call"
-        if cut_text or called or finish_reason:
+        if cut_text or called or reasoned or finish_reason:
             return True
         # A chunk without text is one that the client would have had from the first replica, too; but see `sent_tokens`
         # for those that are there for their ids alone.
@@ -161,12 +164,16 @@ def whole_usage(usage: dict[str, Any], *, num_prompt_tokens: int, num_before: in
 
 
 def ending(sent: SentTokens, body: Mapping[str, Any], *, num_prompt_tokens: int, chat: bool) -> bytes | None:
-    """The events that are missing of an answer whose last token was sent; None when tokens are missing."""
+    """The events that are missing of an answer whose last token was sent; None when tokens are missing.
+
+    No usage of a stream with a `refusal`: not all of its tokens were counted.
+    """
     if sent.finish_reason is None:
         return None
     events = b""
     options = body.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage") and not sent.usage_sent:
+    asked = isinstance(options, dict) and options.get("include_usage")
+    if asked and not sent.usage_sent and sent.refusal is None:
         num_tokens = len(sent.token_ids)
         usage = {
             "prompt_tokens": num_prompt_tokens,

@@ -11,6 +11,7 @@ from typing import Protocol
 from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError
 from disagg.gateway.handoff import Answer, Call, Handoff
+from disagg.gateway.losses import Losses
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_event
@@ -23,8 +24,10 @@ from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 0.1
-"""Between two looks for a decode replica while there is none."""
+_NOBODY = "no other replica went on with it"
+_FIRST_RETRY_S = 0.1
+_MAX_RETRY_S = 2.0
+"""Between two tries to go on while no decode replica can."""
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -55,7 +58,7 @@ class Resuming:
         """What the first replica's bytes have to pass through; None when the stream cannot be resumed."""
         self._carrier = carrier
         self._metrics = carrier.metrics
-        self._lost_ids: list[str] = []
+        self._losses = Losses()
 
     def check(self) -> None:
         """The first replica's stream is over. Raises ReplicaLostError when the answer is not."""
@@ -71,7 +74,8 @@ class Resuming:
         while True:
             answer.close()
             lost_at = asyncio.get_running_loop().time()
-            self._lost_ids.append(answer.decode_id)
+            lost_id = answer.decode_id
+            self._losses.stream_lost(lost_id)
             try:
                 if (end := self._ending()) is not None:
                     return end
@@ -80,9 +84,9 @@ class Resuming:
                     return self._finish()
                 answer = await self._again(cut)
             except Refused as exc:
-                return self._give_up("refused", error, str(exc))
+                return self._give_up("refused", error, exc)
             except DisaggError as exc:
-                return self._give_up("failed", error, str(exc))
+                return self._give_up("failed", error, exc)
             logger.info(
                 "stream %s goes on at replica %s after %d tokens: %s",
                 self.call.request_id,
@@ -96,9 +100,9 @@ class Resuming:
                 error = exc
             except DivergedError as exc:
                 self._metrics.resume_diverged.inc()
-                pair = f"{self._lost_ids[-1]} and {answer.decode_id}"
+                pair = f"{lost_id} and {answer.decode_id}"
                 logger.error("replicas %s continue one greedy answer differently: %s", pair, exc)
-                return self._give_up("failed", error, str(exc))
+                return self._give_up("failed", error, exc)
             else:
                 return b""
             finally:
@@ -123,8 +127,8 @@ class Resuming:
         sent = self.sent
         if sent is None or sent.refusal is not None:
             raise Refused(f"it cannot be resumed ({self.refusal if sent is None else sent.refusal})")
-        if len(self._lost_ids) >= self._carrier.config.max_attempts:
-            raise ReplicaLostError(f"{len(self._lost_ids)} decode replicas were lost on it, the limit")
+        if self._exhausted:
+            raise AttemptsExhaustedError(f"{self._losses.count} decode replicas were lost on it, the limit")
         assert self._asked.prompts is not None
         texts = await self._carrier.renderer.texts(self._asked.body, self._asked.prompts[0], sent.token_ids)
         cut = cut_for(self._asked.body, texts, sent.text, client_ids=self._client_ids)
@@ -138,25 +142,27 @@ class Resuming:
         call = continued(self.call, self.sent.token_ids[: cut.num_tokens])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._carrier.config.resume_wait_s
+        delay = _FIRST_RETRY_S
         while True:
             try:
                 return await self._begun(call)
             except DisaggError as exc:
-                final = isinstance(exc, AttemptsExhaustedError | InvalidRequestError)
-                if final or loop.time() >= deadline:
+                final = self._exhausted or isinstance(exc, AttemptsExhaustedError | InvalidRequestError)
+                left = deadline - loop.time()
+                if final or left <= 0:
                     raise
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(min(delay, left))
+                delay = min(2 * delay, _MAX_RETRY_S)
 
     async def _begun(self, call: Call) -> Answer:
         """A stream that goes on. Raises DisaggError, an InvalidRequestError when nobody would answer otherwise."""
-        lost = set(self._lost_ids)
-        answer = await self._carrier.handoff.resume(call, without=lost, num_lost=len(self._lost_ids))
+        answer = await self._carrier.handoff.resume(call, self._losses)
         if answer.exchange is not None:
             return answer
         answer.close()
         message = f"the replica that was to go on answered {answer.status}"
         # A replica whose engine has just died answers 5xx until its process ends.
-        raise ReplicaLostError(message) if answer.status >= 500 else InvalidRequestError(message)
+        raise ReplicaLostError(message, reason=message) if answer.status >= 500 else InvalidRequestError(message)
 
     async def _carry(self, answer: Answer, cut: Cut, write: Write, lost_at: float) -> None:
         """Send the rest of the answer. Raises ReplicaLostError or DivergedError."""
@@ -184,6 +190,10 @@ class Resuming:
         _check_whole(stream.fault, done=self.sent.done)
 
     @property
+    def _exhausted(self) -> bool:
+        return self._losses.count >= self._carrier.config.max_attempts
+
+    @property
     def _num_prompt_tokens(self) -> int:
         assert self._asked.prompts is not None
         return len(self._asked.prompts[0])
@@ -193,11 +203,12 @@ class Resuming:
         chat = self._asked.endpoint == "chat"
         return finished(self.sent, self._asked.body["model"], chat=chat) + (self._ending() or b"")
 
-    def _give_up(self, outcome: str, lost: ReplicaLostError, why: str) -> bytes:
+    def _give_up(self, outcome: str, lost: ReplicaLostError, why: Refused | DisaggError | DivergedError) -> bytes:
         self._metrics.resumes.labels(outcome).inc()
         self._metrics.broken_streams.inc()
         logger.warning("stream %s is cut: %s; %s", self.call.request_id, lost, why)
-        return error_event(ReplicaLostError(f"{lost}; the stream ends here: {why}"))
+        reason = why.reason or _NOBODY if isinstance(why, ReplicaLostError) else str(why)
+        return error_event(ReplicaLostError(str(lost), reason=reason))
 
 
 def _check_whole(fault: bytes | None, *, done: bool) -> None:

@@ -22,6 +22,7 @@ from disagg.gateway.legs import PATHS
 from disagg.gateway.local_budget import computing, has_room
 from disagg.gateway.membership import DECODE, PREFILL, Membership, Pair
 from disagg.gateway.metrics import Metrics
+from disagg.gateway.pair_faults import rest
 from disagg.gateway.resume_body import IDS, asking_for_ids
 from disagg.gateway.sending import Answer, Call, Sender
 from disagg.gateway.sent_tokens import without_ids
@@ -129,7 +130,8 @@ class Shadow:
             return None
         if not has_room(member, len(prompt), limit=self._config.local_prefill_tokens):
             return None
-        body = shadow_body(self._model_id, prompt, num_tokens, cache_salt=f"shadow-{uuid.uuid4().hex}")
+        salt = f"shadow-{uuid.uuid4().hex}"
+        body = shadow_body(self._model_id, prompt, num_tokens, asked=call.body, cache_salt=salt)
         headers = {"x-request-id": f"shadow-{uuid.uuid4().hex}"}
         try:
             with self._sender.carried(member), computing(member, len(prompt)):
@@ -186,12 +188,8 @@ class Shadow:
             pair.decode.info.replica_id,
             rest_s,
         )
-        self._membership.mark_cold(pair, rest=True)
-        self._background.forever(self._rest(pair, rest_s))
-
-    async def _rest(self, pair: Pair, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        self._membership.rested(pair)
+        self._membership.mark_cold(pair, rest_s=rest_s)
+        self._background.forever(rest(self._membership, pair))
 
 
 @dataclass

@@ -37,6 +37,7 @@ _FREE = frozenset(
     "safety_identifier".split()
 )
 _ONE = frozenset(("n", "best_of", "repetition_penalty", "length_penalty"))
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _NOTHING: tuple[Any, ...] = (None, 0, [], {})
 
 _encode = msgspec.json.Encoder().encode
@@ -61,10 +62,16 @@ def _says_nothing(name: str, value: Any) -> bool:
     return value in _NOTHING or (name in _ONE and value == 1)
 
 
-def shadow_body(model: str, prompt_token_ids: Sequence[int], num_tokens: int, *, cache_salt: str) -> bytes:
-    """The second run: `num_tokens` tokens after the prompt. With a new `cache_salt` no tier has any of its KV."""
+def shadow_body(
+    model: str, prompt_token_ids: Sequence[int], num_tokens: int, *, asked: Mapping[str, Any], cache_salt: str
+) -> bytes:
+    """The second run: `num_tokens` tokens after the prompt. With a new `cache_salt` no tier has any of its KV.
+
+    `asked` is the client's body: a penalty that it sets to nothing is set so here, for unset it is the model's default.
+    """
     return _encode(
-        {
+        {name: asked[name] for name in _PENALTIES if asked.get(name) is not None}
+        | {
             "model": model,
             "prompt": prompt_token_ids,
             "max_tokens": num_tokens,

@@ -28,6 +28,8 @@ class SplicingProtocol(BoundedProtocol):
 
     door = Door("the gateway's port", _LIMITS)
     _exchange: Exchange | None = None
+    last_spliced = b""
+    """What the last `splice` sent last, as it came; empty when it sent nothing, or sent it through something."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -49,8 +51,11 @@ class SplicingProtocol(BoundedProtocol):
         `through` makes of each chunk what the client gets; it must not raise.
         """
         write, is_closing = self.transport.write, self.transport.is_closing
+        last = b""
 
         def to_client(data: bytes) -> None:
+            nonlocal last
+            last = data
             # uvloop raises on a closed transport, and the engine would be blamed for a client that left.
             if not is_closing():
                 write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -66,6 +71,7 @@ class SplicingProtocol(BoundedProtocol):
             await exchange.forward(to_client if through is None else what_is_left)
         finally:
             self._exchange = None
+            self.last_spliced = last
 
 
 def install() -> None:

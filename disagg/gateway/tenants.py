@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,22 @@ def salted(body: dict[str, Any], raw: bytes, tenant: Tenant | None) -> bytes:
     body[FIELD] = tenant.cache_salt if given is None else mixed(tenant.cache_salt, given)
     # With two fields of one name the client's would win.
     return _encode_json(body)
+
+
+def check_media_ids(body: Mapping[str, Any], tenant: Tenant | None) -> None:
+    """Raises InvalidRequestError when a message names its media by an id of the client's own.
+
+    vLLM 0.32 takes a content part's `uuid` as the key of its processor and encoder caches, without any salt: it would
+    find what another tenant sent under that id, or put something else in its place.
+    """
+    if tenant is None or tenant.cache_salt is None or not isinstance(messages := body.get("messages"), list):
+        return
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and part.get("uuid") is not None:
+                param = f"messages[{i}].content[{j}].uuid"
+                raise InvalidRequestError(f"{param} is not taken: media are known by their content here", param=param)
 
 
 def _text(digest: bytes) -> str:

@@ -27,6 +27,10 @@ _ANSWER_S = 2.0
 _MISSES = 2
 _MISSES_OF_THE_LAST = 5
 """The last decode replica may be slow to answer: nobody else could serve what runs there."""
+_LATE_S = 0.5
+"""An answer that is missed this much later than it was to come was missed by the gateway's loop, which stood still."""
+_BROKEN = 5
+"""Connections in a row that break although the process takes them, after which each is a miss."""
 _AGAIN_S = 0.1
 """After a connection that broke: whether the process is gone shows in the next one."""
 
@@ -47,9 +51,11 @@ class _Health(msgspec.Struct):
 class _Watched:
     member: Member
     misses: int = 0
+    broken: int = 0
+    """Questions in a row whose connection broke off."""
     probe: Probe | None = None
     ok_since: float | None = None
-    """Since when a replica on probation has been warm and well, on the watch's clock."""
+    """Since when a replica on probation has been well, and a prefill replica warm, on the watch's clock."""
     told: bool = False
     """Whether the log says already why it cannot be taken out."""
 
@@ -83,6 +89,7 @@ class Watch:
         self._probation_s = probation_s
         self._clock = clock or asyncio.get_running_loop().time
         self._watched: dict[str, _Watched] = {}
+        self._failures: set[type[Exception]] = set()
         self._slowness = {pool: Slowness() for pool in POOLS}
         self._crash_loops = {pool: CrashLoop() for pool in POOLS}
 
@@ -103,13 +110,24 @@ class Watch:
     async def _follow(self, watched: _Watched) -> None:
         try:
             while self._membership.is_known(watched.member):
-                await asyncio.sleep(await self._ask(watched))
+                await asyncio.sleep(await self._asked(watched))
         finally:
             self._watched.pop(watched.member.info.incarnation, None)
+
+    async def _asked(self, watched: _Watched) -> float:
+        """As `_ask`. A failure of its own is no miss, and does not end the watch."""
+        try:
+            return await self._ask(watched)
+        except Exception as exc:
+            if type(exc) not in self._failures:
+                self._failures.add(type(exc))
+                logger.exception("replica %s could not be watched; it is tried again", watched.member.info.replica_id)
+            return self._interval_s
 
     async def _ask(self, watched: _Watched) -> float:
         """Ask once and take the answer; seconds until the next time."""
         member = watched.member
+        began = self._clock()
         try:
             status, payload = await self._upstreams.get(member.info.url).request(
                 "GET", "/disagg/v1/health", timeout_s=_ANSWER_S
@@ -118,6 +136,8 @@ class Watch:
         except msgspec.DecodeError:
             health = None
         except ReplicaLostError as exc:
+            if not exc.gone and self._clock() - began > _ANSWER_S + _LATE_S:
+                return 0.0
             return self._take_loss(watched, exc)
         if health is not None and health.incarnation != member.info.incarnation:
             # Another process has its address.
@@ -132,7 +152,10 @@ class Watch:
         if not error.sent:
             self._membership.mark_unreachable(watched.member)
         if error.gone:
-            # Refused: its end breaks what runs there by itself. Broken off: the next connection tells.
+            # Refused: its end breaks what runs there by itself. Broken off: the next connection tells, up to a point.
+            watched.broken = watched.broken + 1 if error.sent else 0
+            if watched.broken >= _BROKEN:
+                self._miss(watched)
             return _AGAIN_S if error.sent else self._interval_s
         self._miss(watched)
         return 0.0
@@ -146,7 +169,7 @@ class Watch:
 
     def _take(self, watched: _Watched, health: _Health) -> None:
         member = watched.member
-        watched.misses = 0
+        watched.misses = watched.broken = 0
         if health.probe_s is not None:
             watched.probe = Probe(health.probe_s, health.num_probes)
         if health.state == "suspect":
@@ -208,7 +231,8 @@ class Watch:
         member = watched.member
         if not member.on_probation:
             return
-        if not self._membership.is_warm(member):
+        # Decode replicas compute what no hand-off brings.
+        if member.info.pool != DECODE and not self._membership.is_warm(member):
             watched.ok_since = None
         elif watched.ok_since is None:
             watched.ok_since = self._clock()

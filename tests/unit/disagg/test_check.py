@@ -384,19 +384,24 @@ BAD: dict[str, Case] = {
         "http://",
     ),
     "engine that is replaced before it is suspect": (
-        args(decode__hang_after_s=20),
+        args(decode__hang_after_s=20, decode__health_probe_timeout_s=20),
         f"{A}.decode.hang_after_s",
         "less than health_probe_timeout_s (20); lower it, or raise health_probe_timeout_s",
     ),
-    "server that may block for as long as a probe of prefill": (
-        args(shared_cache={"mq_timeout_s": 11}),
-        f"{A}.shared_cache.mq_timeout_s",
-        "10 or less, half of prefill.health_probe_timeout_s; lower it, or raise prefill.health_probe_timeout_s",
+    "engine that is replaced before it is suspect by default": (
+        args(decode__health_probe_timeout_s=5),
+        f"{A}.decode.health_probe_timeout_s",
+        "more than hang_after_s (5 unless set); raise it, or lower hang_after_s",
+    ),
+    "server that may block until prefill is suspect": (
+        args(shared_cache={"mq_timeout_s": 3}, prefill__hang_after_s=6),
+        f"{A}.prefill.hang_after_s",
+        "more than 6, or unset; raise or remove it, or lower shared_cache.mq_timeout_s",
     ),
     "server that may block for as long as a probe of decode": (
-        args(shared_cache={"mq_timeout_s": 10}, decode__health_probe_timeout_s=19.9),
-        f"{A}.shared_cache.mq_timeout_s",
-        "9.95 or less, half of decode.health_probe_timeout_s",
+        args(shared_cache={"mq_timeout_s": 10}, decode__health_probe_timeout_s=21),
+        f"{A}.decode.health_probe_timeout_s",
+        "more than 21 (decode.hang_after_s), or unset; raise or remove it, or lower shared_cache.mq_timeout_s",
     ),
     "one directory for two tiers": (
         args(offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv"})),
@@ -478,10 +483,11 @@ def test_good(base: dict[str, Any], tmp_path: Path) -> None:
     "change",
     [
         args(shared_cache={"mq_timeout_s": 10}),
-        args(shared_cache={"mq_timeout_s": 40}, prefill__health_probe_timeout_s=80, decode__health_probe_timeout_s=80),
+        args(shared_cache={"mq_timeout_s": 40}),
+        args(shared_cache={"mq_timeout_s": 40}, prefill__hang_after_s=80.5, decode__health_probe_timeout_s=82),
         args(offload={"cpu_gib": 1, "disk": {"path": "kv"}}, shared_cache=lmcache({"type": "fs", "path": "kv2"})),
     ],
-    ids=["default times", "long times", "directories side by side"],
+    ids=["default times", "long times", "long times written down", "directories side by side"],
 )
 def test_tiers_that_fit(change: Callable[[dict[str, Any]], None], base: dict[str, Any], tmp_path: Path) -> None:
     """What is just right is no problem."""

@@ -111,7 +111,7 @@ def reasons_in_code() -> set[str]:
     for path in GATEWAY.glob("transfer*.py"):
         for call in calls(parsed(path.name), "PrefillFailed"):
             found |= words(*call.args[:1])
-    for call in calls(parsed("handoff.py"), "_local"):
+    for call in calls(parsed("handoff.py"), "answer"):
         found |= words(*call.args[1:2])
     tree = parsed("prefilling.py")
     for call in calls(tree, "local_prefill"):

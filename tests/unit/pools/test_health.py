@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,16 +20,30 @@ class Timed:
     def __init__(self) -> None:
         self.now = 100.0
         self.seen = (0, 0)
+        self.cpu_s = 0.0
         self.rules = HangRules(probe_interval_s=2, hang_after_s=5, replace_after_s=20, now=self.now)
         self.rules.look(self.now, self.seen)
 
-    def wait(self, seconds: float, *, tokens: int = 0, steps: int = 0) -> HangRules:
-        """Let time pass, with tokens and steps counted at every look."""
+    def wait(
+        self, seconds: float, *, tokens: int = 0, steps: int = 0, carrying: bool = False, cores: float | None = None
+    ) -> HangRules:
+        """Let time pass, with tokens and steps counted at every look, and so many cores in use."""
         for _ in range(int(seconds * 4)):
             self.now += 0.25
             self.seen = (self.seen[0] + tokens, self.seen[1] + steps)
-            self.rules.look(self.now, self.seen)
+            self.rules.look(self.now, self.seen, carrying=carrying)
+            if cores is not None and self.rules.wants_cpu:
+                self.cpu_s += 0.25 * cores
+                self.rules.used_cpu(self.cpu_s)
         return self.rules
+
+    def step(self, seconds: float, **options: Any) -> None:
+        """One step of an engine with requests, a look shorter than `seconds`; asked for a token after a second."""
+        self.wait(1, carrying=True, **options)
+        if self.rules.is_due:
+            self.rules.asked()
+        self.wait(seconds - 1.25, carrying=True, **options)
+        self.wait(0.25, tokens=1, carrying=True)
 
 
 def test_an_idle_engine_is_asked_and_a_busy_one_is_not() -> None:
@@ -69,11 +84,92 @@ def test_silence_makes_it_suspect_and_then_replaced() -> None:
 
 
 def test_steps_put_off_the_suspicion_but_not_for_ever() -> None:
-    """A long prompt in chunks brings steps and no token, and its engine is well; two minutes of that are not."""
+    """A long prompt in chunks brings steps and no token, and its engine is well; more than 15 minutes of it are not."""
     timed = Timed()
     timed.wait(2).asked()
-    assert timed.wait(119.75, steps=1).reason is None and timed.rules.verdict is None
+    assert timed.wait(899.75, steps=1).reason is None and timed.rules.verdict is None
     assert "brought no token" in (timed.wait(0.25, steps=1).verdict or "")
+
+
+def test_long_steps_are_expected_of_an_engine_with_requests() -> None:
+    """Twice the longest step before it is suspect, four times before it has to go; without requests the usual, and the
+    usual again when no such step was seen for ten minutes."""
+    timed = Timed()
+    timed.step(8.25)
+    timed.step(1)
+    timed.rules.answered(8)
+    timed.wait(1, carrying=True).asked()
+    assert timed.wait(15.75, carrying=True).reason is None
+    assert timed.wait(0.25, carrying=True).reason == "hang"
+    assert timed.wait(15.75, carrying=True).verdict is None
+    assert timed.wait(0.25, carrying=True).verdict is not None
+    # Gateways have taken their requests away: its step goes on.
+    assert timed.wait(0.25).verdict is not None
+    timed = Timed()
+    timed.step(8)
+    timed.rules.answered(8)
+    timed.wait(2).asked()
+    assert timed.wait(4.75).reason is None and timed.wait(0.25).reason == "hang"
+    timed = Timed()
+    timed.step(8)
+    timed.rules.answered(8)
+    timed.wait(600, tokens=1, carrying=True)
+    timed.wait(1, carrying=True).asked()
+    assert timed.wait(5, carrying=True).reason == "hang"
+
+
+def test_requests_that_are_taken_away_do_not_shorten_the_step() -> None:
+    """Gateways that give a replica up cut their requests, and the step that they caused goes on."""
+    timed = Timed()
+    timed.step(8.25)
+    timed.step(1)
+    timed.rules.answered(8)
+    timed.wait(1, carrying=True).asked()
+    assert timed.wait(2, carrying=True).reason is None and timed.wait(10).reason is None
+
+
+def test_an_engine_that_computes_for_its_requests_is_well_for_a_minute() -> None:
+    """CPU time puts the suspicion off, for a minute and never for an idle engine; a stopped process uses none, nor
+    does one that spins for a second."""
+    timed = Timed()
+    timed.wait(1, carrying=True).asked()
+    assert timed.wait(60, carrying=True, cores=0.9).reason is None and timed.rules.verdict is None
+    assert timed.wait(6, carrying=True, cores=0.9).reason == "hang"
+    assert timed.wait(16, carrying=True, cores=0.9).verdict is not None
+    for cores in (0.0, 0.4):
+        timed = Timed()
+        timed.wait(1, carrying=True).asked()
+        assert timed.wait(4.75, carrying=True, cores=cores).reason is None
+        assert timed.wait(0.25, carrying=True, cores=cores).reason == "hang"
+    timed = Timed()
+    timed.wait(2).asked()
+    assert timed.wait(5, cores=0.9).reason == "hang"
+
+
+def test_a_process_that_was_stopped_made_no_long_step() -> None:
+    """It is found as soon when it is stopped again."""
+    timed = Timed()
+    timed.step(15, cores=0.0)
+    timed.rules.answered(15)
+    timed.wait(1, carrying=True).asked()
+    assert timed.wait(5, carrying=True, cores=0.0).reason == "hang"
+
+
+def test_an_answer_that_came_behind_requests_says_nothing_of_the_engine() -> None:
+    """The time in their queue is not told as its own, whether they were there first or came meanwhile."""
+    timed = Timed()
+    timed.wait(2).asked()
+    timed.rules.answered(0.1)
+    timed.wait(1, carrying=True).asked()
+    timed.rules.answered(9.0)
+    timed.wait(2).asked()
+    timed.wait(0.25, carrying=True)
+    timed.wait(0.25)
+    timed.rules.answered(9.0)
+    assert (timed.rules.probe_s, timed.rules.num_probes) == (0.1, 1)
+    timed.wait(2).asked()
+    timed.rules.answered(0.2)
+    assert (timed.rules.probe_s, timed.rules.num_probes) == (0.2, 2)
 
 
 def test_a_count_ends_the_suspicion() -> None:

@@ -16,6 +16,7 @@ import pytest
 from pools.config import FakeEngineConfig
 from pools.engine.base import Role
 from pools.engine.fake import FakeEngine
+from pools.engine_key import ENGINE_KEY_HEADER
 from pools.http import EngineServer
 from pools.testing_client import open_request, request
 from tests.support.garbage import kinds, silence, still_open, throw
@@ -172,6 +173,40 @@ async def test_a_probe_uses_the_caches_of_its_salt() -> None:
         for salt in ("", 1, ["a"]):
             body = {"prompt_token_ids": [1], "cache_salt": salt}
             assert (await request("POST", f"{server.url}/disagg/v1/probe", body)).status == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status", "stays"),
+    [
+        ("/health", None, 200, False),
+        ("/metrics", None, 200, False),
+        ("/disagg/v1/stats", None, 401, False),
+        ("/disagg/v1/stats", "wrong", 401, False),
+        ("/disagg/v1/stats", "right", 200, True),
+        ("/health", "right", 200, True),
+    ],
+)
+async def test_who_has_no_key_takes_nobodys_place(path: str, key: str | None, status: int, stays: bool) -> None:
+    """Without the key a connection ends with its answer; with it, it stays and counts as served."""
+    engine = FakeEngine("e", "prefill", FakeEngineConfig(type="fake"), model_id="tiny")
+    await engine.start()
+    server = EngineServer(engine, role="prefill", host="127.0.0.1", incarnation="i1", key="right")
+    await server.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        header = f"{ENGINE_KEY_HEADER}: {key}\r\n" if key else ""
+        writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n{header}\r\n".encode())
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert head.startswith(b"HTTP/1.1 %d " % status)
+        assert (b"connection: close" in head) == (not stays)
+        if stays:
+            assert not server._protocol.door._silent
+        else:
+            await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+    finally:
+        await server.stop()
+        await engine.shutdown()
 
 
 async def test_the_private_port_survives_garbage_and_silence() -> None:

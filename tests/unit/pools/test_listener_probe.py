@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 import zmq
 
+from pools import listener_probe
 from pools.config import FakeEngineConfig
 from pools.engine.fake import FakeEngine
 from pools.listener_probe import mooncake_probe, nixl_probe
@@ -66,6 +68,19 @@ async def test_nixl_without_a_listener() -> None:
     silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     async with silent:
         assert not await nixl_probe("127.0.0.1", silent.sockets[0].getsockname()[1])(0.05)
+
+
+async def test_what_fails_on_this_side_is_no_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a file descriptor to ask with, both probes raise."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(zmq, "Context", full)
+    monkeypatch.setattr(listener_probe, "http_get", full)
+    for probe in (nixl_probe("127.0.0.1", 1), mooncake_probe("http://127.0.0.1:1")):
+        with pytest.raises(OSError, match="too many"):
+            await probe(0.05)
 
 
 async def test_mooncake() -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 
-from pools.process_tree import kill_descendants
+from pools.process_tree import cpu_seconds, kill_descendants
 
 PARENT = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
 
@@ -40,3 +41,28 @@ def test_nobody_there() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     assert kill_descendants(gone.pid) == []
+
+
+def test_cpu_seconds() -> None:
+    """What a grandchild computes counts; a stopped one uses none."""
+    spins = "import subprocess, sys; print(subprocess.Popen(['sh', '-c', 'while :; do :; done']).pid, flush=True)"
+    spins += "; sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", spins], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    grandchild = psutil.Process(int(child.stdout.readline()))
+    try:
+        before = cpu_seconds()
+        while cpu_seconds() < before + 0.05:
+            time.sleep(0.01)
+        grandchild.send_signal(signal.SIGSTOP)
+        while grandchild.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        stopped = cpu_seconds(child.pid)
+        time.sleep(0.1)
+        assert cpu_seconds(child.pid) == stopped > 0
+    finally:
+        grandchild.kill()
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()

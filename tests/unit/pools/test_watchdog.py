@@ -4,17 +4,24 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray import serve
 
+from pools import replica
 from pools import watchdog as watchdog_module
-from pools.config import FakeEngineConfig, PoolConfig
+from pools.config import CpuConfig, FakeEngineConfig, ModelConfig, PoolConfig
 from pools.engine.fake import FakeEngine
 from pools.errors import EngineDeadError
+from pools.hang_limits import HangLimits
+from pools.spec import ReplicaSpec
 from pools.watchdog import Watchdog
+from transport.config import NixlConfig
 
-CONFIG = PoolConfig(probe_interval_s=2, hang_after_s=5, health_probe_timeout_s=20)
+LIMITS = HangLimits(suspect_s=5, replace_s=20)
 
 
 class Hangs(FakeEngine):
@@ -40,7 +47,14 @@ class Run:
         self.engine = Hangs()
         self.now = 0.0
         self.hung: list[str] = []
-        self.dog = Watchdog(self.engine, CONFIG, on_hang=self.hung.append, clock=lambda: self.now, **options)
+        self.dog = Watchdog(
+            self.engine,
+            probe_interval_s=2,
+            limits=LIMITS,
+            on_hang=self.hung.append,
+            clock=lambda: self.now,
+            **options,
+        )
 
     async def wait(self, seconds: float) -> None:
         for _ in range(int(seconds * 4)):
@@ -97,13 +111,80 @@ async def test_engine_that_refuses_probes_is_suspect() -> None:
     assert (run.dog.health().reason, run.engine.num_asked) == ("probe_failed", 5)
 
 
-async def test_first_answer_has_a_limit() -> None:
-    """A replica whose engine gives no token does not start."""
+async def test_the_first_answer_is_part_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take longer than an engine at work may owe a token, and no longer than the start as a whole."""
+    quick = PoolConfig(hang_after_s=0.005, health_probe_timeout_s=0.01, startup_timeout_s=0.2)
     run = Run()
-    run.dog._limit_s = 0.01
     run.engine.answers.clear()
-    with pytest.raises(EngineDeadError, match="no token within"):
-        await run.dog.first_answer()
+    limits = HangLimits(suspect_s=0.005, replace_s=0.01)
+    dog = Watchdog(run.engine, probe_interval_s=2, limits=limits, on_hang=run.hung.append)
+    first = asyncio.create_task(dog.first_answer())
+    await asyncio.sleep(0.05)
+    run.engine.answers.set()
+    await first
+
+    run.engine.answers.clear()
+    replica_id = SimpleNamespace(unique_id="d0")
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(replica_id=replica_id))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(replica.DecodePool, "_make_engine", lambda self, url: run.engine)
+    spec = ReplicaSpec(
+        model=ModelConfig(id="tiny", source="tiny"),
+        platform="cpu",
+        engine=FakeEngineConfig(type="fake"),
+        cpu=CpuConfig(),
+        transport=NixlConfig(),
+        pool=quick,
+    )
+    num_asked = run.engine.num_asked
+    with pytest.raises(TimeoutError):
+        await replica.DecodePool.__init__(object.__new__(replica.DecodePool), spec.model_dump())
+    assert run.engine.num_asked == num_asked + 1
+
+
+async def test_cpu_time_is_read_only_of_a_suspicious_engine() -> None:
+    """Not while it counts, nor without requests; then what it computes keeps it out of suspicion."""
+    num_read = 0
+
+    def cpu_s() -> float:
+        nonlocal num_read
+        num_read += 1
+        return run.now
+
+    run = Run(cpu_s=cpu_s)
+    await run.dog.first_answer()
+    run.engine.answers.clear()
+    await run.wait(4)
+    assert num_read == 0
+    run.dog.carrying = lambda: True
+    await run.wait(20)
+    assert num_read > 10 and run.dog.health().state == "ok"
+
+
+async def test_a_listener_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """A question that fails on this side is logged once with its traceback, is no miss, and others follow."""
+    monkeypatch.setattr(watchdog_module, "_LISTENER_S", 0.0)
+    asked = asyncio.Event()
+    num_asked = 0
+
+    async def listener(timeout_s: float) -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 4:
+            asked.set()
+            await asyncio.Event().wait()
+        raise OSError("too many open files")
+
+    run = Run(listener=listener)
+    await run.dog.first_answer()
+    run.dog.start()
+    try:
+        await asyncio.wait_for(asked.wait(), 5)
+        run.dog.check()
+        assert run.dog._listener_rules.num_misses == 0
+        assert caplog.text.count("could not be asked") == caplog.text.count("Traceback") == 1
+    finally:
+        run.dog.stop()
 
 
 async def test_dead_engine_fails_the_check_at_once() -> None:

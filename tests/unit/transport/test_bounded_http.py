@@ -49,8 +49,8 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def served(limits: HttpLimits) -> AsyncIterator[tuple[App, type[BoundedProtocol], int]]:
-    app, protocol = App(), bounded_protocol("test", limits)
+async def served(limits: HttpLimits, **options: Any) -> AsyncIterator[tuple[App, type[BoundedProtocol], int]]:
+    app, protocol = App(), bounded_protocol("test", limits, **options)
     config = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", access_log=False, timeout_graceful_shutdown=1
     )
@@ -169,6 +169,28 @@ async def test_silent_connections_keep_nobody_out() -> None:
             for reader in (at_work, new):
                 assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
             assert protocol.door.closed["too many connections"] >= 9
+
+
+async def test_requests_of_nobody_keep_nobody_out() -> None:
+    """Connections that sent a whole request without what admits them count as silent, also the second time."""
+    admits = {"admits": lambda scope: (b"key", b"1") in scope["headers"]}
+    async with (
+        served(HttpLimits(max_connections=4), **admits) as (_, protocol, port),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        keyed = GET[:-2] + b"key: 1\r\n\r\n"
+        at_work, writer = await stack.enter_async_context(talking(port, keyed))
+        await at_work.readuntil(b"ok")
+        for _ in range(12):
+            reader, again = await stack.enter_async_context(talking(port, GET))
+            await reader.readuntil(b"ok")
+            again.write(GET)
+            await reader.readuntil(b"ok")
+        new, _ = await stack.enter_async_context(talking(port, keyed))
+        writer.write(keyed)
+        for reader in (at_work, new):
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        assert protocol.door.closed["too many connections"] >= 9
 
 
 async def test_garbage_behind_a_request_does_not_get_into_its_answer() -> None:

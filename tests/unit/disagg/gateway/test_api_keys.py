@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -139,6 +140,39 @@ def test_a_broken_file_changes_nothing(path: Path, broken: Any, caplog: pytest.L
     path.write_text(f"bob:{BOB}\n")
     keys.look()
     assert (who(keys, ALICE), reloads) == (None, [False, True])
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It need not change before it is taken over; the same trouble is said and counted once, another one again."""
+    reloads: list[bool] = []
+    keys = file_keys(path, reloads)
+    path.write_text(f"bob:{BOB}\n")
+    for trouble in (errno.EIO, errno.EIO, errno.ESTALE, errno.ESTALE):
+
+        def fails(self: Path, trouble: int = trouble, **_: Any) -> str:
+            raise OSError(trouble, os.strerror(trouble), str(self))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", fails)
+            keys.look()
+    assert (who(keys, ALICE), reloads, len(caplog.records)) == ("alice", [False, False], 2)
+    keys.look()
+    keys.look()
+    assert (who(keys, ALICE), who(keys, BOB), reloads) == (None, "bob", [False, False, True])
+
+
+def test_a_change_is_seen_by_its_ctime(path: Path) -> None:
+    """Content of the same size with the old file's time, written in its place."""
+    keys, before = file_keys(path), path.stat()
+    path.write_text(path.read_text().replace("bob:", "rob:"))
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_mtime_ns, path.stat().st_size) == (before.st_mtime_ns, before.st_size)
+    keys.look()
+    assert who(keys, BOB) == "rob"
 
 
 def test_no_start_without_keys(tmp_path: Path) -> None:

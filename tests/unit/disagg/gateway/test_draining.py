@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
+from disagg.config import GatewayConfig
 from disagg.gateway.membership import DECODE, PREFILL
 from pools.engine.base import Receive, Scope, Send
 from tests.support.gateway_stack import Replica, Stack, run, running_stack, until
@@ -83,6 +84,33 @@ def test_an_application_that_ends_finishes_what_it_has_accepted() -> None:
             go.set()
             assert (await asking).status == 200
             assert await drains[1]
+
+    run(check())
+
+
+def test_an_application_that_ends_accepts_nothing_more() -> None:
+    """Its last decode replica says that it drains: what was accepted goes there, nothing new does."""
+
+    async def check() -> None:
+        async with running_stack(config=GatewayConfig(watch_interval_s=0.02)) as stack:
+            rendering, go = asyncio.Event(), asyncio.Event()
+
+            async def before() -> None:
+                rendering.set()
+                await go.wait()
+
+            stack.renderer.before = before
+            asking = asyncio.create_task(stack.complete())
+            await rendering.wait()
+            (member,) = stack.gateway.membership.members(DECODE)
+            draining = leave(stack, stack.decode[0])
+            await until(lambda: member.draining)
+            refused = await stack.complete()
+            assert refused.status == 503 and int(refused.headers["retry-after"]) > 0
+            assert (await stack.call("POST", "/tokenize", {"model": "tiny", "prompt": "a"})).status == 503
+            go.set()
+            assert (await asking).status == 200
+            assert await draining
 
     run(check())
 

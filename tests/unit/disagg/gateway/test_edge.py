@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 from disagg.config import AdminConfig, FileKeysConfig, GatewayConfig
 from disagg.errors import ConfigError
+from pools.engine.base import Receive, Scope, Send
 from pools.engine_key import ENGINE_KEY_HEADER
 from pools.testing_client import request
-from tests.support.gateway_stack import JSON_HEADERS, MODEL, Reply, Stack, running_stack, until
+from tests.support.gateway_stack import JSON_HEADERS, MODEL, Hook, Reply, Stack, running_stack, until
 
 KEYS = {"alice": "alice-0123456789abcdef", "bob": "bob-0123456789abcdefgh"}
 ADMIN = "admin-0123456789"
@@ -171,6 +173,15 @@ async def test_probes_have_the_salt(stack: Stack) -> None:
     assert None not in decode.probe_salts
 
 
+async def test_media_ids_are_refused(stack: Stack) -> None:
+    """A client's own id of an image is answered 400, and no engine hears of it."""
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}, "uuid": "x"}
+    body = CHAT | {"messages": [{"role": "user", "content": [part]}]}
+    reply = await stack.call("POST", "/v1/chat/completions", body, bearer(KEYS["alice"]))
+    assert (reply.status, reply.json()["error"]["param"]) == (400, "messages[0].content[0].uuid")
+    assert salts(stack) == []
+
+
 async def test_tokenize_has_no_salt(stack: Stack) -> None:
     """Routes that cache nothing are passed on as they came."""
     reply = await stack.call("POST", "/tokenize", {"model": MODEL, "prompt": "a"}, bearer(KEYS["alice"]))
@@ -249,6 +260,66 @@ async def test_stream_limit(spliced: bool) -> None:
         await stack.settled()
         whole = await stack.complete(PROMPT, stream=True, max_tokens=2)
         assert "error" not in whole.body.decode() and whole.events[-1] == "[DONE]"
+
+
+EVENT, HALF = b'data: {"choices":[]}\n\n', b'data: {"choices":[{"te'
+
+
+def halves(go_on: asyncio.Event) -> Hook:
+    """Answer with an event, after `go_on` with half of the next one, and with nothing more."""
+
+    async def hook(scope: Scope, receive: Receive, send: Send) -> bool:
+        if "completions" not in scope["path"]:
+            return False
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send({"type": "http.response.body", "body": EVENT, "more_body": True})
+        await go_on.wait()
+        await send({"type": "http.response.body", "body": HALF, "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return True
+
+    return hook
+
+
+async def cut_in_mid_event(stack: Stack, cut: Callable[[], None], **fields: Any) -> bytes:
+    """The body of a stream of which `halves` comes, and which is cut when half an event may be at the client."""
+    go_on = asyncio.Event()
+    stack.decode[0].engine.hook = halves(go_on)
+    async with stack.streaming(prompt=PROMPT, **fields) as connection:
+        await connection.head()
+        body = await connection.chunk()
+        go_on.set()
+        while part := await connection.chunk():
+            body += part
+            if body == EVENT + HALF:
+                cut()
+    return body
+
+
+def code_behind(sent: bytes, body: bytes) -> str:
+    """The code of the error event that ends a stream behind `sent`."""
+    assert body.startswith(sent + b"data: {") and body.endswith(b"\n\ndata: [DONE]\n\n")
+    code: str = json.loads(body[len(sent) + 6 :].split(b"\n\n")[0])["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize("spliced", [True, False])
+@pytest.mark.parametrize("fields", [{"seed": 1}, {}], ids=["as it comes", "whole events"])
+async def test_stream_limit_in_mid_event(spliced: bool, fields: Any) -> None:
+    """The error of a stream that is cut in the middle of an event is an event of its own."""
+    async with running_stack(config=GatewayConfig(max_stream_s=0.1), spliced=spliced) as stack:
+        body = await cut_in_mid_event(stack, lambda: None, **fields)
+        sent = EVENT + HALF + b"\n\n" if fields else EVENT
+        assert code_behind(sent, body) == "stream_time_limit"
+
+
+@pytest.mark.parametrize("spliced", [True, False])
+async def test_loss_in_mid_event(spliced: bool) -> None:
+    """So is the error of a stream whose replica is lost there, and that nobody can go on with."""
+    async with running_stack(spliced=spliced) as stack:
+        body = await cut_in_mid_event(stack, stack.decode[0].cut, seed=1)
+        assert code_behind(EVENT + HALF + b"\n\n", body) == "replica_lost"
 
 
 async def test_engines_answer_nobody_else(stack: Stack) -> None:

@@ -15,7 +15,7 @@ from disagg.gateway import warm
 from disagg.gateway.handoff import is_server_fault
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.engine.fake_text import answer, decode, encode
-from tests.support.gateway_stack import FAST, Hook, Replica, Stack, respond, running_stack, until
+from tests.support.gateway_stack import FAST, JSON_HEADERS, Hook, Replica, Stack, respond, running_stack, until
 
 PROMPT = "a prompt longer than one block of KV"
 EXPECTED = decode(answer(encode(PROMPT), 8))
@@ -299,6 +299,36 @@ async def test_decode_answers_5xx() -> None:
         assert (reply.status, reply.json()["error"]["type"]) == (500, "InternalServerError")
 
 
+@pytest.mark.parametrize("fields", [{}, {"n": 2}], ids=["handed off", "primed"])
+async def test_who_answered_5xx_is_not_asked_again(fields: dict[str, Any]) -> None:
+    """While there is another replica, however busy, the same request goes there."""
+    async with running_stack(num_decode=2) as stack:
+        stack.decode[0].engine.hook = FAIL
+        stack.gateway.membership.members("decode")[1].num_in_flight = 9
+        reply = await stack.complete(PROMPT, **fields)
+        assert (reply.status, reply.text) == (200, EXPECTED)
+        assert (reply.headers["x-disagg-decode"], reply.headers["x-disagg-prefill"]) == ("d1", "local")
+        assert [seen.path for seen in stack.decode[0].engine.seen if "completions" in seen.path] == ["/v1/completions"]
+        assert stack.metric("disagg_local_prefills_total", reason="decode_error") == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 2}], ids=["handed off", "primed"])
+async def test_the_only_replica_is_asked_again_after_5xx(fields: dict[str, Any]) -> None:
+    """It was the hand-off that it could not do."""
+    async with running_stack() as stack:
+        failed: list[bool] = []
+
+        async def once(scope: Scope, receive: Receive, send: Send) -> bool:
+            if failed or "completions" not in scope["path"]:
+                return False
+            failed.append(True)
+            return await FAIL(scope, receive, send)
+
+        stack.decode[0].engine.hook = once
+        reply = await stack.complete(PROMPT, **fields)
+        assert (reply.status, reply.text, failed) == (200, EXPECTED, [True])
+
+
 async def test_decode_4xx_is_the_answer() -> None:
     """A refusal by the engine reaches the client as it is, without a retry."""
     async with running_stack(num_decode=2) as stack:
@@ -326,6 +356,45 @@ async def test_overload_is_told() -> None:
         assert refused.json()["error"].keys() == {"message", "type", "param", "code"}
         assert (await first).status == 200
         assert (await stack.complete(PROMPT)).status == 200
+
+
+async def test_tokenize_counts() -> None:
+    """A route without KV counts as a request too: beyond the limit it is 503, and it holds others off."""
+    async with running_stack(config=GatewayConfig(max_num_requests=1, retry_after_s=7)) as stack:
+        go_on = asyncio.Event()
+
+        async def wait(scope: Scope, receive: Receive, send: Send) -> bool:
+            await go_on.wait()
+            return False
+
+        stack.decode[0].engine.hook = wait
+        ask = {"model": "tiny", "prompt": "x"}
+        first = asyncio.create_task(stack.call("POST", "/tokenize", ask))
+        await until(lambda: stack.gateway.num_in_flight == 1)
+        refused = [await stack.call("POST", "/detokenize", {"model": "tiny", "tokens": [1]}), await stack.complete()]
+        go_on.set()
+        assert [(r.status, r.headers["retry-after"]) for r in refused] == [(503, "7")] * 2
+        assert (await first).status == (await stack.call("POST", "/tokenize", ask)).status == 200
+        assert stack.gateway.num_in_flight == 0
+
+
+async def test_tokenize_is_tried_a_few_times(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that breaks replicas is sent to `max_attempts` of them; where they are is for the log alone."""
+    async with running_stack(num_decode=3, config=GatewayConfig(max_attempts=2)) as stack:
+        asked: list[Replica] = []
+        for replica in stack.decode:
+
+            async def cut(scope: Scope, receive: Receive, send: Send, replica: Replica = replica) -> bool:
+                asked.append(replica)
+                replica.cut()
+                return True
+
+            replica.engine.hook = cut
+        headers = [*JSON_HEADERS, ("x-request-id", "mine")]
+        reply = await stack.call("POST", "/tokenize", {"model": "tiny", "prompt": "x"}, headers)
+        assert (reply.status, reply.json()["error"]["code"], len(asked)) == (503, "attempts_exhausted", 2)
+        assert "127.0.0.1" not in reply.body.decode()
+        assert sum("request mine was lost" in record.getMessage() for record in caplog.records) == 2
 
 
 async def test_no_replica_is_told() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disagg.errors import ContextLengthError, HeadersTooLargeError, InvalidRequestError, StreamLimitError
-from disagg.gateway.limits import check_headers, check_prompt_tokens, check_prompts, within
+from disagg.gateway.limits import apart, check_headers, check_prompt_tokens, check_prompts, within
 
 
 def test_headers() -> None:
@@ -44,6 +44,15 @@ def test_prompt_tokens() -> None:
     with pytest.raises(ContextLengthError, match="2 tokens, this server takes 1") as caught:
         check_prompt_tokens([[1], [1, 2]], 1)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_events_after_a_cut() -> None:
+    """They begin a line of their own, without a blank one where that is so already; nothing stays nothing."""
+    assert apart(b'data: {"a', b"data: b\n\n") == b"\n\ndata: b\n\n"
+    assert apart(b"data: a\n", b"data: b\n\n") == b"\n\ndata: b\n\n"
+    for sent in (b"", b"data: a\n\n"):
+        assert apart(sent, b"data: b\n\n") == b"data: b\n\n"
+    assert apart(b"data: a", b"") == b""
 
 
 async def test_time_of_a_stream() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from disagg.config import GatewayConfig
+from disagg.gateway import local_prefill
 from disagg.gateway.local_budget import computing, has_room, num_prompt_tokens
 from disagg.gateway.membership import DECODE, Member
 from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake_text import encode
-from tests.support.gateway_stack import Replica, Stack, respond, running_stack, until
+from tests.support.gateway_stack import MAX_MODEL_LEN, Replica, Stack, respond, running_stack, until
 from tests.unit.disagg.gateway.test_membership import info
 from tests.unit.disagg.gateway.test_settling import EXPECTED, PROMPT, cutting
 
@@ -60,6 +61,8 @@ def test_tokens_of_a_request() -> None:
     """All prompts count; without a rendering the size of the body stands for it."""
     assert num_prompt_tokens([[1, 2], [3]], b"x" * 100) == 3
     assert num_prompt_tokens(None, b"x" * 100) == 25
+    assert num_prompt_tokens(None, b"x" * 100, max_model_len=7) == 7
+    assert num_prompt_tokens([[1, 2], [3]], b"x" * 100, max_model_len=2) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -82,6 +85,59 @@ async def test_beyond_the_budget_it_is_429(stream: bool) -> None:
         assert [reply.text for reply in await asyncio.gather(*running)] == [EXPECTED] * 2
         assert taken(stack) == [0, 0]
         assert (await stack.complete(PROMPT)).status == 200
+
+
+async def test_replicas_that_leave_have_the_same_room() -> None:
+    """Neither beside one that stays and is full, nor when all leave, do they take more than their share."""
+    config = GatewayConfig(min_handoff_tokens=LOCAL, local_prefill_tokens=NUM_TOKENS + 1)
+    async with running_stack(num_decode=2, config=config) as stack:
+        held = Held(stack)
+        running = [asyncio.create_task(stack.complete(PROMPT)) for _ in range(2)]
+        await until(lambda: len(held.came) == 2)
+        for left in ([stack.decode[1].info], []):
+            stack.gateway.membership.replace(DECODE, left)
+            assert (await stack.complete(PROMPT)).status == 429
+        held.go_on.set()
+        assert [reply.text for reply in await asyncio.gather(*running)] == [EXPECTED] * 2
+        assert len(held.came) == 2
+
+
+@pytest.mark.parametrize("rate_known", [False, True])
+async def test_an_answer_that_is_not_streamed_keeps_room_for_its_prompt_only(
+    rate_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives it back when its prompt should be computed, and not a second time with its answer; streams say when."""
+    config = GatewayConfig(min_handoff_tokens=LOCAL)
+    async with running_stack(config=config) as stack:
+        if rate_known:
+            stack.gateway.handoff._local_rate.tokens_per_s = NUM_TOKENS / 0.02
+        else:
+            monkeypatch.setattr(local_prefill, "_UNKNOWN_PREFILL_S", 0.02)
+        held = Held(stack)
+        running = [asyncio.create_task(stack.complete(PROMPT, stream=True))]
+        await until(lambda: len(held.came) == 1)
+        running.append(asyncio.create_task(stack.complete(PROMPT)))
+        await until(lambda: len(held.came) == 2)
+        await until(lambda: taken(stack) == [NUM_TOKENS])
+        held.go_on.set()
+        assert [reply.text for reply in await asyncio.gather(*running)] == [EXPECTED] * 2
+        assert taken(stack) == [0]
+
+
+async def test_what_could_not_be_rendered_counts_no_more_than_fits_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body full of images is long and its prompt is not."""
+
+    async def unknown(*args: Any) -> None:
+        return None
+
+    async with running_stack() as stack:
+        monkeypatch.setattr(stack.renderer, "prompts", unknown)
+        held = Held(stack)
+        running = asyncio.create_task(stack.complete(PROMPT, user="x" * 8 * MAX_MODEL_LEN))
+        await until(lambda: held.came)
+        assert taken(stack) == [MAX_MODEL_LEN]
+        held.go_on.set()
+        assert (await running).text == EXPECTED
 
 
 async def test_room_ends_the_refusals_before_the_answer_does() -> None:

@@ -184,6 +184,18 @@ def test_the_last_decode_replica_serves_what_is_carried_although_it_leaves(membe
     assert members.pick_decode() is None
 
 
+def test_replicas_that_leave_are_not_for_want_of_room(members: Membership) -> None:
+    """They are chosen only when no other one can be, room or none, and have to have room themselves."""
+    members.replace(DECODE, [info("d0", "7"), info("d1", "8")])
+    members.replace(DECODE, [info("d1", "8")])
+    assert members.pick_decode(fits=lambda member: member.info.replica_id != "d1") is None and members.has_decode()
+    members.replace(DECODE, [])
+    chosen = members.pick_decode(without={"d0"}, fits=lambda member: member.info.replica_id == "d1")
+    assert chosen is not None and chosen.info.replica_id == "d1"
+    assert members.pick_decode(fits=lambda _: False) is None and members.has_decode()
+    assert not members.has_decode(without={"d0", "d1"})
+
+
 def test_a_replica_that_comes_back_keeps_its_count(members: Membership) -> None:
     """Serve's list may be empty for a moment when its controller restarts; the legs that run there still count."""
     replicas = [info("d0", "7")]
@@ -206,20 +218,42 @@ def test_replicas_that_do_not_fit_are_no_pair() -> None:
     assert [(ids([pair]), "KV depends on" in why) for pair, why in membership.misfits()] == [({"p0-d0"}, True)]
 
 
-def test_a_pair_that_rests(members: Membership) -> None:
+def test_a_pair_that_rests() -> None:
     """A pair that is left alone is neither warm nor to be warmed, until it has rested; that is told once."""
+    now = [100.0]
+    members = Membership(clock=lambda: now[0])
     members.replace(PREFILL, [info("p0", "p0-1")])
     members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
     for pair in members.cold_pairs():
         members.mark_warm(pair)
     (pair, *_) = [Pair(p, d) for p in members.members(PREFILL) for d in members.members(DECODE)]
-    members.mark_cold(pair, rest=True)
-    assert not members.cold_pairs() and members.num_warm_pairs() == 1
+    members.mark_cold(pair, rest_s=5)
+    # A warm-up that began before that ends.
+    members.mark_warm(pair)
+    assert members.is_resting(pair) and not members.cold_pairs() and members.num_warm_pairs() == 1
     changes: list[int] = []
     members._on_change = lambda: changes.append(1)
-    members.rested(pair)
-    members.rested(pair)
+    assert members.rested(pair) == 5 and members.is_resting(pair) and not changes
+    now[0] += 5
+    assert [members.rested(pair), members.rested(pair)] == [0, 0]
     assert ids(members.cold_pairs()) == ids([pair]) and len(changes) == 1
+    members.mark_warm(pair)
+    assert members.num_warm_pairs() == 2
+
+
+def test_the_longest_rest_counts() -> None:
+    """A breaker's half second does not end the minute after wrong KV, whichever came first."""
+    now = [0.0]
+    members = Membership(clock=lambda: now[0])
+    members.replace(PREFILL, [info("p0", "p0-1")])
+    members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
+    for pair, rests in zip(members.cold_pairs(), ([0.5, 60], [60, 0.5]), strict=True):
+        for rest_s in rests:
+            members.mark_cold(pair, rest_s=rest_s)
+        assert members.rested(pair) == 60
+    now[0] = 59
+    assert [members.rested(Pair(members.members(PREFILL)[0], d)) for d in members.members(DECODE)] == [1, 1]
+    assert not members.cold_pairs()
 
 
 def test_has_pair_says_what_pick_pair_would_find(members: Membership) -> None:
@@ -279,6 +313,37 @@ def test_probation(members: Membership) -> None:
     assert members.pick_decode(without={"d1"}) is d0 and members.pick_pair(without={"d1"}) is None
     members.end_probation(d0)
     assert members.num_routable(DECODE) == 2
+
+
+def test_warm_without_anybody_to_be_warm_with(members: Membership) -> None:
+    """Only replicas of the other pool that are usable and fit can keep one waiting for KV to move."""
+    p0 = members.members(PREFILL)[0]
+    for decode in members.members(DECODE):
+        members.mark_cold(Pair(p0, decode))
+    assert not members.is_warm(p0)
+    members.mark_unreachable(members.members(DECODE)[0])
+    members.quarantine(members.members(DECODE)[1], "hang")
+    assert members.is_warm(p0)
+    members.replace(DECODE, [replace(info("d2"), kv_fit="another")])
+    assert members.is_warm(p0)
+    members.replace(DECODE, [info("d2")])
+    assert not members.is_warm(p0)
+
+
+def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
+    """A decode replica that Serve does not list any more takes new requests until it says that it drains."""
+    members.replace(DECODE, [info("d0", "7")])
+    members.let_go("1", carrying=False)
+    d0 = members.members(DECODE)[0]
+    members.replace(DECODE, [])
+    assert members.pick_decode() is d0 and not members.finishes_only
+    members.release(d0, draining=True)
+    assert members.pick_decode() is d0 and members.finishes_only
+    members.replace(DECODE, [info("d1", "8")])
+    assert not members.finishes_only
+    members.members(DECODE)[0].on_probation = True
+    assert not members.finishes_only
+    assert not Membership().finishes_only
 
 
 def test_draining_replicas_are_not_chosen(members: Membership) -> None:

@@ -12,8 +12,14 @@ import pytest
 
 from disagg.config import GatewayConfig
 from disagg.gateway import breaker
+from disagg.gateway.background import Background
+from disagg.gateway.membership import Membership
+from disagg.gateway.metrics import Metrics
+from disagg.gateway.pair_faults import PairFaults
+from disagg.gateway.settling import UnderWay
 from pools.engine.base import Message, Receive, Scope, Send
 from tests.support.gateway_stack import Hook, Replica, Stack, respond, running_stack, until
+from tests.unit.disagg.gateway.test_membership import info
 from tests.unit.disagg.gateway.test_settling import EXPECTED, PROMPT, TRANSPORTS, cutting, is_local, settled
 
 OPENED = "disagg_pair_breaker_opened_total"
@@ -198,3 +204,72 @@ async def test_primed_probes_count_as_well(long_rest: None) -> None:
             assert (await stack.complete(PROMPT, n=2)).text == EXPECTED
         await until(lambda: stack.metric(OPENED) == 1)
         assert stack.gateway.membership.num_warm_pairs() == 0
+
+
+async def alone() -> tuple[Membership, PairFaults, Metrics, Background]:
+    """One pair without engines."""
+    membership, metrics, background = Membership(), Metrics(), Background()
+    membership.replace("prefill", [info("p0", "p0-1")])
+    membership.replace("decode", [info("d0", "d0-1")])
+    upstreams: Any = None
+    return membership, PairFaults(membership, upstreams, metrics, background), metrics, background
+
+
+async def test_failures_under_way_when_it_opens_open_it_once(long_rest: None) -> None:
+    """Nine hand-offs of one pair fail: three open its breaker, and what is said while the pair rests is not counted."""
+    membership, faults, metrics, background = await alone()
+    [pair] = membership.cold_pairs()
+    under_way = [UnderWay(f"h{i}", pair) for i in range(9)]
+    for each in under_way:
+        faults.begin(each)
+    for each in under_way[:6]:
+        faults.unread(each.handoff_id)
+    for each in under_way[6:]:
+        faults.failed(each)
+    assert metrics.registry.get_sample_value(OPENED) == 1
+    assert membership.is_resting(pair)
+    await background.close(0)
+
+
+@pytest.mark.parametrize("gone", ["no", "unreachable", "quarantined", "replaced"])
+async def test_unread_is_the_fault_of_a_prefill_replica_that_is_gone(gone: str, long_rest: None) -> None:
+    """Only of one that works it says something of the pair."""
+    membership, faults, metrics, background = await alone()
+    [pair] = membership.cold_pairs()
+    if gone == "unreachable":
+        membership.mark_unreachable(pair.prefill)
+    elif gone == "quarantined":
+        membership.quarantine(pair.prefill, "hang")
+    elif gone == "replaced":
+        membership.replace("prefill", [info("p0", "p0-2")])
+    for i in range(3):
+        faults.begin(UnderWay(f"h{i}", pair))
+        faults.unread(f"h{i}")
+    assert metrics.registry.get_sample_value(OPENED) == (gone == "no")
+    await background.close(0)
+
+
+@TRANSPORTS
+async def test_a_request_that_fails_everywhere_says_nothing_of_the_pair(transport: Any, long_rest: None) -> None:
+    """Decode answers 5xx to the hand-off, and to the same request without it."""
+    async with running_stack(transport=transport) as stack:
+        stack.decode[0].engine.hook = respond(500)
+        for reply in await complete(stack, 4):
+            assert reply.status == 500
+        await number_settled(stack, 4)
+        assert not stack.metric(OPENED) and stack.gateway.membership.num_warm_pairs() == 1
+
+
+async def test_a_primed_request_that_fails_everywhere_says_nothing_of_the_pair(long_rest: None) -> None:
+    """Neither its probes nor the request itself go through."""
+    async with running_stack() as stack:
+
+        async def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no")
+
+        stack.decode[0].engine.probe = refuse  # type: ignore[method-assign]
+        stack.decode[0].engine.hook = respond(500)
+        for _ in range(4):
+            assert (await stack.complete(PROMPT, n=2)).status == 500
+        await number_settled(stack, 4)
+        assert not stack.metric(OPENED) and stack.gateway.membership.num_warm_pairs() == 1

@@ -18,7 +18,7 @@ from disagg.errors import (
     RequestError,
 )
 from disagg.gateway.responses import STATUS, error_body, error_event, error_response, shape_of
-from pools.errors import PoolError
+from pools.errors import PoolError, ReplicaLostError
 
 
 def _classes(root: type[DisaggError]) -> list[type[DisaggError]]:
@@ -36,7 +36,8 @@ def test_every_class_has_a_status(cls: type[DisaggError]) -> None:
     assert 400 <= shape.status < 600
     body = json.loads(json.dumps(error_body(cls("what happened"))))
     assert body["error"].keys() == {"message", "type", "param", "code"}
-    assert body["error"]["message"] == "what happened"
+    if not issubclass(cls, ReplicaLostError):
+        assert body["error"]["message"] == "what happened"
 
 
 def test_every_request_error_has_a_line() -> None:
@@ -66,6 +67,13 @@ def test_response_is_openai_shaped() -> None:
     }
     assert error_body(ModelNotFoundError("x"))["error"]["code"] == "model_not_found"  # type: ignore[index]
     assert error_body(ModelNotFoundError("x", code="y"))["error"]["code"] == "y"  # type: ignore[index]
+
+
+def test_a_loss_tells_no_addresses() -> None:
+    """A client is told that a replica was lost, and why nobody goes on with its stream; not where the replica was."""
+    for reason, words in ((None, ""), ("field:seed", "; the stream ends here: field:seed")):
+        body = error_body(ReplicaLostError("the engine at http://10.0.0.3:1 lost the connection", reason=reason))
+        assert body["error"]["message"] == f"the replica that worked on the request was lost{words}"  # type: ignore[index]
 
 
 def test_event_ends_a_stream() -> None:

@@ -6,14 +6,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from disagg.config import GatewayConfig
+from disagg.gateway.losses import Losses
+from disagg.gateway.metrics import Metrics
+from disagg.gateway.resume_rules import Cut
+from disagg.gateway.resuming import Resuming
+from disagg.gateway.sending import Call
 from pools.engine.base import Message, Receive, Scope, Send
-from pools.errors import ReplicaLostError
-from tests.support.gateway_stack import Replica, Reply, Stack, running_stack, until
+from pools.errors import AttemptsExhaustedError, NoReplicaError, ReplicaLostError
+from tests.support.gateway_stack import Replica, Reply, Stack, respond, running_stack, until
 
 When = Callable[[int, bytes], bool]
 """Whether an engine is lost in place of sending this: the number of chunks it sent, and the chunk."""
@@ -123,6 +129,57 @@ async def test_no_more_than_max_attempts(path: str) -> None:
         assert "2 decode replicas were lost on it" in error_of(reply)["message"]
         assert stack.metric("disagg_resumes_total", outcome="failed") == 1
         assert stack.metric("disagg_broken_streams_total") == 1
+
+
+@PATHS
+async def test_losses_while_it_goes_on_count(path: str) -> None:
+    """Replicas that fail at taking the stream over are under `max_attempts` too, and none of them is asked twice."""
+    config = GatewayConfig(max_attempts=3, resume_wait_s=1)
+    async with running_stack(num_decode=5, itl_ms=1, config=config) as stack:
+
+        def break_all(lost: Replica) -> None:
+            for replica in stack.decode:
+                replica.engine.hook = respond(500)
+            lost.cut()
+
+        armed(stack, after(5), how=break_all)
+        reply = await streamed(stack, path, **GREEDY)
+        assert error_of(reply)["code"] == "replica_lost"
+        assert [len(replica.engine.seen) for replica in stack.decode if replica.engine.seen] == [1, 1, 1]
+
+
+async def test_tries_to_go_on_come_further_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to two seconds apart."""
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    class Nobody:
+        async def resume(self, call: Call, losses: Losses) -> Any:
+            raise AttemptsExhaustedError("enough") if len(pauses) == 7 else NoReplicaError("nobody")
+
+    body = {"model": "m", "prompt": "x", "stream": True, "temperature": 0}
+    call = Call("completions", body, json.dumps(body).encode(), [[1]], "r")
+    carrier: Any = SimpleNamespace(handoff=Nobody(), metrics=Metrics(), config=GatewayConfig(), renderer=None)
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    with pytest.raises(AttemptsExhaustedError):
+        await Resuming(call, carrier)._again(Cut(0, ""))
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+
+
+def test_a_replica_breaks_once() -> None:
+    """Lost with its stream and answering 5xx until its process ends is one loss; a second stream is another."""
+    losses = Losses()
+    losses.stream_lost("d0")
+    for _ in range(3):
+        losses.lost("d0")
+    assert (losses.count, losses.replica_ids) == (1, {"d0"})
+    losses.lost("d1", had_it=False)
+    assert (losses.count, losses.replica_ids) == (1, {"d0", "d1"})
+    losses.lost("d1")
+    losses.stream_lost("d0")
+    assert losses.count == 3
 
 
 @PATHS
@@ -322,14 +379,20 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @PATHS
 @pytest.mark.parametrize("kind", REFUSED)
-async def test_refused(path: str, kind: str) -> None:
-    """What cannot be continued honestly ends with an error event that says why, and its engine was asked no more."""
+async def test_refused(path: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be continued honestly ends with an error event that says why, and its engine was asked no more.
+
+    Where the engine was is in the log, beside the request's id, and nowhere else.
+    """
     reason, fields = REFUSED[kind]
     async with running_stack(num_decode=2, itl_ms=1) as stack:
         armed(stack, after(5))
         reply = await streamed(stack, path, **{"temperature": 0, "max_tokens": 12, **fields})
         error = error_of(reply)
         assert f"it cannot be resumed ({reason})" in error["message"] and error["code"] == "replica_lost"
+        assert "127.0.0.1" not in reply.body.decode()
+        [logged] = [r.getMessage() for r in caplog.records if "is cut" in r.getMessage()]
+        assert "127.0.0.1" in logged and reply.headers["x-request-id"] in logged
         assert stack.metric("disagg_resumes_total", outcome="refused") == 1
         assert sum(len(replica.engine.seen) for replica in stack.decode) == 1
         [seen] = [seen for replica in stack.decode for seen in replica.engine.seen]

@@ -247,3 +247,37 @@ def test_the_end_alone() -> None:
     for chat in (True, False):
         chunk = json.loads(finished(tokens, "m", chat=chat)[6:])
         assert chunk["choices"][0]["finish_reason"] == "length" and chunk["id"] == "cmpl-1"
+
+
+def test_no_usage_is_made_up_of_a_stream_that_was_not_counted() -> None:
+    """Behind a tool call or reasoning tokens are not counted any more; only `[DONE]` is added."""
+    body = {"model": "m", "stream_options": {"include_usage": True}}
+    call = {"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}
+    events = chat_event(call, [1]), chat_event({"content": ""}, [2], finish_reason="tool_calls")
+    tokens = sent("chat", *events)
+    assert tokens.refusal == "tool_call"
+    assert ending(tokens, body, num_prompt_tokens=10, chat=True) == b"data: [DONE]\n\n"
+
+
+def test_reasoning_where_nothing_was_said_yet() -> None:
+    """A stream lost before its first text may begin to reason at the next replica; then it cannot be resumed again."""
+    tokens = sent("chat", chat_event({"role": "assistant", "content": ""}, None))
+    events, _ = resumed(
+        tokens,
+        Cut(0, ""),
+        chat_event({"role": "assistant", "content": ""}, None),
+        chat_event({"reasoning": "a"}, None),
+        chat_event({"reasoning": "b"}, [2]),
+        chat_event({"content": "c"}, [3]),
+        chat_event({"reasoning": "d"}, [4]),
+    )
+    assert [e["choices"][0]["delta"] for e in events] == [
+        {"reasoning": "a"},
+        {"reasoning": "b"},
+        {"content": "c"},
+        {"reasoning": "d"},
+    ]
+    assert tokens.refusal == "reasoning"
+    spoken = sent("chat", chat_event({"content": "a"}, [1]))
+    with pytest.raises(DivergedError):
+        resumed(spoken, Cut(1, ""), chat_event({"reasoning": "b"}, [2]))

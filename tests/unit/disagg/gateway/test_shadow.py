@@ -17,7 +17,7 @@ from disagg.gateway import kv_paths
 from disagg.gateway.kv_paths import KvPaths
 from disagg.gateway.membership import Pair
 from disagg.gateway.sent_tokens import without_ids
-from disagg.gateway.shadow_rules import Computed, computed, difference, may_check
+from disagg.gateway.shadow_rules import Computed, computed, difference, may_check, shadow_body
 from pools.engine import fake_wire
 from pools.engine.base import ProbeResult, Receive, Scope, Send
 from pools.engine.fake_text import answer, next_token, word
@@ -545,3 +545,12 @@ def test_a_text_that_looks_like_token_ids_stays() -> None:
     assert json.loads(without_ids(document)) == {
         "choices": [{"text": text, "prompt_token_ids": None, "token_ids": None}]
     }
+
+
+def test_penalties_of_the_request_are_those_of_the_second_run() -> None:
+    """Unset they would be the model's defaults, which the client has set aside."""
+    asked = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": None, "user": "x"}
+    body = json.loads(shadow_body(MODEL, [1, 2], 3, asked=asked, cache_salt="s"))
+    assert (body["repetition_penalty"], body["presence_penalty"]) == (1, 0)
+    assert "frequency_penalty" not in body and "user" not in body
+    assert not {name for name in json.loads(shadow_body(MODEL, [1], 3, asked={}, cache_salt="s")) if "penalty" in name}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disagg.errors import InvalidRequestError
-from disagg.gateway.tenants import Tenant, mixed, salt_of, salted
+from disagg.gateway.tenants import Tenant, check_media_ids, mixed, salt_of, salted
 
 ALICE, BOB = (Tenant(name, salt_of(b"secret", name)) for name in ("alice", "bob"))
 
@@ -74,6 +74,36 @@ def test_no_salt_at_all(value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         salted({"model": "m", "cache_salt": value}, b"...", ALICE)
     assert caught.value.param == "cache_salt"
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+
+
+@pytest.mark.parametrize("part", [{**IMAGE, "uuid": "x"}, {"image_url": None, "uuid": "x"}, {"uuid": ""}, {"uuid": 1}])
+def test_media_are_not_named_by_a_client(part: Any) -> None:
+    """An id of the client's own is refused wherever it stands, since engines keep media under it for all tenants."""
+    body = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": [IMAGE, part]}]}
+    with pytest.raises(InvalidRequestError) as caught:
+        check_media_ids(body, ALICE)
+    assert caught.value.param == "messages[1].content[1].uuid"
+    for tenant in (None, Tenant("alice")):
+        check_media_ids(body, tenant)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        "a",
+        [],
+        ["a", None, {}, {"content": None}, {"content": "uuid"}, {"content": {"uuid": "x"}}],
+        [{"content": [IMAGE, {**IMAGE, "uuid": None}, "uuid", None, ["uuid"]]}, {"uuid": "x", "content": "a"}],
+    ],
+)
+def test_media_without_ids_pass(messages: Any) -> None:
+    """Parts without an id, and whatever is no part at all, are left to the engine."""
+    check_media_ids({"messages": messages}, ALICE)
+    check_media_ids({"prompt": "a"}, ALICE)
 
 
 def test_odd_text_has_a_salt() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -128,6 +129,85 @@ async def test_silent_process_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> N
         for replica in stack.decode:
             del replica.server._tell_health
         await until(lambda: not state(stack, "d0").quarantined and not state(stack, "d1").quarantined)
+
+
+async def test_a_gateway_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that was waited for much longer than the limit was missed by the gateway itself; it asks again."""
+    monkeypatch.setattr(watch, "_ANSWER_S", 0.01)
+    async with running_stack(num_decode=2, config=QUICK) as stack:
+        num_asked = 0
+        never = asyncio.Event()
+
+        async def silent(query: dict[str, str]) -> dict[str, Any]:
+            nonlocal num_asked
+            num_asked += 1
+            await never.wait()
+            return {}
+
+        (watched_one,) = watched(stack, "d0")
+        jumps = itertools.count(0, 10)
+        stack.gateway.watch._clock = lambda: float(next(jumps))
+        stack.decode[0].server._tell_health = silent  # type: ignore[method-assign]
+        await until(lambda: num_asked > 5)
+        assert watched_one.misses == 0 and state(stack, "d0").quarantined is None and state(stack, "d0").reachable
+        stack.gateway.watch._clock = asyncio.get_running_loop().time
+        await until(lambda: state(stack, "d0").quarantined == "unanswered")
+        never.set()
+
+
+async def test_a_replica_that_breaks_every_connection_is_taken_out() -> None:
+    """It lives, takes connections and closes them: from the fifth in a row on each is a miss."""
+    async with running_stack(num_decode=2, config=QUICK) as stack:
+        server = stack.decode[0].server
+        num_broken = 0
+
+        async def breaking(query: dict[str, str]) -> dict[str, Any]:
+            nonlocal num_broken
+            num_broken += 1
+            assert server._server is not None
+            for connection in list(server._server.server_state.connections):
+                connection.transport.abort()
+            return {}
+
+        server._tell_health = breaking  # type: ignore[method-assign]
+        await until(lambda: state(stack, "d0").quarantined == "unanswered")
+        assert num_broken >= 6
+        del server._tell_health
+        await until(lambda: state(stack, "d0").quarantined is None)
+
+
+async def test_a_failure_of_its_own_does_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once with its traceback, is no miss, and the watch goes on."""
+    async with running_stack(num_decode=2, config=QUICK) as stack:
+        num_failed = 0
+
+        def failing(payload: bytes) -> Any:
+            nonlocal num_failed
+            num_failed += 1
+            raise RuntimeError("not today")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(watch, "_decode", failing)
+            await until(lambda: num_failed > 10)
+        assert caplog.text.count("could not be watched") == caplog.text.count("Traceback") == 1
+        assert not any(w.misses for w in stack.gateway.watch._watched.values())
+        say(stack.decode[0], HANGS)
+        await until(lambda: state(stack, "d0").quarantined == "hang")
+
+
+async def test_probation_of_a_decode_replica_does_not_wait_for_prefill() -> None:
+    """Nobody is there to move KV with: it is used once it has been well."""
+    async with running_stack(num_decode=2, config=PROBATION) as stack:
+        say(stack.prefill[0], HANGS)
+        await until(lambda: state(stack, "p0").quarantined)
+        member = state(stack, "d0")
+        member.on_probation = True
+        # The prefill replica may be warmed at any time, as far as membership knows.
+        stack.gateway.membership.is_warm = lambda member: False  # type: ignore[method-assign]
+        stack.gateway.watch._probation_s = 0.0
+        await until(lambda: not member.on_probation)
 
 
 async def test_last_decode_replica_stays(caplog: pytest.LogCaptureFixture) -> None:
