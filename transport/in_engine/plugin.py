@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of the group `vllm.general_plugins`: vLLM calls `register` in each of its processes.
 
-It acts only where vLLM runs without an accelerator. What the workers alone need is in `host_platform`.
+Gloo's ports are closed on every platform, the rest is for machines without an accelerator. What their workers alone
+need is in `host_platform`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ _LONGEST_SLEEP_S = 1e-3
 
 
 def register() -> None:
-    """Apply what every process of a CPU engine needs. Idempotent, as vLLM asks of a plugin."""
+    """Apply what every process of an engine needs. Idempotent, as vLLM asks of a plugin."""
     from vllm.platforms import current_platform
 
+    from transport.in_engine.gloo_listeners import close_after_connecting
+
+    close_after_connecting()
     if current_platform.is_cpu():
         stop_spinning()
 
