@@ -66,6 +66,12 @@ def test_settings_reach_the_server_under_its_own_names() -> None:
     assert [_value(argv, option) for option in options] == ["0.5", "128", "ARC", "3", "auto"]
 
 
+def test_a_policy_that_never_evicts_from_memory_is_refused() -> None:
+    """IsolatedLRU's eviction thread ends when L1 is full for the first time, so it cannot be chosen."""
+    with pytest.raises(ValidationError, match="eviction_policy"):
+        _config(eviction_policy="IsolatedLRU")
+
+
 def test_shared_memory_is_for_engines_without_an_accelerator() -> None:
     """On cpu L1 is one named segment; on cuda it is pinned memory that grows from a small start."""
     cpu, cuda = _argv(_config()), _argv(_config(), platform="cuda")
