@@ -137,7 +137,7 @@ def test_write_through_stores_in_the_step_that_computes() -> None:
     (store,) = made.build_connector_meta(step({"r": 12}, {"r": [1, 2, 3, 4, 5, 6]})).requests
     assert (store.direction, store.op.start, store.op.end) == ("STORE", 0, 12)
     assert store.request_id != "r" and store.op.block_ids == [[1, 2, 3, 4, 5, 6]]
-    pool = made._lazy_offload_manager._through._pool
+    pool = made._lazy_offload_manager._through._pins._pool
     assert pool.pinned() == [1, 2, 3, 4, 5, 6] and made.has_pending_push_work()
     assert made.request_finished(request("r"), [1, 2, 3, 4, 5, 6]) == (False, None)
     assert made.scheduler_adapter.ended == ["r"] and made.has_pending_push_work()
