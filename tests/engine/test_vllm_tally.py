@@ -103,5 +103,6 @@ async def test_counts_and_events() -> None:
         "mooncake_bytes_transferred_total": 1024,
         "mooncake_num_failed_transfers_total": 3,
         "num_requests_kv_fetch_waiting_to_start": 7,
+        "num_steps_total": 2,
     }
     assert (await log.read(0, 0)).events == [EVENT, EVENT | {"id": "h-2"}]
