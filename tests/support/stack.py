@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,13 +144,21 @@ def write_config(source: Path, *, name: str, port: int, change: Callable[[dict[s
     return path
 
 
+def _sizes(config: Path) -> dict[str, int]:
+    """Number of replicas of the pools that a config file gives a fixed size."""
+    deployments = yaml.safe_load(config.read_text())["applications"][0].get("deployments", [])
+    fixed = {one["name"]: one.get("num_replicas") for one in deployments}
+    return {pool: size for pool in ("prefill", "decode") if isinstance(size := fixed.get(pool), int)}
+
+
 @contextlib.contextmanager
 def running(
     source: Path, *, name: str, change: Callable[[dict[str, Any]], None] | None = None, timeout_s: float = 300
 ) -> Iterator[Stack]:
-    """The application of a config file, ready with every pair warm, and stopped afterwards."""
+    """The application of a config file, ready with all its replicas there and every pair warm; stopped afterwards."""
     port = free_port()
     config = write_config(source, name=name, port=port, change=change)
+    sizes = _sizes(config)
     log = BUILD / f"{name}.log"
     process = subprocess.Popen(
         [sys.executable, "-m", "disagg.cli.main", "serve", str(config), "--log-file", str(log)],
@@ -167,7 +175,7 @@ def running(
         def ready() -> bool:
             if process.poll() is not None:
                 raise RuntimeError("disagg serve ended:\n" + "\n".join(stack.output[-30:]))
-            return is_warm(stack.url)
+            return is_warm(stack.url, sizes)
 
         wait_until(ready, timeout_s, f"{name} serves with every pair warm; see {log}", 0.25)
         stack.admin_key = (ROOT / ".cache" / "admin-key").read_text().strip()
@@ -189,8 +197,8 @@ def _collect(process: subprocess.Popen[bytes], lines: list[str], log: BinaryIO |
         lines.append(line.decode(errors="replace").rstrip("\n"))
 
 
-def is_warm(url: str) -> bool:
-    """Whether the application at `url` serves and every pair has moved KV."""
+def is_warm(url: str, sizes: Mapping[str, int] | None = None) -> bool:
+    """Whether the application at `url` serves and every pair has moved KV, of at least `sizes` replicas a pool."""
     import httpx
 
     try:
@@ -198,7 +206,9 @@ def is_warm(url: str) -> bool:
         body = answer.json()
     except (httpx.HTTPError, ValueError):
         return False
-    return answer.status_code == 200 and body.get("status") == "ok" and body.get("num_cold_pairs") == 0
+    if answer.status_code != 200 or body.get("status") != "ok" or body.get("num_cold_pairs") != 0:
+        return False
+    return all(body["pools"][pool] >= size for pool, size in (sizes or {}).items())
 
 
 @contextlib.contextmanager
