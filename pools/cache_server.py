@@ -35,6 +35,7 @@ _POLL_S = 0.1
 _STOP_S = 8.0
 _QUEUE_ENDED = "Exception in thread mq-server-thread"
 """What Python writes when LMCache's queue thread ends with an exception: the server answers nothing from then on."""
+_PROGRAM = "pools.cache_server_main"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -158,7 +159,7 @@ class CacheServer:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", cache_server_child.__file__, str(os.getpid())),
-                *(sys.executable, "-m", "lmcache.cli.main", "server", *argv),
+                *(sys.executable, "-m", _PROGRAM, "server", *argv),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many file descriptors a replica's process and its engine may have.
+"""How many file descriptors a replica's process, its engine and a cache server may have.
 
 Ray's workers start with the shell's limit, often 1024. UCX stops listening for good when it has none left for a
 connection that comes in, and the engine's other ports keep everybody waiting meanwhile.

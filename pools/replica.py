@@ -29,6 +29,7 @@ from pools.listener_probe import ListenerProbe, mooncake_probe, nixl_probe
 from pools.log_targets import kept_log_targets
 from pools.ports import free_port
 from pools.process_tree import cpu_seconds, kill_descendants
+from pools.shared_files import SharedFiles
 from pools.spec import ReplicaSpec
 from pools.watchdog import Watchdog
 from transport.config import MooncakeConfig
@@ -51,6 +52,8 @@ class _Replica:
     async def __init__(self, spec: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._spec = ReplicaSpec.model_validate(spec)
         raise_limit()
+        self._shared_files = SharedFiles()
+        self._shared_files.start()
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._incarnation = uuid.uuid4().hex
@@ -221,6 +224,7 @@ class _Replica:
             await self._server.stop()
         if hasattr(self, "_engine"):
             await self._engine.shutdown()
+        self._shared_files.stop()
         # After the engine, which tells the server that it leaves.
         if self._cache_server is not None:
             await self._cache_server.stop()

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+from pools.shared_files import SHARED_MEMORY, mapped_by
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -110,25 +110,6 @@ def send(processes: Iterable[Process], number: signal.Signals) -> None:
 def shared_files(directory: Path = SHARED_MEMORY) -> frozenset[Path]:
     """The files in shared memory."""
     return frozenset(directory.iterdir()) if directory.is_dir() else frozenset()
-
-
-def mapped_by(processes: Iterable[int], directory: Path = SHARED_MEMORY) -> frozenset[Path]:
-    """The files of `directory` that the given processes have mapped or open."""
-    prefix = f"{directory}/"
-    found: set[Path] = set()
-    for pid in processes:
-        with suppress(OSError):
-            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                at = line.find(prefix)
-                if at >= 0:
-                    found.add(Path(line[at:].removesuffix(" (deleted)")))
-        with suppress(OSError):
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    target = os.readlink(link)
-                    if target.startswith(prefix):
-                        found.add(Path(target.removesuffix(" (deleted)")))
-    return frozenset(found)
 
 
 def remove_shared(before: frozenset[Path], used: frozenset[Path], directory: Path = SHARED_MEMORY) -> list[Path]:

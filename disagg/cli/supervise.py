@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from disagg.cli import processes
+from pools.shared_files import mapped_by
 
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -132,7 +133,7 @@ class ServeRun:
     def _note_shared(self) -> None:
         self._sampled = time.monotonic()
         if processes.shared_files() - self._shared_before:
-            self._shared_used |= processes.mapped_by(process.pid for process in processes.remaining(self.pid))
+            self._shared_used |= mapped_by(process.pid for process in processes.remaining(self.pid))
 
 
 def child_env(env: dict[str, str]) -> dict[str, str]:

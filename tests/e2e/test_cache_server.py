@@ -69,7 +69,7 @@ def _servers() -> dict[int, int]:
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 mine = MARK in (entry / "environ").read_bytes().split(b"\0")
-                if b"lmcache.cli.main" in words and b"-S" not in words and mine:
+                if b"pools.cache_server_main" in words and b"-S" not in words and mine:
                     found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue

@@ -24,6 +24,7 @@ import zmq
 from pools.cache_server import CacheServer, CacheServerAddress, has_module
 from pools.cache_server_probe import GET_CHUNK_SIZE, GET_EXPERIMENTAL, ask, check_external, http_get
 from pools.errors import EngineStartError
+from tests.support.garbage import silence, throw_all
 from tests.support.redis import PASSWORD, redis_command, redis_server
 from tests.support.stack import ROOT, free_port
 from transport.lmcache_server import shm_stem
@@ -114,9 +115,22 @@ async def test_the_http_api_answers_the_node_alone(monkeypatch: pytest.MonkeyPat
         assert "hunter2" in body, "LMCache keeps it to itself; the docs may be gentler"
 
 
-async def test_a_server_whose_queue_is_dead_is_replaced() -> None:
-    """One malformed message ends LMCache's queue thread while `/healthcheck` stays 200; what Python writes about it is
-    noticed sooner than a probe could be missed."""
+async def test_garbage_and_silence_do_not_end_the_queue() -> None:
+    """Of which one message ends LMCache's own thread; nor do more connections than the usual limit of descriptors."""
+    async with _running(_server()) as server:
+        first = _pid(server)
+        await asyncio.to_thread(throw_all, server.address.host, server.address.port)
+        assert await ask(server.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
+        with silence(server.address.host, server.address.port, 1500) as connections:
+            assert len(connections) == 1500
+            assert await ask(server.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
+        assert _pid(server) == first and server.status()["num_restarts"] == 0
+
+
+async def test_a_server_whose_queue_is_dead_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One malformed message ends the queue thread of `lmcache server` itself while `/healthcheck` stays 200; what
+    Python writes about it is noticed sooner than a probe could be missed."""
+    monkeypatch.setattr("pools.cache_server._PROGRAM", "lmcache.cli.main")
     async with _running(_server()) as server:
         first = _pid(server)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket_:

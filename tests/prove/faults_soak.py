@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.prove.faults_decode import resumed
 from tests.prove.faults_rows import CONFIG, books_row, chosen_row, count_row, judged
@@ -39,6 +41,8 @@ GATEWAY, GATEWAY_MIB = "ServeReplica:disagg:gateway", 64.0
 """The gateway is never replaced here, so what it leaks adds up."""
 NUM_FDS, NUM_FILES = 100, 4
 """What may be more afterwards. The numbers of a process vary by a few with its pools of threads and connections."""
+SWEPT_S = 75.0
+"""Replicas look for files of killed processes every 30 s."""
 SIZES = {"prefill": 1, "decode": 2}
 
 Fault = Callable[[Stack, Load, random.Random], None]
@@ -68,7 +72,7 @@ def soak(soak_s: float = SOAK_S, seed: int = 10) -> list[Row]:
         books = books_row(10, stack)
         held = kv_in_use(stack)
         after = usage(stack)
-        left = len(unowned_shared_files(stack, shared_before)) - unowned
+        left = _left(stack, shared_before, unowned)
         print(f"    faults: {dict(counted)}; {resumed(stack)}")
         print(f"    before: {before.words()} {before.by_kind}\n    after:  {after.words()} {after.by_kind}")
     return [
@@ -104,6 +108,13 @@ def grown(before: Usage, after: Usage) -> list[Row]:
         Row(10, "files in shared memory more than before", f"{files:+d}", str(NUM_FILES), files <= NUM_FILES),
         Row(10, "processes more than before", f"{processes:+d}", "2", processes <= 2),
     ]
+
+
+def _left(stack: Stack, before: frozenset[Path], unowned: int) -> int:
+    """How many more files nobody uses than `unowned`, after the time in which replicas look for them."""
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: len(unowned_shared_files(stack, before)) <= unowned, SWEPT_S, "files are removed")
+    return len(unowned_shared_files(stack, before)) - unowned
 
 
 def _run(fault: Fault, stack: Stack, load: Load, chooser: random.Random) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from disagg.cli.processes import mapped_by
+from pools.shared_files import SHARED_MEMORY, mapped_by
 from tests.support.stack import Stack, wait_until
 
-SHARED_MEMORY = Path("/dev/shm")
 KINDS = ("EngineCore", "ServeReplica:disagg:gateway", "ServeReplica:disagg:prefill", "ServeReplica:disagg:decode")
 
 

@@ -18,6 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from transport.in_engine import nixl_listener
+from transport.in_engine.gloo_listeners import listening
+from transport.in_engine.nixl_ports import close_unnamed
 from transport.in_engine.protocols import Ended
 
 nixl_listener.check()
@@ -58,7 +60,11 @@ class NixlWorker(NixlPullConnectorWorker):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        before = listening()
         super().__init__(*args, **kwargs)
+        # Another plugin may write its addresses in another way.
+        if list(self.nixl_backends) == ["UCX"]:
+            close_unnamed(before, self.nixl_wrapper.get_agent_metadata())
         self._ended: Ended = {}
         self._settled: set[str] = set()
 

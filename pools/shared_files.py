@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a replica's processes have in shared memory, and its removal once they are gone.
+
+vLLM's message queues are files of up to 240 MiB in `/dev/shm`. Whoever makes one removes it, but not when it is
+killed. So each replica keeps a record of the files of its processes, locked for as long as it lives; every replica
+looks for records whose lock is free, and removes those of their files that nobody uses. Linux; elsewhere nothing is
+found and nothing done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+_NAMES = ("psm_", "sem.mp-")
+"""What Python's `multiprocessing` calls its files. Others have owners who look after them, like an LMCache server."""
+_FIRST_PERIOD_S = 1.0
+_PERIOD_S = 30.0
+"""The time between two looks doubles up to this: an engine makes its files at its start."""
+_STARTING = "."
+"""A record begins with this until it is locked."""
+
+
+def mapped_by(processes: Iterable[int], directory: Path = SHARED_MEMORY) -> frozenset[Path]:
+    """The files of `directory` that the given processes have mapped or open."""
+    prefix = f"{directory}/"
+    found: set[Path] = set()
+    for pid in processes:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                at = line.find(prefix)
+                if at >= 0:
+                    found.add(Path(line[at:].removesuffix(" (deleted)")))
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    target = os.readlink(link)
+                    if target.startswith(prefix):
+                        found.add(Path(target.removesuffix(" (deleted)")))
+    return frozenset(found)
+
+
+def records_directory() -> Path:
+    """Where the records of this user are, on this machine or in this container."""
+    return Path(tempfile.gettempdir(), f"disagg-shared-files-{os.getuid()}")
+
+
+class SharedFiles:
+    """The record of this process and its descendants."""
+
+    def __init__(self, records: Path | None = None, shared: Path = SHARED_MEMORY) -> None:
+        """Raises OSError when the directory of the records is another user's or cannot be made."""
+        self._records = records or records_directory()
+        self._shared = shared
+        self._records.mkdir(mode=0o700, exist_ok=True)
+        if self._records.stat().st_uid != os.getuid():
+            raise PermissionError(f"{self._records} belongs to another user")
+        name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        starting = self._records / f"{_STARTING}{name}"
+        self._record = self._records / name
+        self._file = starting.open("w+")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        starting.rename(self._record)
+        self._noted: frozenset[str] = frozenset()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shared-files", daemon=True)
+
+    def start(self) -> None:
+        """Look now and then, in a thread of its own, until `stop` or the end of the process."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Once the engine has ended: give the record up, at once when nothing of it is left. Idempotent."""
+        self._stop.set()
+        if self._file.closed:
+            return
+        if not any((self._shared / name).exists() for name in self._noted):
+            self._record.unlink(missing_ok=True)
+        self._file.close()
+
+    def note(self) -> None:
+        """Write down what is new in shared memory since the last time."""
+        family = [os.getpid()]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [process.pid for process in psutil.Process().children(recursive=True)]
+        names = {file.name for file in mapped_by(family, self._shared) if file.name.startswith(_NAMES)}
+        if names <= self._noted:
+            return
+        self._noted |= names
+        self._file.seek(0)
+        json.dump(sorted(self._noted), self._file)
+        self._file.truncate()
+        self._file.flush()
+
+    def sweep(self) -> list[str]:
+        """Remove what processes that are gone have left; the names of the files that were removed."""
+        removed: list[str] = []
+        busy: frozenset[Path] | None = None
+        for record in sorted(self._records.iterdir()):
+            if record == self._record or record.name.startswith(_STARTING):
+                continue
+            with contextlib.suppress(FileNotFoundError), record.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                busy = mapped_by(psutil.pids(), self._shared) if busy is None else busy
+                left = [path for name in _read(file.read()) if (path := self._shared / name).exists()]
+                for path in left:
+                    if path not in busy and path.stat().st_uid == os.getuid():
+                        path.unlink(missing_ok=True)
+                        removed.append(path.name)
+                if not any(path.exists() for path in left):
+                    record.unlink(missing_ok=True)
+        return removed
+
+    def _run(self) -> None:
+        period_s = _FIRST_PERIOD_S
+        while not self._stop.wait(period_s):
+            period_s = min(2 * period_s, _PERIOD_S)
+            try:
+                self.note()
+                if removed := self.sweep():
+                    logger.info("removed %d files that killed processes left in %s", len(removed), self._shared)
+            except Exception:
+                logger.exception("cannot look after the files in %s", self._shared)
+
+
+def _read(text: str) -> list[str]:
+    """The names in a record. One that was cut short, or names anything else, names nothing."""
+    try:
+        names = json.loads(text)
+    except ValueError:
+        return []
+    if not isinstance(names, list):
+        return []
+    return [n for n in names if isinstance(n, str) and n.startswith(_NAMES) and "/" not in n]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NIXL agents exchange data without the ports of their threads, and what comes to the others does not pile up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.connection import Connection
+
+import pytest
+
+from tests.support.garbage import silence, throw_all
+from tests.support.stack import wait_until
+from transport.in_engine.nixl_ports import without_name
+
+NUM_BLOCKS, BLOCK = 3000, 4096
+"""More than the 1,024 from which NIXL splits a transfer over its threads."""
+
+
+def agent(name: str, peer: Connection, report: Connection) -> None:
+    """An agent like vLLM's, without the ports of its threads: `reader` reads all of `owner`'s memory, twice."""
+    import torch
+    from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
+
+    from transport.in_engine.gloo_listeners import listening
+    from transport.in_engine.nixl_ports import close_unnamed
+
+    before = listening()
+    mine = NixlWrapper(name, nixl_agent_config(num_threads=4, capture_telemetry=True))
+    num_ports = len(listening() - before)
+    num_closed = close_unnamed(before, mine.get_agent_metadata())
+    assert 0 < num_closed < num_ports
+    pattern = torch.arange(NUM_BLOCKS * BLOCK // 8, dtype=torch.int64)
+    memory = pattern.clone() if name == "owner" else torch.zeros_like(pattern)
+    region = [(memory.data_ptr(), NUM_BLOCKS * BLOCK, 0, "")]
+    mine.register_memory(mine.get_reg_descs(region, "DRAM"), backends=["UCX"])
+    peer.send((mine.get_agent_metadata(), memory.data_ptr()))
+    metadata, address = peer.recv()
+    other = mine.add_remote_agent(metadata)
+    if name == "reader":
+        blocks = list(range(NUM_BLOCKS))
+        here, there = (
+            mine.prep_xfer_dlist(who, mine.get_xfer_descs([(at + i * BLOCK, BLOCK, 0) for i in blocks], "DRAM"))
+            for who, at in (("NIXL_INIT_AGENT", memory.data_ptr()), (other, address))
+        )
+        for _ in range(2):
+            memory.zero_()
+            transfer = mine.make_prepped_xfer("READ", here, blocks, there, blocks, notif_msg=b"read")
+            mine.transfer(transfer)
+            wait_until(lambda handle=transfer: mine.check_xfer_state(handle) == "DONE", 60, "the blocks are read")
+            assert torch.equal(memory, pattern)
+        peer.send(None)
+    else:
+        report.send([_name(descriptor) for descriptor in listening() - before])
+        num_descriptors = len(os.listdir("/proc/self/fd"))
+        while not peer.poll(0.01):
+            mine.get_new_notifs()
+        report.recv()
+        # A peer, or a thread of the agent, may have a few more than before.
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= num_descriptors + 10, 20, "descriptors are given back")
+    report.send("done")
+    report.recv()
+
+
+def _name(descriptor: int) -> tuple[str, int]:
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        found: tuple[str, int] = sock.getsockname()[:2]
+    return found
+
+
+@pytest.mark.parametrize("tls", [None, "tcp,self"])
+def test_agents_need_only_the_ports_that_peers_are_told(tls: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over shared memory and over TCP alone, while garbage and silence come in at the ports that are left."""
+    if tls is not None:
+        monkeypatch.setenv("UCX_TLS", tls)
+    context = multiprocessing.get_context("spawn")
+    ends = context.Pipe()
+    reports = {name: context.Pipe() for name in ("owner", "reader")}
+    agents = [
+        context.Process(target=agent, args=(name, end, reports[name][1]), daemon=True)
+        for name, end in zip(reports, ends, strict=True)
+    ]
+    for process in agents:
+        process.start()
+    owner, reader = (reports[name][0] for name in reports)
+    assert owner.poll(120)
+    for host, port in owner.recv():
+        throw_all(host, port)
+        with silence(host, port, 200) as connections:
+            assert len(connections) == 200
+    assert reader.poll(120) and reader.recv() == "done"
+    owner.send("the garbage is over")
+    assert owner.poll(60) and owner.recv() == "done"
+    for report in (owner, reader):
+        report.send("end")
+    for process in agents:
+        process.join(30)
+        process.kill()
+
+
+def test_ports_that_are_named_are_kept() -> None:
+    """And all of them when none is: another version may write its addresses in another way."""
+    metadata = b"\x01" + (40000).to_bytes(2, "big") + b"\x02" + (40001).to_bytes(2, "big")
+    assert without_name({3: 40000, 4: 40001, 5: 40002}, metadata) == {5}
+    assert without_name({5: 40002}, metadata) == set()
+    assert without_name({}, metadata) == set()
