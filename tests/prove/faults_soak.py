@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.prove.faults_decode import resumed
 from tests.prove.faults_rows import CONFIG, books_row, chosen_row, count_row, judged
@@ -53,7 +54,8 @@ def soak(soak_s: float = SOAK_S, seed: int = 10) -> list[Row]:
     chooser = random.Random(seed)
     shared_before = frozenset(SHARED_MEMORY.iterdir())
     counted: Counter[str] = Counter()
-    with running(CONFIG, name="prove-faults-soak", change=change(SIZES["prefill"], SIZES["decode"])) as stack:
+    changed = change(SIZES["prefill"], SIZES["decode"], then=_room_for_one_more)
+    with running(CONFIG, name="prove-faults-soak", change=changed) as stack:
         with Load(stack.url, chosen.known) as warm_up:
             time.sleep(min(WARM_UP_S, soak_s / 4))
             for fault in FAULTS:
@@ -108,6 +110,10 @@ def grown(before: Usage, after: Usage) -> list[Row]:
         Row(10, "files in shared memory more than before", f"{files:+d}", str(NUM_FILES), files <= NUM_FILES),
         Row(10, "processes more than before", f"{processes:+d}", "2", processes <= 2),
     ]
+
+
+def _room_for_one_more(config: dict[str, Any]) -> None:
+    config["applications"][0]["args"]["cpu"] = {"num_cpus": 0.25}
 
 
 def _left(stack: Stack, before: frozenset[Path], unowned: int) -> int:
