@@ -35,22 +35,29 @@ _STARTING = "."
 
 
 def mapped_by(processes: Iterable[int], directory: Path = SHARED_MEMORY) -> frozenset[Path]:
-    """The files of `directory` that the given processes have mapped or open."""
-    prefix = f"{directory}/"
-    found: set[Path] = set()
+    """The files of `directory` that the given processes have mapped or open.
+
+    By inode: a semaphore is made under another name than the one it keeps, and the kernel goes on telling the first.
+    """
+    names: dict[int, Path] = {}
+    with contextlib.suppress(OSError):
+        names = {entry.inode(): Path(entry.path) for entry in os.scandir(directory)}
+    if not names:
+        return frozenset()
+    inside = f"{directory}/"
+    found: set[int] = set()
     for pid in processes:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                at = line.find(prefix)
-                if at >= 0:
-                    found.add(Path(line[at:].removesuffix(" (deleted)")))
+                if inside in line:
+                    # address, permissions, offset, device, inode, path
+                    found.add(int(line.split(maxsplit=5)[4]))
         with contextlib.suppress(OSError):
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
-                    target = os.readlink(link)
-                    if target.startswith(prefix):
-                        found.add(Path(target.removesuffix(" (deleted)")))
-    return frozenset(found)
+                    if os.readlink(link).startswith(inside):
+                        found.add(link.stat().st_ino)
+    return frozenset(names[inode] for inode in found & names.keys())
 
 
 def records_directory() -> Path:

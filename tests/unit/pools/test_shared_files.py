@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pools.shared_files import SharedFiles, mapped_by
+from pools.shared_files import SHARED_MEMORY, SharedFiles, mapped_by
 from tests.support.stack import ROOT, wait_until
 
 OWNER = """
@@ -87,6 +88,15 @@ def test_files_of_children_are_noted_and_remembered(tmp_path: Path, shared: Path
     mine.stop()
     assert mine._record.exists()
     assert SharedFiles(tmp_path / "records", shared).sweep() == ["psm_a"]
+
+
+def test_a_semaphore_is_found_by_what_it_is() -> None:
+    """The C library makes it under another name, which is the one in the process' maps."""
+    before = set(SHARED_MEMORY.iterdir())
+    semaphore = multiprocessing.get_context("spawn").Lock()
+    new = {file for file in set(SHARED_MEMORY.iterdir()) - before if file.name.startswith("sem.mp-")}
+    assert new & mapped_by([os.getpid()])
+    del semaphore
 
 
 def test_a_replica_that_left_nothing_leaves_no_record(tmp_path: Path, shared: Path) -> None:
