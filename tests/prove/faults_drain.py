@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.prove.faults_rows import CONFIG, books_row, chosen_row, count_row, judged
+from tests.prove.faults_rows import CONFIG, books_row, chosen_row, count_row, judged, room
 from tests.prove.report import Row
 from tests.support.answers import Case
 from tests.support.faults import Heard, Load, change, listen, reference, replicas, wait_until
@@ -30,7 +30,7 @@ _LOST = ("released", "expired", "failed")
 
 def drains() -> list[Row]:
     chosen = reference(tokens=(24, 120))
-    with open_dashboard(), running(CONFIG, name=NAME, change=change(2, 2, then=_room), timeout_s=420) as stack:
+    with open_dashboard(), running(CONFIG, name=NAME, change=change(2, 2, then=room), timeout_s=420) as stack:
         with Load(stack.url, chosen.known) as load:
             load.wait_for(12)
             began = time.monotonic()
@@ -47,11 +47,6 @@ def drains() -> list[Row]:
         Row(6, "hand-offs nobody read and nothing keeps", orphaned[1], "0 bytes", orphaned[0] == 0),
         books,
     ]
-
-
-def _room(config: dict[str, Any]) -> None:
-    """Four engines and two gateways, an old and a new one, on two cores."""
-    config["applications"][0]["args"]["cpu"] = {"num_cpus": 0.25}
 
 
 def _rolling_update(stack: Stack) -> list[Row]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tests.prove.report import ROOT, Row
 from tests.support.faults import Load, Reference
@@ -13,6 +14,11 @@ from tests.support.tiers import balanced, settled_books
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 SHOWN = 8
 """Failed and wrong answers that are printed whole."""
+
+
+def room(config: dict[str, Any]) -> None:
+    """A change of a config file: four engines and two gateways, or replicas to scale up to, fit on two cores."""
+    config["applications"][0]["args"]["cpu"] = {"num_cpus": 0.25}
 
 
 def judged(

@@ -10,10 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tests.prove.faults_decode import resumed
-from tests.prove.faults_rows import CONFIG, books_row, chosen_row, count_row, judged
+from tests.prove.faults_rows import CONFIG, books_row, chosen_row, count_row, judged, room
 from tests.prove.report import Row
 from tests.prove.serve_leaving import wave
 from tests.support.fault_usage import SHARED_MEMORY, Usage, kv_in_use, unowned_shared_files, usage, wait_idle
@@ -54,7 +53,7 @@ def soak(soak_s: float = SOAK_S, seed: int = 10) -> list[Row]:
     chooser = random.Random(seed)
     shared_before = frozenset(SHARED_MEMORY.iterdir())
     counted: Counter[str] = Counter()
-    changed = change(SIZES["prefill"], SIZES["decode"], then=_room_for_one_more)
+    changed = change(SIZES["prefill"], SIZES["decode"], then=room)
     with running(CONFIG, name="prove-faults-soak", change=changed) as stack:
         with Load(stack.url, chosen.known) as warm_up:
             time.sleep(min(WARM_UP_S, soak_s / 4))
@@ -110,10 +109,6 @@ def grown(before: Usage, after: Usage) -> list[Row]:
         Row(10, "files in shared memory more than before", f"{files:+d}", str(NUM_FILES), files <= NUM_FILES),
         Row(10, "processes more than before", f"{processes:+d}", "2", processes <= 2),
     ]
-
-
-def _room_for_one_more(config: dict[str, Any]) -> None:
-    config["applications"][0]["args"]["cpu"] = {"num_cpus": 0.25}
 
 
 def _left(stack: Stack, before: frozenset[Path], unowned: int) -> int:

@@ -8,7 +8,7 @@ import asyncio
 from disagg.config import GatewayConfig
 from disagg.gateway.membership import DECODE, PREFILL
 from pools.engine.base import Receive, Scope, Send
-from tests.support.gateway_stack import Replica, Stack, run, running_stack, until
+from tests.support.gateway_stack import Replica, Reply, Stack, run, running_stack, until
 
 
 class Held:
@@ -62,20 +62,26 @@ def test_a_leaving_decode_replica_waits_for_its_decode_leg() -> None:
     run(check())
 
 
+async def _rendering(stack: Stack) -> tuple[asyncio.Task[Reply], asyncio.Event]:
+    """A request that is being rendered until the event is set."""
+    rendering, go = asyncio.Event(), asyncio.Event()
+
+    async def before() -> None:
+        rendering.set()
+        await go.wait()
+
+    stack.renderer.before = before
+    asking = asyncio.create_task(stack.complete())
+    await rendering.wait()
+    return asking, go
+
+
 def test_an_application_that_ends_finishes_what_it_has_accepted() -> None:
     """Every replica leaves while a request is still being rendered: it is answered, and all drains end."""
 
     async def check() -> None:
         async with running_stack() as stack:
-            rendering, go = asyncio.Event(), asyncio.Event()
-
-            async def before() -> None:
-                rendering.set()
-                await go.wait()
-
-            stack.renderer.before = before
-            asking = asyncio.create_task(stack.complete())
-            await rendering.wait()
+            asking, go = await _rendering(stack)
             stack.gateway.membership.replace(PREFILL, [])
             stack.gateway.membership.replace(DECODE, [])
             drains = [asyncio.create_task(replica.server.drain(10)) for replica in stack.replicas]
@@ -93,15 +99,7 @@ def test_an_application_that_ends_accepts_nothing_more() -> None:
 
     async def check() -> None:
         async with running_stack(config=GatewayConfig(watch_interval_s=0.02)) as stack:
-            rendering, go = asyncio.Event(), asyncio.Event()
-
-            async def before() -> None:
-                rendering.set()
-                await go.wait()
-
-            stack.renderer.before = before
-            asking = asyncio.create_task(stack.complete())
-            await rendering.wait()
+            asking, go = await _rendering(stack)
             (member,) = stack.gateway.membership.members(DECODE)
             draining = leave(stack, stack.decode[0])
             await until(lambda: member.draining)
