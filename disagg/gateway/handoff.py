@@ -27,9 +27,12 @@ from disagg.gateway.settling import Ledger, NoLedger, Settling, UnderWay
 from disagg.gateway.transfer import Transfer
 from disagg.gateway.transfer_pull import Pull
 from disagg.gateway.wire import Upstreams
-from pools.errors import ReplicaLostError
+from pools.errors import NoReplicaError, ReplicaLostError
 
 __all__ = ["Answer", "Call", "Handoff", "is_server_fault"]
+
+
+_STRANGERS = "every decode replica that is ready has another model or other engine arguments"
 
 
 @dataclass(frozen=True)
@@ -101,20 +104,30 @@ class Handoff:
     async def resume(self, call: Call, losses: Losses) -> Answer:
         """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
 
-        Raises what `answer` raises, but is not refused for lack of room: its stream has begun.
+        Raises what `answer` raises, but is not refused for lack of room: its stream has begun. Replicas of another
+        `kv_fit`, as there are during a rolling update, do not go on with it.
 
         Args:
             call: one prompt, which ends with the tokens that were sent.
             losses: of its stream and of all earlier tries to go on; those of this one are added.
         """
-        without = set(losses.replica_ids)
+        strangers = self._membership.decodes_unlike(losses.kv_fit)
+        without = strangers | losses.replica_ids
         if not self._membership.has_decode(without=without):
-            without = set()
+            without = strangers
+        if strangers and not self._membership.has_decode(without=without):
+            raise NoReplicaError(_STRANGERS)
         route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
         if route.mode == "handoff" and self._membership.has_pair(without=without):
-            return await self._handed_off(call, without, losses, refuse=False)
-        reason = route.reason or "no_warm_pair"
-        return await self._local.answer(call, reason, without, losses, refuse=False)
+            answer = await self._handed_off(call, without, losses, refuse=False)
+        else:
+            reason = route.reason or "no_warm_pair"
+            answer = await self._local.answer(call, reason, without, losses, refuse=False)
+        if answer.decode_fit != losses.kv_fit:
+            # It joined after the look above.
+            answer.close()
+            raise NoReplicaError(_STRANGERS)
+        return answer
 
     def settle(self, handoff_id: str) -> None:
         """Take a decode engine's word that it read nothing of a hand-off, and will not. Returns at once."""

@@ -12,13 +12,17 @@ class Losses:
 
     replica_ids: set[str] = field(default_factory=set)
     """Not to be chosen while there are others."""
+    kv_fit: str = ""
+    """Of the replica that broke off with the stream; one with another may have other weights and go on with another
+    answer."""
     count: int = 0
     """How often a replica that may have had the request was lost, bounded by `gateway.max_attempts`."""
 
     _broken: set[str] = field(default_factory=set)
 
-    def stream_lost(self, replica_id: str) -> None:
+    def stream_lost(self, replica_id: str, kv_fit: str = "") -> None:
         """A replica broke off with the answer under way; each time counts, for it had worked before."""
+        self.kv_fit = kv_fit
         self.replica_ids.add(replica_id)
         self._broken.add(replica_id)
         self.count += 1

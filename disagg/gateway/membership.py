@@ -264,6 +264,11 @@ class Membership:
         decodes = [d.info.replica_id for d in self._usable(DECODE, without) if decode in (None, d)]
         return any(not p.warm_peers.isdisjoint(decodes) for p in self._usable(PREFILL, without))
 
+    def decodes_unlike(self, kv_fit: str) -> frozenset[str]:
+        """Ids of the decode replicas, those that leave included, of another `kv_fit`."""
+        members = [*self._members[DECODE].values(), *self._leaving.values()]
+        return frozenset(m.info.replica_id for m in members if m.info.pool == DECODE and m.info.kv_fit != kv_fit)
+
     def has_decode(self, *, without: Collection[str] = ()) -> bool:
         """Whether `pick_decode` would find a replica, were it to fit."""
         return bool(self._decodes(without))

@@ -60,6 +60,8 @@ class Answer:
     mode: str
     prefill_id: str
     decode_id: str
+    decode_fit: str
+    """Its `kv_fit`."""
     content: bytes
     """The whole body, or the first chunk of a stream."""
     exchange: Exchange | None
@@ -161,6 +163,7 @@ class Sender:
             mode=mode,
             prefill_id=prefill_id,
             decode_id=member.info.replica_id,
+            decode_fit=member.info.kv_fit,
             content=content,
             exchange=exchange if streaming else None,
             _counted=counted,

@@ -181,6 +181,7 @@ class Replica:
         """`fields` are settings of the fake engine, `options` further arguments of its constructor."""
         self.pool = pool
         self.replica_id = replica_id
+        self.kv_fit = ""
         self._options = dict(options or {})
         self._config = FakeEngineConfig(type="fake", **fields)
         self._make()
@@ -236,6 +237,7 @@ class Replica:
             vocab_size=WORD_BASE + NUM_WORDS,
             bootstrap_url=self.engine.bootstrap_url,
             secret=self.key,
+            kv_fit=self.kv_fit,
         )
 
     @property

@@ -331,6 +331,45 @@ async def test_nobody_to_go_on(path: str) -> None:
         assert stack.metric("disagg_resumes_total", outcome="failed") == 1
 
 
+def updated(stack: Stack, how: Callable[[Replica], None]) -> Callable[[Replica], None]:
+    """Lose a replica while all others are replaced by ones with another model."""
+
+    def lose(lost: Replica) -> None:
+        how(lost)
+        for replica in stack.decode:
+            replica.kv_fit = lost.kv_fit if replica is lost else "another"
+        stack.announce()
+
+    return lose
+
+
+@PATHS
+async def test_another_model_does_not_go_on(path: str) -> None:
+    """In the middle of a rolling update a stream goes on only where the model is the one it began with."""
+    async with running_stack(num_decode=3, itl_ms=1) as stack:
+        whole = shown(await streamed(stack, path, **GREEDY))
+        lost = armed(stack, after(5), how=updated(stack, Replica.cut))
+        seen = {replica.replica_id: len(replica.engine.seen) for replica in stack.decode}
+        assert shown(await streamed(stack, path, **GREEDY)) == whole
+        others = [replica for replica in stack.decode if replica is not lost[0]]
+        assert [len(replica.engine.seen) - seen[replica.replica_id] for replica in others] == [0, 0]
+
+
+@PATHS
+@pytest.mark.parametrize("late", [False, True], ids=["seen before", "joins meanwhile"])
+async def test_only_another_model_is_left(path: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none of them left the stream says so; nothing of the other model reaches the client."""
+    async with running_stack(num_decode=2, itl_ms=1, config=GatewayConfig(resume_wait_s=0.3)) as stack:
+        if late:
+            monkeypatch.setattr(stack.gateway.membership, "decodes_unlike", lambda kv_fit: frozenset())
+        whole = (await streamed(stack, path, **GREEDY)).text
+        armed(stack, after(5), how=updated(stack, Replica.kill))
+        reply = await streamed(stack, path, **GREEDY)
+        assert "has another model" in error_of(reply)["message"]
+        text = Reply(200, {}, b"".join(f"data: {event}\n\n".encode() for event in reply.events[:-2])).text
+        assert text and whole.startswith(text) and text != whole
+
+
 @PATHS
 async def test_other_text_is_never_sent(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that continues a greedy answer differently ends the stream; its text does not reach the client."""
