@@ -33,7 +33,7 @@ from disagg.gateway.admin import Admin, AdminKey, Scaler
 from disagg.gateway.answering import AnsweredCall
 from disagg.gateway.api_keys import keys_of
 from disagg.gateway.background import Background
-from disagg.gateway.edge import Edge, tenant_of
+from disagg.gateway.edge import Edge, key_for, tenant_of
 from disagg.gateway.handoff import Call, Handoff
 from disagg.gateway.intake import (
     ClientDisconnect,
@@ -324,7 +324,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schema.setdefault("components", {})["securitySchemes"] = {"admin": {"type": "http", "scheme": "bearer"}}
+            keys = {path: key_for(path) for path in schema["paths"]}
+            if gateway.api_keys is None:
+                keys = {path: key if key == "admin" else None for path, key in keys.items()}
+            openapi.secure(schema, keys)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,6 +14,8 @@ from disagg.errors import RequestError
 from disagg.gateway.api_keys import ApiKeys
 from disagg.gateway.limits import check_headers
 from disagg.gateway.tenants import Tenant
+
+KeyKind = Literal["client", "admin"]
 
 _TENANT = "disagg.tenant"
 _OPEN = frozenset(("/health", "/metrics"))
@@ -51,10 +53,16 @@ class Edge:
         check_headers(headers, self._max_header_bytes)
         if self._keys is None:
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path in _OPEN or path.startswith(_ADMIN):
+        if key_for(scope["path"].removeprefix(scope.get("root_path", ""))) != "client":
             return
         scope[_TENANT] = self._keys.tenant(next((value for name, value in headers if name == b"authorization"), None))
+
+
+def key_for(path: str) -> KeyKind | None:
+    """Which key a route asks for; None for the open ones. Clients' keys only count where there are any."""
+    if path in _OPEN:
+        return None
+    return "admin" if path.startswith(_ADMIN) else "client"
 
 
 def tenant_of(scope: Any) -> Tenant | None:

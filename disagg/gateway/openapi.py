@@ -6,6 +6,7 @@ They name what the OpenAI API documents; vLLM takes more and checks everything, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
@@ -169,6 +170,18 @@ def for_model(schema: dict[str, Any], model_id: str) -> dict[str, Any]:
 def operation(schema: dict[str, Any]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads its own JSON body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def secure(document: dict[str, Any], key_of: Mapping[str, str | None]) -> None:
+    """Say in a document which key each path asks for: the name of a bearer scheme, or None for an open one."""
+    schemes = sorted({name for name in key_of.values() if name is not None})
+    document.setdefault("components", {})["securitySchemes"] = {
+        name: {"type": "http", "scheme": "bearer"} for name in schemes
+    }
+    for path, operations in document["paths"].items():
+        name = key_of[path]
+        for operation in operations.values():
+            operation["security"] = [] if name is None else [{name: []}]
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,30 @@ async def test_no_way_in_without_a_key(stack: Stack, method: str, path: str) -> 
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
         assert KEYS["alice"] not in reply.body.decode() and "x-request-id" in reply.headers
     assert not any(replica.engine.seen for replica in stack.replicas)
+
+
+async def test_the_document_says_which_key(stack: Stack) -> None:
+    """Of every operation, and as the routes do: 401 without a key exactly where the document asks for one."""
+    document = (await stack.call("GET", "/openapi.json", None, bearer(KEYS["bob"]))).json()
+    assert set(document["components"]["securitySchemes"]) == {"client", "admin"}
+    wrong = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            reply = await stack.call(method.upper(), re.sub("{.*?}", "x", path))
+            if (reply.status == 401) != bool(operation["security"]):
+                wrong.append((method, path, reply.status, operation["security"]))
+    assert document["paths"] and wrong == []
+
+
+async def test_the_document_without_keys() -> None:
+    """Where clients need no key only the admin API asks for one."""
+    async with running_stack(num_prefill=0, num_decode=0) as stack:
+        document = (await stack.call("GET", "/openapi.json")).json()
+        asking = {
+            path for path, operations in document["paths"].items() if any(o["security"] for o in operations.values())
+        }
+        assert asking and all(path.startswith("/admin/") for path in asking)
+        assert set(document["components"]["securitySchemes"]) == {"admin"}
 
 
 async def test_what_is_open(stack: Stack) -> None:
