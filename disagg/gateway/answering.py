@@ -25,6 +25,7 @@ from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_event, error_response, shape_of
 from disagg.gateway.resuming import Resuming
+from disagg.gateway.sent_tokens import ending_of
 from disagg.gateway.shadow import Shadow
 from disagg.gateway.splice import splice_of
 from pools.errors import NoReplicaError, ReplicaLostError
@@ -60,7 +61,7 @@ class AnsweredCall(Response):
         self._endpoint = endpoint
         self._streaming = False
         self._last = b""
-        """The bytes of a stream that were sent last."""
+        """The end of what was sent of a stream."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
@@ -95,7 +96,7 @@ class AnsweredCall(Response):
         try:
             resuming = Resuming(await self._prepare(), self._carrier)
             check = self._carrier.shadow.begin(resuming.call) if self._carrier.shadow else None
-            answer = await self._handoff.answer(check.call if check else resuming.call)
+            answer = await self._handoff.answer(check.call if check else resuming.call, resuming.losses)
         except DisaggError as exc:
             if isinstance(exc, ReplicaLostError):
                 logger.warning("request %s was lost: %s", self._request_id, exc)
@@ -163,11 +164,11 @@ class AnsweredCall(Response):
         async def write(data: bytes) -> None:
             with self._limited(scope):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-                self._last = data
+                self._last = ending_of(self._last, data)
 
         try:
             await self._carried(answer, scope, send)
-            resuming.check()
+            resuming.check(self._last)
         except ReplicaLostError as exc:
             if self._client_stalled(answer):
                 self._metrics.broken_streams.inc()
@@ -184,16 +185,16 @@ class AnsweredCall(Response):
         if (protocol := splice_of(scope)) is not None:
             self._metrics.streams.labels("splice").inc()
             try:
-                await protocol.splice(answer.exchange, through)
+                await protocol.splice(answer.exchange, through, sent=self._last)
             finally:
-                self._last = protocol.last_spliced or self._last
+                self._last = protocol.last_spliced
             return
         self._metrics.streams.labels("asgi").inc()
         while (chunk := await answer.exchange.next_chunk()) is not None:
             data = chunk if through is None else through(chunk)
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-                self._last = data
+                self._last = ending_of(self._last, data)
 
     def _client_stalled(self, answer: Answer) -> bool:
         """Whether it was the client that stood still, so that nobody would read how the stream goes on."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
-from disagg.gateway.legs import Route, decode_body, is_server_fault, route_for
+from disagg.gateway.legs import decode_body, is_server_fault, route_for
 from disagg.gateway.local_prefill import LocalPrefill
 from disagg.gateway.losses import Losses
 from disagg.gateway.membership import Member, Membership, Pair
@@ -89,17 +89,21 @@ class Handoff:
             local_rate=self._local_rate,
         )
 
-    async def answer(self, call: Call) -> Answer:
+    async def answer(self, call: Call, losses: Losses | None = None) -> Answer:
         """Run the request up to the first bytes of its answer.
 
         Cancelling it stops both legs and gives unused KV back. Raises NoReplicaError when nobody can serve.
+
+        Args:
+            losses: takes the decode replicas that are lost on the way.
         """
+        losses = losses or Losses()
         route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
         if route.mode == "handoff":
-            return await self._handed_off(call)
+            return await self._handed_off(call, losses)
         if route.mode == "primed":
-            return await self._primed(call, route)
-        return await self._local.answer(call, route.reason)
+            return await self._primed(call, losses)
+        return await self._local.answer(call, route.reason, (), losses)
 
     async def resume(self, call: Call, losses: Losses) -> Answer:
         """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
@@ -119,7 +123,7 @@ class Handoff:
             raise NoReplicaError(_STRANGERS)
         route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
         if route.mode == "handoff" and self._membership.has_pair(without=without):
-            answer = await self._handed_off(call, without, losses, refuse=False)
+            answer = await self._handed_off(call, losses, without, refuse=False)
         else:
             reason = route.reason or "no_warm_pair"
             answer = await self._local.answer(call, reason, without, losses, refuse=False)
@@ -137,11 +141,10 @@ class Handoff:
     # Modes
 
     async def _handed_off(
-        self, call: Call, without: Collection[str] = (), losses: Losses | None = None, *, refuse: bool = True
+        self, call: Call, losses: Losses, without: Collection[str] = (), *, refuse: bool = True
     ) -> Answer:
         """Through a warm pair, else locally. `without`, `losses` and `refuse` are those of `LocalPrefill.answer`."""
         assert call.prompts is not None
-        losses = losses or Losses()
         prompt = call.prompts[0]
 
         async def take(under_way: UnderWay, params: dict[str, Any]) -> Answer | _Lost:
@@ -194,21 +197,21 @@ class Handoff:
             others = set(without)
         return await self._local.answer(call, "decode_error", others, losses, refuse=refuse)
 
-    async def _primed(self, call: Call, route: Route) -> Answer:
+    async def _primed(self, call: Call, losses: Losses) -> Answer:
         """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
         failed: list[UnderWay] = []
-        answer = await self._after_priming(call, failed)
+        answer = await self._after_priming(call, losses, failed)
         if answer.status < 500:
             for under_way in failed:
                 self._faults.failed(under_way)
         return answer
 
-    async def _after_priming(self, call: Call, failed: list[UnderWay]) -> Answer:
+    async def _after_priming(self, call: Call, losses: Losses, failed: list[UnderWay]) -> Answer:
         """As `_primed`. Adds the hand-offs that decode answered 5xx to `failed`."""
         assert call.prompts is not None
         pair = self._membership.pick_pair()
         if pair is None:
-            return await self._local.answer(call, "no_warm_pair")
+            return await self._local.answer(call, "no_warm_pair", (), losses)
         async with asyncio.TaskGroup() as group:
             # The first prompt goes to the chosen pair, the others where there is room for them.
             primed = [
@@ -218,8 +221,7 @@ class Handoff:
         outcomes = [task.result() for task in primed]
         prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
         if not prefills:
-            return await self._local.answer(call, str(outcomes[0]))
-        losses = Losses()
+            return await self._local.answer(call, str(outcomes[0]), (), losses)
         try:
             answer = await self._sender.decode(
                 pair.decode, call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id

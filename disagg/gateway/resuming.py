@@ -18,7 +18,7 @@ from disagg.gateway.responses import error_event
 from disagg.gateway.resume_body import IDS, asking_for_ids, continued, num_left
 from disagg.gateway.resume_rules import Cut, cut_for, is_greedy, why_not
 from disagg.gateway.resumed_stream import DivergedError, ResumedStream, ending, finished
-from disagg.gateway.sent_tokens import SentTokens
+from disagg.gateway.sent_tokens import DONE, SentTokens
 from pools.errors import AttemptsExhaustedError, ReplicaLostError
 from transport.errors import DisaggError
 
@@ -58,12 +58,19 @@ class Resuming:
         """What the first replica's bytes have to pass through; None when the stream cannot be resumed."""
         self._carrier = carrier
         self._metrics = carrier.metrics
-        self._losses = Losses()
+        self.losses = Losses()
+        """Of the whole request, those before its first byte included."""
 
-    def check(self) -> None:
-        """The first replica's stream is over. Raises ReplicaLostError when the answer is not."""
+    def check(self, last: bytes) -> None:
+        """The first replica's stream is over. Raises ReplicaLostError when the answer is not.
+
+        Args:
+            last: the end of what the client was sent.
+        """
         if self.sent is not None:
             _check_whole(self.sent.fault, done=self.sent.done)
+        else:
+            _check_whole(None, done=last.endswith(DONE))
 
     async def run(self, answer: Answer, error: ReplicaLostError, write: Write) -> bytes:
         """Go on after the loss of the replica of `answer`. Returns what ends the stream.
@@ -75,7 +82,7 @@ class Resuming:
             answer.close()
             lost_at = asyncio.get_running_loop().time()
             lost_id = answer.decode_id
-            self._losses.stream_lost(lost_id, answer.decode_fit)
+            self.losses.stream_lost(lost_id, answer.decode_fit)
             try:
                 if (end := self._ending()) is not None:
                     return end
@@ -88,10 +95,11 @@ class Resuming:
             except DisaggError as exc:
                 return self._give_up("failed", error, exc)
             logger.info(
-                "stream %s goes on at replica %s after %d tokens: %s",
+                "stream %s goes on at replica %s after %d tokens, for %s was lost: %s",
                 self.call.request_id,
                 answer.decode_id,
                 cut.num_tokens,
+                lost_id,
                 error,
             )
             try:
@@ -128,7 +136,7 @@ class Resuming:
         if sent is None or sent.refusal is not None:
             raise Refused(f"it cannot be resumed ({self.refusal if sent is None else sent.refusal})")
         if self._exhausted:
-            raise AttemptsExhaustedError(f"{self._losses.count} decode replicas were lost on it, the limit")
+            raise AttemptsExhaustedError(f"{self.losses.count} decode replicas were lost on it, the limit")
         assert self._asked.prompts is not None
         texts = await self._carrier.renderer.texts(self._asked.body, self._asked.prompts[0], sent.token_ids)
         cut = cut_for(self._asked.body, texts, sent.text, client_ids=self._client_ids)
@@ -156,7 +164,7 @@ class Resuming:
 
     async def _begun(self, call: Call) -> Answer:
         """A stream that goes on. Raises DisaggError, an InvalidRequestError when nobody would answer otherwise."""
-        answer = await self._carrier.handoff.resume(call, self._losses)
+        answer = await self._carrier.handoff.resume(call, self.losses)
         if answer.exchange is not None:
             return answer
         answer.close()
@@ -191,7 +199,7 @@ class Resuming:
 
     @property
     def _exhausted(self) -> bool:
-        return self._losses.count >= self._carrier.config.max_attempts
+        return self.losses.count >= self._carrier.config.max_attempts
 
     @property
     def _num_prompt_tokens(self) -> int:

@@ -16,6 +16,7 @@ import msgspec
 from disagg.gateway.legs import Endpoint, is_server_fault
 
 DONE = b"data: [DONE]\n\n"
+_DONE_BYTES = len(DONE)
 _END = b"\n\n"
 _IDS = b',"token_ids":['
 _NO_IDS = b',"token_ids":null'
@@ -235,6 +236,11 @@ class SentTokens:
                 self.refusal = self.refusal or "no_token_ids"
         if choice.logprobs is not None and choice.logprobs.text_offset and choice.logprobs.tokens:
             self.next_text_offset = choice.logprobs.text_offset[-1] + len(choice.logprobs.tokens[-1])
+
+
+def ending_of(before: bytes, data: bytes) -> bytes:
+    """The end of a stream after `data`, with enough of what was `before` for a `DONE` that comes in pieces."""
+    return data if len(data) >= _DONE_BYTES else before[-_DONE_BYTES:] + data
 
 
 def without_ids(document: bytes) -> bytes:

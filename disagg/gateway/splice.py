@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import uvicorn.protocols.http.auto as uvicorn_auto
 
+from disagg.gateway.sent_tokens import ending_of
 from disagg.gateway.wire import Exchange
 from transport.bounded_http import BoundedProtocol, Door, HttpLimits
 
@@ -29,7 +30,7 @@ class SplicingProtocol(BoundedProtocol):
     door = Door("the gateway's port", _LIMITS)
     _exchange: Exchange | None = None
     last_spliced = b""
-    """What the last `splice` sent last, as it came; empty when it sent nothing, or sent it through something."""
+    """The end of what the client has after the last `splice`; as before when that sent through something."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -45,17 +46,21 @@ class SplicingProtocol(BoundedProtocol):
         if self._exchange is not None:
             self._exchange.resume()
 
-    async def splice(self, exchange: Exchange, through: Callable[[bytes], bytes] | None = None) -> None:
+    async def splice(
+        self, exchange: Exchange, through: Callable[[bytes], bytes] | None = None, *, sent: bytes = b""
+    ) -> None:
         """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError.
 
-        `through` makes of each chunk what the client gets; it must not raise.
+        Args:
+            through: makes of each chunk what the client gets; it must not raise.
+            sent: the end of what the client has.
         """
         write, is_closing = self.transport.write, self.transport.is_closing
-        last = b""
+        last = sent
 
         def to_client(data: bytes) -> None:
             nonlocal last
-            last = data
+            last = ending_of(last, data)
             # uvloop raises on a closed transport, and the engine would be blamed for a client that left.
             if not is_closing():
                 write(b"%x\r\n%b\r\n" % (len(data), data))

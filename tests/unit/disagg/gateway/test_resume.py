@@ -132,6 +132,16 @@ async def test_no_more_than_max_attempts(path: str) -> None:
 
 
 @PATHS
+async def test_losses_before_the_first_byte_count(path: str) -> None:
+    """`max_attempts` is of the whole request: a replica that was lost before the stream began is one of them."""
+    async with running_stack(num_decode=4, itl_ms=1, config=GatewayConfig(max_attempts=2)) as stack:
+        armed(stack, after(0), after(3))
+        reply = await streamed(stack, path, **GREEDY)
+        assert "2 decode replicas were lost on it" in error_of(reply)["message"]
+        assert len([replica for replica in stack.decode if replica.engine.seen]) == 2
+
+
+@PATHS
 async def test_losses_while_it_goes_on_count(path: str) -> None:
     """Replicas that fail at taking the stream over are under `max_attempts` too, and none of them is asked twice."""
     config = GatewayConfig(max_attempts=3, resume_wait_s=1)
@@ -504,3 +514,59 @@ def halved(stack: Stack) -> None:
 
     for replica in stack.decode:
         arm(replica)
+
+
+def rewritten(replica: Replica, change: Callable[[bytes], list[bytes]]) -> None:
+    """Each body message of the engine becomes the messages that `change` makes of it."""
+
+    async def hook(scope: Scope, receive: Receive, send: Send) -> bool:
+        if "completions" not in scope["path"]:
+            return False
+
+        async def changed(message: Message) -> None:
+            if message["type"] != "http.response.body":
+                await send(message)
+                return
+            *parts, last = change(message.get("body", b""))
+            for part in parts:
+                await send({**message, "body": part, "more_body": True})
+            await send({**message, "body": last})
+
+        await replica.engine.own_app(scope, receive, changed)
+        return True
+
+    replica.engine.hook = hook
+
+
+SEEDED = {"seed": 1, **USAGE}
+"""Of a stream that cannot be resumed."""
+
+
+@PATHS
+@SPLICED
+async def test_an_end_without_done(path: str, spliced: bool) -> None:
+    """A stream that just ends is a lost one, also where nobody can take it on: the client is told."""
+    async with running_stack(spliced=spliced) as stack:
+        whole = await streamed(stack, path, **SEEDED)
+        rewritten(stack.decode[0], lambda body: [body.replace(b"data: [DONE]\n\n", b"")])
+        reply = await streamed(stack, path, **SEEDED)
+        assert "cannot be resumed (seed)" in error_of(reply)["message"]
+        assert len(reply.events) == len(whole.events) + 1
+        assert stack.metric("disagg_broken_streams_total") == 1
+
+
+@PATHS
+@SPLICED
+async def test_done_in_pieces(path: str, spliced: bool) -> None:
+    """However `[DONE]` is cut on its way, it is one."""
+    async with running_stack(spliced=spliced) as stack:
+        whole = await streamed(stack, path, **SEEDED)
+        done = b"data: [DONE]\n\n"
+        for cut in range(1, len(done)):
+            rewritten(
+                stack.decode[0],
+                lambda body, cut=cut: [done[:cut], done[cut:]] if body == done else [body],  # type: ignore[misc]
+            )
+            reply = await streamed(stack, path, **SEEDED)
+            assert [_without_head(event) for event in reply.events] == [_without_head(event) for event in whole.events]
+        assert stack.metric("disagg_broken_streams_total") == 0
