@@ -550,7 +550,7 @@ async def test_an_end_without_done(path: str, spliced: bool) -> None:
         whole = await streamed(stack, path, **SEEDED)
         rewritten(stack.decode[0], lambda body: [body.replace(b"data: [DONE]\n\n", b"")])
         reply = await streamed(stack, path, **SEEDED)
-        assert "cannot be resumed (seed)" in error_of(reply)["message"]
+        assert "cannot be resumed (field:seed)" in error_of(reply)["message"]
         assert len(reply.events) == len(whole.events) + 1
         assert stack.metric("disagg_broken_streams_total") == 1
 
