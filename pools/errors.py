@@ -29,14 +29,23 @@ class ReplicaLostError(PoolError):
         sent: whether the request may have reached the engine. If not, its hand-off is still unread.
         gone: whether the replica has ended the request itself: it refused or closed the connection, or its engine
             failed. False when it is only late, and may still be at work on the request.
+        own: whether it was this process that had nothing left to connect with, which says nothing of the replica.
         reason: why nothing can go on in its place, in words for the client; the message may have addresses in it.
     """
 
-    def __init__(self, message: str, *, sent: bool = True, gone: bool = False, reason: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, sent: bool = True, gone: bool = False, own: bool = False, reason: str | None = None
+    ) -> None:
         super().__init__(message)
         self.sent = sent
         self.gone = gone
+        self.own = own
         self.reason = reason
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether nothing can be sent to the replica at the moment."""
+        return not self.sent and not self.own
 
 
 class NoReplicaError(PoolError):

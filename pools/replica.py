@@ -71,6 +71,7 @@ class _Replica:
                 await self._engine.start()
             self._watchdog = self._make_watchdog()
             await self._watchdog.first_answer()
+            await asyncio.to_thread(self._shared_files.started)
         self._server = EngineServer(
             self._engine, role=self.role, host=self._host, incarnation=self._incarnation, key=self._engine_key
         )

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 _NAMES = ("psm_", "sem.mp-")
 """What Python's `multiprocessing` calls its files. Others have owners who look after them, like an LMCache server."""
-_FIRST_PERIOD_S = 1.0
+_STARTING_PERIOD_S = 1.0
+"""Between two looks while the engine starts, for that is when it makes its files."""
 _PERIOD_S = 30.0
-"""The time between two looks doubles up to this: an engine makes its files at its start."""
 _STARTING = "."
 """A record begins with this until it is locked."""
 
@@ -82,12 +82,19 @@ class SharedFiles:
         fcntl.flock(self._file, fcntl.LOCK_EX)
         starting.rename(self._record)
         self._noted: frozenset[str] = frozenset()
+        self._noting = threading.Lock()
+        self._period_s = _STARTING_PERIOD_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shared-files", daemon=True)
 
     def start(self) -> None:
         """Look now and then, in a thread of its own, until `stop` or the end of the process."""
         self._thread.start()
+
+    def started(self) -> None:
+        """The engine is up and has made its files: note them now, and look less often from here on. Blocks briefly."""
+        self.note()
+        self._period_s = _PERIOD_S
 
     def stop(self) -> None:
         """Once the engine has ended: give the record up, at once when nothing of it is left. Idempotent."""
@@ -104,13 +111,14 @@ class SharedFiles:
         with contextlib.suppress(psutil.NoSuchProcess):
             family += [process.pid for process in psutil.Process().children(recursive=True)]
         names = {file.name for file in mapped_by(family, self._shared) if file.name.startswith(_NAMES)}
-        if names <= self._noted:
-            return
-        self._noted |= names
-        self._file.seek(0)
-        json.dump(sorted(self._noted), self._file)
-        self._file.truncate()
-        self._file.flush()
+        with self._noting:
+            if names <= self._noted:
+                return
+            self._noted |= names
+            self._file.seek(0)
+            json.dump(sorted(self._noted), self._file)
+            self._file.truncate()
+            self._file.flush()
 
     def sweep(self) -> list[str]:
         """Remove what processes that are gone have left; the names of the files that were removed."""
@@ -135,9 +143,7 @@ class SharedFiles:
         return removed
 
     def _run(self) -> None:
-        period_s = _FIRST_PERIOD_S
-        while not self._stop.wait(period_s):
-            period_s = min(2 * period_s, _PERIOD_S)
+        while not self._stop.wait(self._period_s):
             try:
                 self.note()
                 if removed := self.sweep():

@@ -52,14 +52,18 @@ class Door:
     def __init__(self, name: str, limits: HttpLimits, admits: Admits = lambda scope: True) -> None:
         """`name` is for the log."""
         self.admits = admits
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        unlimited = soft == resource.RLIM_INFINITY
         self.limits = limits
-        self.max_connections = limits.max_connections if unlimited else min(limits.max_connections, soft // 2)
         self.closed: Counter[str] = Counter()
         """Connections that were closed for what they sent or did not send, by reason."""
         self._name = name
         self._silent: dict[BoundedProtocol, None] = {}
+
+    @property
+    def max_connections(self) -> int:
+        """As the process' limit of file descriptors is now: it may be raised after this class is made."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = self.limits.max_connections
+        return most if soft == resource.RLIM_INFINITY else min(most, soft // 2)
 
     def entered(self, connection: BoundedProtocol, num_connections: int) -> None:
         """A new connection; closes the oldest silent one, perhaps this one, when there are too many."""

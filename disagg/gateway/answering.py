@@ -8,14 +8,14 @@ client that leaves cancels everything that runs for it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from disagg.config import GatewayConfig
 from disagg.errors import RateLimitError, StreamLimitError
@@ -25,13 +25,16 @@ from disagg.gateway.metrics import Metrics
 from disagg.gateway.render import Renderer
 from disagg.gateway.responses import error_event, error_response, shape_of
 from disagg.gateway.resuming import Resuming
-from disagg.gateway.sent_tokens import ending_of
+from disagg.gateway.sending import Progress
 from disagg.gateway.shadow import Shadow
-from disagg.gateway.splice import splice_of
+from disagg.gateway.splice import protocol_of, splice_of
 from pools.errors import NoReplicaError, ReplicaLostError
 from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)
+
+_NUM_RECENT = 4
+"""Chunks: the last event with text, an error or usage, and a `[DONE]` that may come in two pieces."""
 
 
 class Carrier(Protocol):
@@ -59,9 +62,9 @@ class AnsweredCall(Response):
         self._metrics = carrier.metrics
         self._request_id = request_id
         self._endpoint = endpoint
-        self._streaming = False
-        self._last = b""
-        """The end of what was sent of a stream."""
+        self._progress = Progress()
+        self._recent: deque[bytes] = deque(maxlen=_NUM_RECENT)
+        """What was sent of a stream last."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
@@ -78,12 +81,11 @@ class AnsweredCall(Response):
         watch.add_done_callback(client_left)
         self._carrier.num_in_flight += 1
         try:
-            await self._run(scope, receive, send)
+            await self._run(scope, receive, self._limited(scope, send))
         except asyncio.CancelledError:
-            if self._streaming:
-                self._metrics.disconnects.labels("stream").inc()
             if not left:
                 raise
+            self._metrics.disconnects.labels(self._progress.phase).inc()
             task.uncancel()
         finally:
             self._carrier.num_in_flight -= 1
@@ -94,7 +96,9 @@ class AnsweredCall(Response):
         started = time.perf_counter()
         mode = "none"
         try:
-            resuming = Resuming(await self._prepare(), self._carrier)
+            call = await self._prepare()
+            self._progress = call.progress
+            resuming = Resuming(call, self._carrier)
             check = self._carrier.shadow.begin(resuming.call) if self._carrier.shadow else None
             answer = await self._handoff.answer(check.call if check else resuming.call, resuming.losses)
         except DisaggError as exc:
@@ -136,35 +140,39 @@ class AnsweredCall(Response):
         answer.sent = resuming.sent
         content = answer.sent.feed(answer.content) if answer.sent else answer.content
         await send({"type": "http.response.body", "body": content, "more_body": True})
-        self._last = content
-        self._streaming = True
+        self._recent.append(content)
+        self._progress.phase = "stream"
         streaming = self._stream(answer, resuming, scope, send)
         last = await within(streaming, self._carrier.config.max_stream_s, self._over_limit)
-        self._streaming = False
-        with self._limited(scope):
-            await send({"type": "http.response.body", "body": last})
+        await send({"type": "http.response.body", "body": last})
 
-    @contextlib.contextmanager
-    def _limited(self, scope: Scope) -> Iterator[None]:
-        """Cut the connection of a client that takes nothing; otherwise it could hold a request for ever."""
-        protocol = splice_of(scope)
+    @property
+    def _last(self) -> bytes:
+        """The end of what was sent of a stream."""
+        return b"".join(self._recent)
+
+    def _limited(self, scope: Scope, send: Send) -> Send:
+        """`send`, which cuts the connection of a client that takes nothing: it could hold a request for ever."""
+        protocol = protocol_of(scope)
         if protocol is None:
-            yield
-            return
-        limit = self._carrier.config.client_stall_timeout_s
-        cut = asyncio.get_running_loop().call_later(limit, protocol.transport.abort)
-        try:
-            yield
-        finally:
-            cut.cancel()
+            return send
+        limit, call_later = self._carrier.config.client_stall_timeout_s, asyncio.get_running_loop().call_later
+
+        async def limited(message: Message) -> None:
+            cut = call_later(limit, protocol.transport.abort)
+            try:
+                await send(message)
+            finally:
+                cut.cancel()
+
+        return limited
 
     async def _stream(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> bytes:
         """Send the rest of the stream, whatever replicas it comes from; returns what has to follow it."""
 
         async def write(data: bytes) -> None:
-            with self._limited(scope):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-                self._last = ending_of(self._last, data)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            self._recent.append(data)
 
         try:
             await self._carried(answer, scope, send)
@@ -184,17 +192,14 @@ class AnsweredCall(Response):
         through = answer.sent.feed if answer.sent else None
         if (protocol := splice_of(scope)) is not None:
             self._metrics.streams.labels("splice").inc()
-            try:
-                await protocol.splice(answer.exchange, through, sent=self._last)
-            finally:
-                self._last = protocol.last_spliced
+            await protocol.splice(answer.exchange, through, noted=self._recent.append)
             return
         self._metrics.streams.labels("asgi").inc()
         while (chunk := await answer.exchange.next_chunk()) is not None:
             data = chunk if through is None else through(chunk)
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-                self._last = ending_of(self._last, data)
+                self._recent.append(data)
 
     def _client_stalled(self, answer: Answer) -> bool:
         """Whether it was the client that stood still, so that nobody would read how the stream goes on."""

@@ -291,7 +291,7 @@ class Gateway:
                 )
             except ReplicaLostError as exc:
                 logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
-                if not exc.sent:
+                if exc.unreachable:
                     self.membership.mark_unreachable(member)
                 tried.add(member.info.replica_id)
                 continue

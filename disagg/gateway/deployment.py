@@ -25,6 +25,7 @@ from disagg.gateway.app import Gateway, create_app
 from disagg.gateway.render import VllmRenderer
 from disagg.router import feed
 from disagg.router.views import ReplicaInfo
+from pools.descriptors import raise_limit
 from pools.launch import engine_args, merged_engine_kwargs
 from pools.log_targets import kept_log_targets
 from pools.placement import placement
@@ -40,6 +41,8 @@ class GatewayDeployment:
     async def __init__(  # type: ignore[misc]  # Serve awaits a coroutine of a constructor
         self, config: Mapping[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle
     ) -> None:
+        # A stream takes two: the client's and the engine's.
+        raise_limit()
         splice.install()
         self._config = AppConfig.model_validate(config)
         trouble = strangers_served(self._config.gateway, await asyncio.to_thread(serve_host))

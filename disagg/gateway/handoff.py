@@ -222,6 +222,7 @@ class Handoff:
         prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
         if not prefills:
             return await self._local.answer(call, str(outcomes[0]), (), losses)
+        call.progress.at_decode()
         try:
             answer = await self._sender.decode(
                 pair.decode, call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id

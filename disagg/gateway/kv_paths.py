@@ -74,6 +74,6 @@ class KvPaths:
         path = self._paths.get(key)
         return None if path is None else path.verified
 
-    def retain(self, keys: Collection[Key]) -> None:
-        """Forget all pairs but these."""
-        self._paths = {key: path for key, path in self._paths.items() if key in keys}
+    def retain(self, incarnations: Collection[str]) -> None:
+        """Forget all pairs but those of these replicas."""
+        self._paths = {pair: path for pair, path in self._paths.items() if set(pair) <= set(incarnations)}

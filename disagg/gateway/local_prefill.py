@@ -110,6 +110,7 @@ class LocalPrefill:
 
     async def _computed(self, member: Member, call: Call, num_tokens: int) -> Answer:
         """The request as it came, its prompt computed by `member`. Raises ReplicaLostError."""
+        call.progress.at_decode()
         now = asyncio.get_running_loop().time
         began = now()
         at_most_s = None

@@ -237,6 +237,11 @@ class Membership:
         """Whether Serve has it in its lists, or this gateway has not let go of it."""
         return self._alive(member) or self._leaving.get(member.info.incarnation) is member
 
+    def incarnations(self) -> frozenset[str]:
+        """Of all replicas that are known, see `is_known`."""
+        listed = (member.info.incarnation for pool in POOLS for member in self._members[pool].values())
+        return frozenset([*listed, *self._leaving])
+
     def pick_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
         """The warm pair for the next hand-off, its replicas not in `without`; None when there is none.
 

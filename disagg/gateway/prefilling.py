@@ -47,8 +47,6 @@ class Prompt(Generic[T]):
     """Replica ids not to use. Prefill replicas that failed are added."""
     deadline: float = 0.0
     """Loop time by which the prefill side is over."""
-    leg_done: bool = False
-    """Whether a prefill leg was over when the client left."""
 
 
 class Prefilling:
@@ -104,9 +102,6 @@ class Prefilling:
                 if self._config.hedge_after_s is None:
                     return await self._attempted(prompt, pair, until)
                 return await self._hedged(prompt, pair, until, self._config.hedge_after_s)
-            except asyncio.CancelledError:
-                self._metrics.disconnects.labels("decode" if prompt.leg_done else "prefill").inc()
-                raise
             except PrefillFailed as exc:
                 reason = exc.reason
                 if not exc.retry or (until >= prompt.deadline and reason == "prefill_timeout"):
@@ -164,7 +159,8 @@ class Prefilling:
             if runner is not None and runner.beaten:
                 self._settling.prefill_failed(under_way, TimeoutError())
             else:
-                prompt.leg_done = prompt.leg_done or under_way.leg_done
+                if under_way.leg_done:
+                    prompt.call.progress.at_decode()
                 self._settling.client_left(under_way)
             raise
         except PrefillFailed as exc:

@@ -151,8 +151,14 @@ def cut_for(body: Mapping[str, Any], texts: Sequence[str], sent_text: str, *, cl
         return "held_back"
     if num_tokens < len(texts):
         # The tokens behind the cut are made again, but what was told of them stands.
-        if body.get("logprobs") not in (None, False):
+        if _has_logprobs(body):
             return "logprobs"
         if client_ids and not is_greedy(body):
             return "token_ids"
     return Cut(num_tokens, overlap)
+
+
+def _has_logprobs(body: Mapping[str, Any]) -> bool:
+    """Of a completion 0 and, to vLLM the same, false ask for the log-probability of each token itself."""
+    value = body.get("logprobs")
+    return bool(value) if "messages" in body else value is not None

@@ -18,7 +18,7 @@ from disagg.gateway.responses import error_event
 from disagg.gateway.resume_body import IDS, asking_for_ids, continued, num_left
 from disagg.gateway.resume_rules import Cut, cut_for, is_greedy, why_not
 from disagg.gateway.resumed_stream import DivergedError, ResumedStream, ending, finished
-from disagg.gateway.sent_tokens import DONE, SentTokens
+from disagg.gateway.sent_tokens import DONE, SentTokens, fault_in
 from pools.errors import AttemptsExhaustedError, ReplicaLostError
 from transport.errors import DisaggError
 
@@ -69,6 +69,11 @@ class Resuming:
         """
         if self.sent is not None:
             _check_whole(self.sent.fault, done=self.sent.done)
+        elif (fault := fault_in(last)) is not None:
+            # The client has it, and `[DONE]` after it.
+            self._metrics.resumes.labels("refused").inc()
+            self._metrics.broken_streams.inc()
+            logger.warning("stream %s was cut by its engine: %s", self.call.request_id, _words(fault))
         else:
             _check_whole(None, done=last.endswith(DONE))
 
@@ -221,6 +226,11 @@ class Resuming:
 
 def _check_whole(fault: bytes | None, *, done: bool) -> None:
     if fault is not None:
-        raise ReplicaLostError(f"the engine broke off: {fault.decode(errors='replace').strip()[6:306]}", gone=True)
+        raise ReplicaLostError(f"the engine broke off: {_words(fault)}", gone=True)
     if not done:
         raise ReplicaLostError("the engine's stream ended without [DONE]", gone=True)
+
+
+def _words(event: bytes) -> str:
+    """The payload of an event, for the log."""
+    return event.decode(errors="replace").strip()[6:306]

@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from disagg.gateway.legs import (
     PATHS,
@@ -32,6 +32,22 @@ logger = logging.getLogger(__name__)
 _ERROR_EVENT = b'data: {"error"'
 
 
+Phase = Literal["prefill", "decode", "stream"]
+"""Where a request is when its client leaves."""
+
+
+@dataclass
+class Progress:
+    """How far a request has come."""
+
+    phase: Phase = "prefill"
+
+    def at_decode(self) -> None:
+        """The decode leg begins. A stream that goes on elsewhere stays one."""
+        if self.phase == "prefill":
+            self.phase = "decode"
+
+
 @dataclass(frozen=True)
 class Call:
     """One request, parsed and rendered."""
@@ -49,6 +65,8 @@ class Call:
     """What the client said about KV that nobody consumes."""
     tenant: str | None = None
     """Whose API key it came with; None where clients need none."""
+    progress: Progress = field(default_factory=Progress, compare=False)
+    """Shared by all that is made of this request."""
 
 
 @dataclass
@@ -172,7 +190,7 @@ class Sender:
     def lost(self, member: Member, error: ReplicaLostError) -> None:
         """Stop choosing a replica that could not be connected to."""
         logger.warning("replica %s lost: %s", member.info.replica_id, error)
-        if not error.sent:
+        if error.unreachable:
             self._membership.mark_unreachable(member)
 
     @contextlib.contextmanager

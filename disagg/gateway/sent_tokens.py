@@ -16,7 +16,6 @@ import msgspec
 from disagg.gateway.legs import Endpoint, is_server_fault
 
 DONE = b"data: [DONE]\n\n"
-_DONE_BYTES = len(DONE)
 _END = b"\n\n"
 _IDS = b',"token_ids":['
 _NO_IDS = b',"token_ids":null'
@@ -198,7 +197,7 @@ class SentTokens:
         if event == DONE:
             self.done = True
             return event
-        if _ABORTED in event or (event.startswith(_ERROR) and is_server_fault(event)):
+        if _is_fault(event):
             self.fault = event
             return b""
         self.parse()
@@ -238,9 +237,16 @@ class SentTokens:
             self.next_text_offset = choice.logprobs.text_offset[-1] + len(choice.logprobs.tokens[-1])
 
 
-def ending_of(before: bytes, data: bytes) -> bytes:
-    """The end of a stream after `data`, with enough of what was `before` for a `DONE` that comes in pieces."""
-    return data if len(data) >= _DONE_BYTES else before[-_DONE_BYTES:] + data
+def fault_in(ending: bytes) -> bytes | None:
+    """The event with which an engine says that it broke off, in the end of a stream that nobody can take on."""
+    for event in ending.split(_END):
+        if _is_fault(event):
+            return event
+    return None
+
+
+def _is_fault(event: bytes) -> bool:
+    return _ABORTED in event or (event.startswith(_ERROR) and is_server_fault(event))
 
 
 def without_ids(document: bytes) -> bytes:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import uvicorn.protocols.http.auto as uvicorn_auto
 
-from disagg.gateway.sent_tokens import ending_of
 from disagg.gateway.wire import Exchange
 from transport.bounded_http import BoundedProtocol, Door, HttpLimits
 
@@ -29,8 +28,6 @@ class SplicingProtocol(BoundedProtocol):
 
     door = Door("the gateway's port", _LIMITS)
     _exchange: Exchange | None = None
-    last_spliced = b""
-    """The end of what the client has after the last `splice`; as before when that sent through something."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -47,20 +44,22 @@ class SplicingProtocol(BoundedProtocol):
             self._exchange.resume()
 
     async def splice(
-        self, exchange: Exchange, through: Callable[[bytes], bytes] | None = None, *, sent: bytes = b""
+        self,
+        exchange: Exchange,
+        through: Callable[[bytes], bytes] | None = None,
+        *,
+        noted: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError.
 
         Args:
             through: makes of each chunk what the client gets; it must not raise.
-            sent: the end of what the client has.
+            noted: is told each chunk that goes to the client as it came.
         """
         write, is_closing = self.transport.write, self.transport.is_closing
-        last = sent
 
         def to_client(data: bytes) -> None:
-            nonlocal last
-            last = ending_of(last, data)
+            noted(data)
             # uvloop raises on a closed transport, and the engine would be blamed for a client that left.
             if not is_closing():
                 write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -71,12 +70,10 @@ class SplicingProtocol(BoundedProtocol):
 
         self._exchange = exchange
         try:
-            if self.flow.write_paused:
-                exchange.pause()
-            await exchange.forward(to_client if through is None else what_is_left)
+            sink = to_client if through is None else what_is_left
+            await exchange.forward(sink, is_full=lambda: self.flow.write_paused)
         finally:
             self._exchange = None
-            self.last_spliced = last
 
 
 def install() -> None:
@@ -84,10 +81,18 @@ def install() -> None:
     uvicorn_auto.AutoHTTPProtocol = SplicingProtocol
 
 
-def splice_of(scope: Any) -> SplicingProtocol | None:
-    """The client's protocol when this response can be spliced: started, chunked, and in the running loop."""
+def protocol_of(scope: Any) -> SplicingProtocol | None:
+    """The client's protocol when it is in the running loop."""
     protocol = (scope.get("extensions") or {}).get(_EXTENSION)
     if not isinstance(protocol, SplicingProtocol) or protocol.loop is not asyncio.get_running_loop():
+        return None
+    return protocol
+
+
+def splice_of(scope: Any) -> SplicingProtocol | None:
+    """The same when this response can be spliced: started, chunked, and the one under way on its connection."""
+    protocol = protocol_of(scope)
+    if protocol is None:
         return None
     cycle = protocol.cycle
     if cycle is None or not cycle.response_started or cycle.response_complete or not cycle.chunked_encoding:

@@ -18,7 +18,7 @@ import msgspec
 from disagg.gateway.background import Background
 from disagg.gateway.kv_paths import KvPaths
 from disagg.gateway.legs import WARM_PREFIX, PrefillReply, offer_params, prefill_reply
-from disagg.gateway.membership import DECODE, PREFILL, Membership, Pair
+from disagg.gateway.membership import Membership, Pair
 from disagg.gateway.metrics import Metrics
 from disagg.gateway.sending import Sender, spawn_kept
 from disagg.gateway.transfer import Attempt, PrefillFailed, Transfer
@@ -61,8 +61,7 @@ class PairWarmer:
     def start_missing(self) -> None:
         """Begin with every cold pair that is not being warmed. Returns at once."""
         self._tell_misfits()
-        members = self._membership.members
-        self._paths.retain({Pair(p, d).key for p in members(PREFILL) for d in members(DECODE)})
+        self._paths.retain(self._membership.incarnations())
         for pair in self._membership.cold_pairs():
             key = (pair.prefill.info.incarnation, pair.decode.info.incarnation)
             if key not in self._in_progress:

@@ -90,6 +90,7 @@ class Watch:
         self._clock = clock or asyncio.get_running_loop().time
         self._watched: dict[str, _Watched] = {}
         self._failures: set[type[Exception]] = set()
+        self._told_own = False
         self._slowness = {pool: Slowness() for pool in POOLS}
         self._crash_loops = {pool: CrashLoop() for pool in POOLS}
 
@@ -138,7 +139,7 @@ class Watch:
         except ReplicaLostError as exc:
             if not exc.gone and self._clock() - began > _ANSWER_S + _LATE_S:
                 return 0.0
-            return self._take_loss(watched, exc)
+            return self._take_loss(watched, exc, self._clock() - began)
         if health is not None and health.incarnation != member.info.incarnation:
             # Another process has its address.
             self._membership.mark_unreachable(member)
@@ -148,8 +149,14 @@ class Watch:
             self._take(watched, health)
         return self._interval_s
 
-    def _take_loss(self, watched: _Watched, error: ReplicaLostError) -> float:
-        if not error.sent:
+    def _take_loss(self, watched: _Watched, error: ReplicaLostError, took_s: float) -> float:
+        """Seconds until the next question, after one that took `took_s`."""
+        if error.own:
+            if not self._told_own:
+                self._told_own = True
+                logger.error("replicas cannot be watched for want of descriptors or memory here: %s", error)
+            return self._interval_s
+        if error.unreachable:
             self._membership.mark_unreachable(watched.member)
         if error.gone:
             # Refused: its end breaks what runs there by itself. Broken off: the next connection tells, up to a point.
@@ -158,7 +165,8 @@ class Watch:
                 self._miss(watched)
             return _AGAIN_S if error.sent else self._interval_s
         self._miss(watched)
-        return 0.0
+        # What fails at once, as where no way leads to a host, is not asked again at once.
+        return max(0.0, self._interval_s - took_s)
 
     def _miss(self, watched: _Watched) -> None:
         watched.misses += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -24,6 +25,8 @@ _HIGH_WATER_BYTES = 256 * 1024
 _IDLE_CONNECTION_S = 60.0
 """Shorter than the engine's keep-alive, so that a pooled connection is never closed under a request."""
 _MAX_KEYS = 4096
+_OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""This process has nothing left to connect with."""
 
 Chunk = bytes
 
@@ -43,6 +46,7 @@ class Exchange:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.has_head = False
+        self.has_body = False
         self.complete = False
         self.started_at = loop.time()
         self.last_data_at = self.started_at
@@ -81,16 +85,19 @@ class Exchange:
             parts.append(chunk)
         return b"".join(parts)
 
-    async def forward(self, sink: Callable[[Chunk], None]) -> None:
+    async def forward(self, sink: Callable[[Chunk], None], *, is_full: Callable[[], bool] = lambda: False) -> None:
         """Give every further chunk to `sink`, in the call that received it; return at the end of the body.
 
-        Raises ReplicaLostError. `sink` must not block; use `pause` and `resume` when it is full.
+        Raises ReplicaLostError. `sink` must not block; use `pause` and `resume` when it is full. `is_full` says whether
+        it is before the first of those.
         """
+        self.resume()
         while self._chunks:
             sink(self._chunks.popleft())
         self._num_buffered = 0
         self._forward = sink
-        self.resume()
+        if is_full():
+            self.pause()
         try:
             while not self.complete:
                 await self._wait()
@@ -149,6 +156,7 @@ class Exchange:
 
     def _on_body(self, data: Chunk) -> None:
         self.last_data_at = self._loop.time()
+        self.has_body = True
         if self._forward is not None:
             self._forward(data)
             return
@@ -335,7 +343,8 @@ class Upstream:
                 if now - exchange.paused_at > stall_timeout_s:
                     exchange.fail(ReplicaLostError(f"the client took nothing for {stall_timeout_s:g} s", sent=True))
             else:
-                limit = idle_timeout_s if exchange.has_head else first_byte_timeout_s
+                # Engines write the head of a stream before its first token, which may have to wait in their queue.
+                limit = idle_timeout_s if exchange.has_body else first_byte_timeout_s
                 if now - exchange.last_data_at > limit:
                     exchange.fail(ReplicaLostError(f"the engine at {self.url} sent nothing for {limit:g} s", sent=True))
         for connection in [c for c in self._idle if now - c.idle_since > _IDLE_CONNECTION_S]:
@@ -369,8 +378,8 @@ class Upstream:
                 _, connection = await loop.create_connection(lambda: _Connection(self), self._host, self._port)
         except (OSError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {self._connect_timeout_s:g} s"
-            gone = isinstance(exc, ConnectionError)
-            raise ReplicaLostError(f"cannot connect to {self.url}: {reason}", sent=False, gone=gone) from exc
+            gone, own = isinstance(exc, ConnectionError), exc.errno in _OWN_ERRORS
+            raise ReplicaLostError(f"cannot connect to {self.url}: {reason}", sent=False, gone=gone, own=own) from exc
         self._connections.add(connection)
         return connection
 

@@ -19,6 +19,7 @@ from disagg.gateway.ledger import TOTALS
 from disagg.gateway.legs import Endpoint, Mode, Store
 from disagg.gateway.membership import POOLS
 from disagg.gateway.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
+from disagg.gateway.sending import Phase
 from disagg.metrics_page import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo, metrics
 from pools.engine.base import EngineStats
 
@@ -71,6 +72,7 @@ def test_label_values_are_those_of_the_code() -> None:
     used["disagg_tier_degraded", "tier"] |= set(TIERS)
     used["disagg_hedges", "outcome"] |= set(get_args(Outcome))
     used["disagg_foreign_handoffs", "outcome"] |= set(TOTALS)
+    used["disagg_client_disconnects", "phase"] |= set(get_args(Phase))
     used["disagg_quarantines", "pool"] |= set(POOLS)
     used["disagg_crash_loops", "pool"] |= set(POOLS)
     used["disagg_quarantines", "reason"] |= set(QUARANTINES)

@@ -90,6 +90,18 @@ def test_files_of_children_are_noted_and_remembered(tmp_path: Path, shared: Path
     assert SharedFiles(tmp_path / "records", shared).sweep() == ["psm_a"]
 
 
+def test_what_an_engine_has_when_it_is_up_is_noted_at_once(tmp_path: Path, shared: Path) -> None:
+    """A replica that is killed just after its start leaves nothing that nobody knows of."""
+    mine = SharedFiles(tmp_path / "records", shared)
+    mine.start()
+    try:
+        with (shared / "psm_a").open("w"):
+            mine.started()
+            assert json.loads(mine._record.read_text()) == ["psm_a"]
+    finally:
+        mine.stop()
+
+
 def test_a_semaphore_is_found_by_what_it_is() -> None:
     """The C library makes it under another name, which is the one in the process' maps."""
     before = set(SHARED_MEMORY.iterdir())

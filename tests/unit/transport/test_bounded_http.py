@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from transport.bounded_http import BoundedProtocol, HttpLimits, bounded_protocol
+from transport.bounded_http import BoundedProtocol, Door, HttpLimits, bounded_protocol
 
 QUICK = HttpLimits(head_s=0.05, body_s=0.05, max_head_bytes=2048, max_connections=4)
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -201,3 +202,11 @@ async def test_garbage_behind_a_request_does_not_get_into_its_answer() -> None:
             await app.started.wait()
             writer.write(b"\x00\x01\x02\r\n\r\n")
             assert await rest(reader) == b""
+
+
+def test_connections_follow_the_limit_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class is made when its module is imported, before the process has raised its limit."""
+    door = Door("d", HttpLimits(max_connections=4096))
+    for soft, most in ((1024, 512), (65_535, 4096), (resource.RLIM_INFINITY, 4096)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert door.max_connections == most

@@ -86,6 +86,16 @@ async def test_during_prefill(kind: str, transport: Any) -> None:
         assert stack.metric("disagg_client_disconnects_total", phase="prefill") >= 1
 
 
+async def test_who_leaves_is_counted_once() -> None:
+    """By where its request was: several prompts are one client, and so is one whose prompt decode computes."""
+    for num_prefill, pool, phase in ((1, "prefill", "prefill"), (0, "decode", "decode")):
+        async with running_stack(num_prefill=num_prefill, prefill_ms_per_1k_tokens=20_000) as stack:
+            engine = (stack.prefill if pool == "prefill" else stack.decode)[0].engine
+            await leave_when(stack, "prompt list", lambda e=engine: e.seen and e.stats().num_requests_running)  # type: ignore[misc]
+            assert stack.metric("disagg_client_disconnects_total", phase=phase) == 1
+            await check_settled(stack)
+
+
 @TRANSPORTS
 async def test_prefill_finishes_as_the_client_leaves(transport: Any) -> None:
     """KV that is produced for a client who has left is given back when it is there."""

@@ -570,3 +570,25 @@ async def test_done_in_pieces(path: str, spliced: bool) -> None:
             reply = await streamed(stack, path, **SEEDED)
             assert [_without_head(event) for event in reply.events] == [_without_head(event) for event in whole.events]
         assert stack.metric("disagg_broken_streams_total") == 0
+
+
+@PATHS
+@SPLICED
+@pytest.mark.parametrize("kind", ["error", "abort"])
+async def test_cut_by_its_engine(path: str, spliced: bool, kind: str) -> None:
+    """Where nobody can take a stream on, what the engine says at its end goes on as it is, and is counted."""
+    events = {
+        "error": b'data: {"error": {"message": "EngineCore is dead", "type": "InternalServerError", "code": 500}}\n\n',
+        "abort": b'data: {"choices":[{"index":0,"finish_reason":"abort"}]}\n\n',
+    }
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":1}}\n\n' if kind == "abort" else b""
+    async with running_stack(spliced=spliced) as stack:
+
+        def ended(body: bytes) -> list[bytes]:
+            return [events[kind], usage, body] if b"[DONE]" in body else [body]
+
+        rewritten(stack.decode[0], ended)
+        reply = await streamed(stack, path, seed=1)
+        assert reply.events[-1] == "[DONE]" and events[kind] in reply.body and reply.body.count(b'"error"') <= 1
+        assert stack.metric("disagg_broken_streams_total") == 1
+        assert stack.metric("disagg_resumes_total", outcome="refused") == 1

@@ -454,7 +454,9 @@ class TestKvPaths:
         """A pair that is not retained is as new."""
         paths = KvPaths()
         paths.different(KEY)
-        paths.retain({("prefill", "another")})
+        paths.retain([*KEY, "another"])
+        assert paths.verified(KEY) is False and paths.any_suspect
+        paths.retain([KEY[0], "another"])
         assert paths.verified(KEY) is None and not paths.any_suspect
 
 

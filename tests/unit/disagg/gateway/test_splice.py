@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +22,17 @@ from disagg.gateway import app as gateway_app
 from disagg.gateway import splice
 from disagg.gateway.splice import SplicingProtocol, splice_of
 from pools.engine.base import Receive, Scope, Send
-from tests.support.gateway_stack import Hook, Stack, running_stack, until
+from tests.support.gateway_stack import (
+    JSON_HEADERS,
+    MODEL,
+    Hook,
+    Stack,
+    connected,
+    request_bytes,
+    respond,
+    running_stack,
+    until,
+)
 
 STREAM = (b"content-type", b"text/event-stream")
 
@@ -198,6 +209,21 @@ async def test_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
         assert stack.metric("disagg_broken_streams_total") == 1
 
 
+async def test_client_that_never_read_its_last_answer_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second request on its connection does not wait for ever behind the unread answer to the first."""
+    monkeypatch.setattr(gateway_app, "_SWEEP_S", 0.02)
+    async with running_stack(config=GatewayConfig(client_stall_timeout_s=0.1)) as stack:
+        large = json.dumps({"choices": [], "padding": "x" * 8 * 2**20}).encode()
+        stack.decode[0].engine.hook = respond(200, large)
+        body = json.dumps({"model": MODEL, "prompt": "a prompt longer than one block of KV"}).encode()
+        async with connected(stack.url) as connection:
+            connection.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            for _ in range(2):
+                connection.writer.write(request_bytes("POST", "/v1/completions", JSON_HEADERS, body))
+            await until(lambda: len(stack.decode[0].engine.seen) == 2)
+            await until(lambda: stack.gateway.num_in_flight == 0)
+
+
 async def test_chunks_after_the_client_left_are_dropped() -> None:
     """The engine is not blamed when its next chunk meets a closed connection."""
 
@@ -211,7 +237,7 @@ async def test_chunks_after_the_client_left_are_dropped() -> None:
     class Chunks:
         """An exchange that gives two chunks."""
 
-        async def forward(self, sink: Callable[[bytes], None]) -> None:
+        async def forward(self, sink: Callable[[bytes], None], *, is_full: Callable[[], bool]) -> None:
             sink(b"a")
             sink(b"b")
 

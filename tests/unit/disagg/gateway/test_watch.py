@@ -16,7 +16,9 @@ import pytest
 from disagg.config import AdminConfig, GatewayConfig
 from disagg.gateway import watch
 from disagg.gateway.membership import Member
+from disagg.gateway.wire import Upstream
 from pools.engine.base import Receive, Scope, Send
+from pools.errors import ReplicaLostError
 from pools.health import Health
 from tests.support.gateway_stack import Replica, Stack, running_stack, until
 
@@ -342,3 +344,41 @@ async def test_health_route() -> None:
         say(stack.decode[0], HANGS)
         told = await asked()
         assert (told["state"], told["reason"], told["since_s"], told["probe_s"]) == ("suspect", "hang", 1.0, None)
+
+
+def refusing(error: ReplicaLostError, monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
+    """No new connection to any engine comes about; those that are there are closed."""
+
+    async def fails(self: Upstream) -> Any:
+        raise error
+
+    monkeypatch.setattr(Upstream, "_connect", fails)
+    for replica in stack.replicas:
+        for connection in list(stack.gateway.upstreams.get(replica.server.url)._connections):
+            connection.abandon()
+
+
+async def test_no_way_to_a_host_is_not_tried_without_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that fails at once is a miss, and the next one comes when it is due."""
+    async with running_stack(num_decode=2) as stack:
+        refusing(ReplicaLostError("no route", sent=False), monkeypatch, stack)
+        watched = stack.gateway.watch._watched[stack.prefill[0].incarnation]
+        assert 0.5 < await stack.gateway.watch._ask(watched) <= stack.gateway.config.watch_interval_s
+        assert watched.misses == 1 and not state(stack, "p0").reachable
+
+
+async def test_out_of_descriptors(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A gateway that can open nothing refuses for a while, and loses no replica by it."""
+    async with running_stack(num_prefill=2, num_decode=2, config=QUICK) as stack:
+        with monkeypatch.context() as patched:
+            refusing(ReplicaLostError("no descriptors", sent=False, own=True), patched, stack)
+            reply = await stack.complete(PROMPT)
+            assert (reply.status, reply.json()["error"]["code"]) == (503, "no_replica_ready")
+            assert "retry-after" in reply.headers
+            await until(lambda: "want of descriptors" in caplog.text)
+            for _ in range(5):
+                for watched in list(stack.gateway.watch._watched.values()):
+                    await stack.gateway.watch._ask(watched)
+            assert all(m.usable for pool in ("prefill", "decode") for m in stack.gateway.membership.members(pool))
+        assert await decodes(stack)
+        assert stack.metric("disagg_quarantines_total", pool="decode", reason="unanswered") == 0

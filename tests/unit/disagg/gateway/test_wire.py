@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -243,6 +244,38 @@ async def test_connection_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (caught.value.sent, caught.value.gone) == (False, False)
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EHOSTUNREACH])
+async def test_what_it_lacks_itself_is_no_news_of_the_engine(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that fails for want of something here is told apart from one that fails on its way."""
+
+    async def fails(self: asyncio.AbstractEventLoop, *args: object, **kwargs: object) -> None:
+        raise OSError(number, "no")
+
+    class Loop:
+        create_connection = fails
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "get_running_loop", Loop)
+        with pytest.raises(ReplicaLostError) as caught:
+            await Upstream("http://127.0.0.1:1", connect_timeout_s=1)._connect()
+    is_ours = number != errno.EHOSTUNREACH
+    assert (caught.value.sent, caught.value.own, caught.value.unreachable) == (False, is_ours, not is_ours)
+
+
+async def test_a_client_that_is_full_from_the_start_stays_so() -> None:
+    """What was buffered goes out first, and nothing more is read from the engine."""
+    async with upstream_of(writes(CHUNKED + chunk(b"a"), then="hang")) as (upstream, _):
+        exchange = await upstream.open("POST", "/", b"{}")
+        await exchange.head()
+        await until(lambda: exchange._chunks)
+        got: list[bytes] = []
+        forwarding = asyncio.ensure_future(exchange.forward(got.append, is_full=lambda: True))
+        await until(lambda: got)
+        assert exchange.paused_at is not None
+        exchange.close()
+        forwarding.cancel()
+
+
 async def test_request_timeout_closes_the_connection() -> None:
     """An answer that does not come in time is lost, and the engine sees its caller leave."""
     left = asyncio.Event()
@@ -370,6 +403,15 @@ async def test_sweep_fails_what_stands_still() -> None:
         with pytest.raises(ReplicaLostError, match="sent nothing for 10 s") as caught:
             await silent.head()
         assert not caught.value.gone
+    async with upstream_of(writes(CHUNKED, then="hang")) as (upstream, _):
+        # vLLM writes the head of a stream when it takes the request, and the first token when its turn comes.
+        queued = await upstream.open("POST", "/", b"{}")
+        await queued.head()
+        upstream.sweep(queued.last_data_at + 9, **LIMITS)
+        assert not queued.over
+        upstream.sweep(queued.last_data_at + 11, **LIMITS)
+        with pytest.raises(ReplicaLostError, match="sent nothing for 10 s"):
+            await queued.next_chunk()
     async with upstream_of(writes(CHUNKED + chunk(b"a"), then="hang")) as (upstream, _):
         begun = await upstream.open("POST", "/", b"{}")
         assert await begun.next_chunk() == b"a"
