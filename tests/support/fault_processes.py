@@ -33,10 +33,17 @@ def process_of(replica: Replica) -> psutil.Process:
 
 
 def engine_core(replica: Replica) -> psutil.Process:
-    """The EngineCore process of a replica: a child that vLLM has titled so."""
-    cores = [child for child in process_of(replica).children(recursive=True) if "EngineCore" in _title(child)]
-    assert len(cores) == 1, f"{replica.replica_id} has {len(cores)} engine cores"
-    return cores[0]
+    """The EngineCore process of a replica: a child that vLLM has titled so.
+
+    Looked for twice: psutil once found no child of a replica that served with its engine before and after.
+    """
+    for _ in range(2):
+        titles = {child: _title(child) for child in process_of(replica).children(recursive=True)}
+        cores = [child for child, title in titles.items() if "EngineCor" in title]
+        if len(cores) == 1:
+            return cores[0]
+        time.sleep(1)
+    raise AssertionError(f"{replica.replica_id} has {len(cores)} engine cores: {[*titles.values()]}")
 
 
 def family(replica: Replica) -> list[psutil.Process]:
