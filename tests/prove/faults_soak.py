@@ -161,8 +161,12 @@ def _scale(stack: Stack, load: Load, chooser: random.Random) -> None:
     with stack.client() as client:
         client.pool("prefill").scale(SIZES["prefill"] + 1).wait(timeout_s=300)
         load.wait_for(6)
+        processes = [process_of(replica) for replica in replicas(stack, "prefill")]
         client.pool("prefill").scale(SIZES["prefill"]).wait(timeout_s=300)
     wait_until(lambda: len(replicas(stack, "prefill")) == SIZES["prefill"], 60, "the prefill pool is small again")
+    # What leaves holds memory until it is gone, and would be counted as what was there before.
+    size = SIZES["prefill"]
+    wait_until(lambda: sum(p.is_running() for p in processes) == size, 120, "the replica that left has ended")
 
 
 FAULTS: tuple[Fault, ...] = (_kill_prefill, _kill_decode, _hang_for_good, _hang_briefly, _clients_leave, _scale)
