@@ -7,8 +7,11 @@ connection that comes in, and the engine's other ports keep everybody waiting me
 
 from __future__ import annotations
 
+import errno
 import resource
 
+OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""Of a connection that fails because this process has run out of something, which says nothing of the other side."""
 _ENOUGH = 65_535
 """What vLLM's own server asks for."""
 

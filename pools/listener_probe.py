@@ -8,13 +8,13 @@ dies of any message but the one sent here.
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Awaitable, Callable
 from http.client import HTTPException
 
 import msgspec
 
 from pools.cache_server_probe import http_get
+from pools.descriptors import OWN_ERRORS
 
 ListenerProbe = Callable[[float], Awaitable[bool]]
 """Whether the listener answers within the given seconds. Raises when it cannot be asked, e.g. for want of memory."""
@@ -22,8 +22,6 @@ ListenerProbe = Callable[[float], Awaitable[bool]]
 _QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
 """For the metadata of pipeline rank 0, tensor rank 0, which every engine has."""
 _NUM_PARTS = 2
-_OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-"""This process has run out of something; that is no answer of the listener's."""
 
 
 def nixl_probe(host: str, port: int) -> ListenerProbe:
@@ -47,7 +45,7 @@ def mooncake_probe(bootstrap_url: str) -> ListenerProbe:
         except HTTPException:
             return False
         except OSError as exc:
-            if exc.errno in _OWN_ERRORS:
+            if exc.errno in OWN_ERRORS:
                 raise
             return False
         return status == 200

@@ -89,7 +89,7 @@ class Handoff:
             local_rate=self._local_rate,
         )
 
-    async def answer(self, call: Call, losses: Losses | None = None) -> Answer:
+    async def answer(self, call: Call, losses: Losses) -> Answer:
         """Run the request up to the first bytes of its answer.
 
         Cancelling it stops both legs and gives unused KV back. Raises NoReplicaError when nobody can serve.
@@ -97,13 +97,12 @@ class Handoff:
         Args:
             losses: takes the decode replicas that are lost on the way.
         """
-        losses = losses or Losses()
         route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
         if route.mode == "handoff":
             return await self._handed_off(call, losses)
         if route.mode == "primed":
             return await self._primed(call, losses)
-        return await self._local.answer(call, route.reason, (), losses)
+        return await self._local.answer(call, route.reason, losses)
 
     async def resume(self, call: Call, losses: Losses) -> Answer:
         """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
@@ -126,7 +125,7 @@ class Handoff:
             answer = await self._handed_off(call, losses, without, refuse=False)
         else:
             reason = route.reason or "no_warm_pair"
-            answer = await self._local.answer(call, reason, without, losses, refuse=False)
+            answer = await self._local.answer(call, reason, losses, without, refuse=False)
         if answer.decode_fit != losses.kv_fit:
             # It joined after the look above.
             answer.close()
@@ -173,21 +172,21 @@ class Handoff:
 
         answer = await self._prefilling.tried(Prompt(call, prompt, take, _close, without=set(without)))
         if isinstance(answer, str):
-            return await self._local.answer(call, answer, without, losses, refuse=refuse)
+            return await self._local.answer(call, answer, losses, without, refuse=refuse)
         if isinstance(answer, _Lost):
             self._metrics.retries.labels("decode").inc()
             lost_id = answer.member.info.replica_id
             losses.lost(lost_id, had_it=answer.sent)
-            return await self._local.answer(call, "decode_lost", {*without, lost_id}, losses, refuse=refuse)
+            return await self._local.answer(call, "decode_lost", losses, {*without, lost_id}, refuse=refuse)
         if answer.status < 500:
             return answer
-        found = await self._after_error(call, answer, without, losses, refuse=refuse)
+        found = await self._after_error(call, answer, losses, without, refuse=refuse)
         if found.status < 500 and answer.under_way is not None:
             self._faults.failed(answer.under_way)
         return found
 
     async def _after_error(
-        self, call: Call, answer: Answer, without: Collection[str], losses: Losses, *, refuse: bool = True
+        self, call: Call, answer: Answer, losses: Losses, without: Collection[str] = (), *, refuse: bool = True
     ) -> Answer:
         """Locally after a decode replica has answered 5xx, at another one while there is one."""
         answer.close()
@@ -195,7 +194,7 @@ class Handoff:
         others = {*without, answer.decode_id}
         if not self._membership.has_decode(without=others):
             others = set(without)
-        return await self._local.answer(call, "decode_error", others, losses, refuse=refuse)
+        return await self._local.answer(call, "decode_error", losses, others, refuse=refuse)
 
     async def _primed(self, call: Call, losses: Losses) -> Answer:
         """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
@@ -211,7 +210,7 @@ class Handoff:
         assert call.prompts is not None
         pair = self._membership.pick_pair()
         if pair is None:
-            return await self._local.answer(call, "no_warm_pair", (), losses)
+            return await self._local.answer(call, "no_warm_pair", losses)
         async with asyncio.TaskGroup() as group:
             # The first prompt goes to the chosen pair, the others where there is room for them.
             primed = [
@@ -221,7 +220,7 @@ class Handoff:
         outcomes = [task.result() for task in primed]
         prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
         if not prefills:
-            return await self._local.answer(call, str(outcomes[0]), (), losses)
+            return await self._local.answer(call, str(outcomes[0]), losses)
         call.progress.at_decode()
         try:
             answer = await self._sender.decode(
@@ -231,8 +230,8 @@ class Handoff:
             self._sender.lost(pair.decode, exc)
             self._metrics.retries.labels("decode").inc()
             losses.lost(pair.decode.info.replica_id, had_it=exc.sent)
-            return await self._local.answer(call, "decode_lost", losses.replica_ids, losses)
-        return answer if answer.status < 500 else await self._after_error(call, answer, (), losses)
+            return await self._local.answer(call, "decode_lost", losses, losses.replica_ids)
+        return answer if answer.status < 500 else await self._after_error(call, answer, losses)
 
     async def _prime(
         self, call: Call, prompt: Sequence[int], decode: Member, pair: Pair | None, failed: list[UnderWay]

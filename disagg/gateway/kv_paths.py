@@ -76,4 +76,5 @@ class KvPaths:
 
     def retain(self, incarnations: Collection[str]) -> None:
         """Forget all pairs but those of these replicas."""
-        self._paths = {pair: path for pair, path in self._paths.items() if set(pair) <= set(incarnations)}
+        known = frozenset(incarnations)
+        self._paths = {pair: path for pair, path in self._paths.items() if known.issuperset(pair)}

@@ -49,8 +49,8 @@ class LocalPrefill:
         self,
         call: Call,
         reason: str,
+        losses: Losses,
         without: Collection[str] = (),
-        losses: Losses | None = None,
         *,
         refuse: bool = True,
     ) -> Answer:
@@ -59,11 +59,11 @@ class LocalPrefill:
         Raises NoReplicaError, RateLimitError and AttemptsExhaustedError.
 
         Args:
-            without: decode replicas not to be tried.
             losses: of what was tried before; those of this are added.
+            without: decode replicas not to be tried.
             refuse: whether it is refused when no replica has room for its prompt.
         """
-        tried, losses = set(without), losses or Losses()
+        tried = set(without)
         num_tokens = num_prompt_tokens(call.prompts, call.raw, max_model_len=self._max_model_len)
         failed: Answer | None = None
         self._metrics.local_prefill(reason)

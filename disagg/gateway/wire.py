@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from pools.descriptors import OWN_ERRORS
 from pools.engine_key import ENGINE_KEY_HEADER
 from pools.errors import ReplicaLostError
 
@@ -25,8 +25,6 @@ _HIGH_WATER_BYTES = 256 * 1024
 _IDLE_CONNECTION_S = 60.0
 """Shorter than the engine's keep-alive, so that a pooled connection is never closed under a request."""
 _MAX_KEYS = 4096
-_OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-"""This process has nothing left to connect with."""
 
 Chunk = bytes
 
@@ -378,7 +376,7 @@ class Upstream:
                 _, connection = await loop.create_connection(lambda: _Connection(self), self._host, self._port)
         except (OSError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {self._connect_timeout_s:g} s"
-            gone, own = isinstance(exc, ConnectionError), exc.errno in _OWN_ERRORS
+            gone, own = isinstance(exc, ConnectionError), exc.errno in OWN_ERRORS
             raise ReplicaLostError(f"cannot connect to {self.url}: {reason}", sent=False, gone=gone, own=own) from exc
         self._connections.add(connection)
         return connection

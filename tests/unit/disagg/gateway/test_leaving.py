@@ -88,9 +88,9 @@ async def test_during_prefill(kind: str, transport: Any) -> None:
 
 async def test_who_leaves_is_counted_once() -> None:
     """By where its request was: several prompts are one client, and so is one whose prompt decode computes."""
-    for num_prefill, pool, phase in ((1, "prefill", "prefill"), (0, "decode", "decode")):
+    for num_prefill, phase in ((1, "prefill"), (0, "decode")):
         async with running_stack(num_prefill=num_prefill, prefill_ms_per_1k_tokens=20_000) as stack:
-            engine = (stack.prefill if pool == "prefill" else stack.decode)[0].engine
+            engine = (stack.prefill if phase == "prefill" else stack.decode)[0].engine
             await leave_when(stack, "prompt list", lambda e=engine: e.seen and e.stats().num_requests_running)  # type: ignore[misc]
             assert stack.metric("disagg_client_disconnects_total", phase=phase) == 1
             await check_settled(stack)
