@@ -96,3 +96,25 @@ def test_host_platform_fixes_fit() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_idle_reader_of_a_queue_rests() -> None:
+    """In the half second after a message it looks a few dozen times; without a notification it looks all the same."""
+    script = (
+        "import time, zmq\n"
+        "from transport.in_engine.plugin import stop_spinning; stop_spinning()\n"
+        "from vllm.distributed.device_communicators.shm_broadcast import SpinCondition\n"
+        "from vllm.utils.network_utils import get_open_zmq_ipc_path\n"
+        "context, address = zmq.Context(), get_open_zmq_ipc_path()\n"
+        "writer = SpinCondition(False, context, address); reader = SpinCondition(True, context, address)\n"
+        "time.sleep(0.2)  # until the reader's subscription has arrived\n"
+        "looks, began = 0, time.monotonic(); reader.record_read()\n"
+        "while time.monotonic() < began + 0.5:\n"
+        "    reader.wait(None); looks += 1\n"
+        "assert 5 <= looks < 150, looks\n"
+        "reader.last_read = time.monotonic() - 10; writer.notify(); reader.wait(None)\n"
+        "reader.last_read = time.monotonic() - 10; began = time.monotonic(); reader.wait(300)\n"
+        "assert time.monotonic() - began > 0.2, 'a reader that is idle for long does not wait for a notification'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
