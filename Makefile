@@ -9,7 +9,7 @@ PY := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
-.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench prove-serve prove-tiers \
+.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench bench-probes prove-serve prove-tiers \
 	prove-faults lock clean
 
 help: ## list the targets
@@ -48,6 +48,9 @@ type: setup ## mypy --strict over the three packages
 
 bench: setup ## measure throughput and latency (ARGS="..." goes to the benchmark)
 	$(PY) -m benchmarks $(ARGS)
+
+bench-probes: setup ## measure what health probes cost an idle engine
+	$(PY) -m benchmarks.probes $(ARGS)
 
 prove-serve: setup ## show, line by line, that the served application keeps its promises (LINE=n for one)
 	$(PY) -m tests.prove.serve $(if $(LINE),--line $(LINE))
