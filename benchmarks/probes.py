@@ -15,24 +15,22 @@ import json
 import logging
 import os
 import statistics
-import uuid
 from pathlib import Path
 
 import uvloop
 
 from benchmarks.cpu import CpuMeter, descendants
-from pools.config import CpuConfig, ModelConfig, PoolConfig
+from pools.config import CpuConfig, PoolConfig
 from pools.engine.base import Engine
 from pools.hang_limits import hang_limits
-from pools.launch import engine_args, engine_env
+from pools.launch import engine_env
 from pools.listener_probe import nixl_probe
-from pools.placement import placement
 from pools.process_tree import cpu_seconds
 from pools.shared_files import SharedFiles
 from pools.watchdog import Watchdog
-from tests.support.stack import ENGINE_KWARGS, free_port, tiny_model
+from tests.support.engines import transfer_launch
+from tests.support.stack import free_port
 from transport.config import NixlConfig
-from transport.launch import EngineFacts, launch
 
 MAX_SHARE = 0.01
 _HOST = "127.0.0.1"
@@ -42,22 +40,8 @@ _SETTLE_S = 10.0
 
 async def start_engine(side_channel_port: int) -> Engine:
     """A prefill engine as `pools.replica` starts one. Sets this process' environment."""
-    facts = EngineFacts(
-        role="prefill",
-        platform="cpu",
-        host=_HOST,
-        side_channel_port=side_channel_port,
-        engine_id=f"prefill-{uuid.uuid4().hex[:8]}",
-    )
-    plan = launch(NixlConfig(), facts)
-    arguments = engine_args(
-        ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=ENGINE_KWARGS),
-        PoolConfig(),
-        platform="cpu",
-        kv_transfer_config=plan.kv_transfer_config,
-        placement=placement("cpu", ENGINE_KWARGS, CpuConfig()),
-    )
-    os.environ.update(plan.env | engine_env("cpu", CpuConfig(), host=_HOST))
+    arguments, env = transfer_launch("prefill", NixlConfig(), side_channel_port=side_channel_port)
+    os.environ.update(env | engine_env("cpu", CpuConfig(), host=_HOST))
     # Imports vLLM, which reads that environment.
     from pools.engine.vllm_engine import VllmEngine
 

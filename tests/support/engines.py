@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 from pools.config import CpuConfig, ModelConfig, PoolConfig
 from pools.launch import engine_args
@@ -15,15 +15,15 @@ from transport.config import TransportConfig
 from transport.launch import EngineFacts, launch
 
 
-def transfer_engine(
-    role: Literal["prefill", "decode"], transport: TransportConfig, *, name: str, bootstrap_port: int = 0
-) -> AbstractContextManager[str]:
-    """URL of an engine that hands KV over or takes it; its log is `{name}-{role}`."""
+def transfer_launch(
+    role: Literal["prefill", "decode"], transport: TransportConfig, *, side_channel_port: int, bootstrap_port: int = 0
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """vLLM's arguments for an engine that hands KV over or takes it, and the environment of its transport."""
     facts = EngineFacts(
         role=role,
         platform="cpu",
         host="127.0.0.1",
-        side_channel_port=free_port(),
+        side_channel_port=side_channel_port,
         engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
         bootstrap_port=bootstrap_port,
     )
@@ -35,4 +35,12 @@ def transfer_engine(
         kv_transfer_config=plan.kv_transfer_config,
         placement=placement("cpu", ENGINE_KWARGS, CpuConfig()),
     )
-    return engine_process(arguments, plan.env, role=role, name=f"{name}-{role}")
+    return arguments, plan.env
+
+
+def transfer_engine(
+    role: Literal["prefill", "decode"], transport: TransportConfig, *, name: str, bootstrap_port: int = 0
+) -> AbstractContextManager[str]:
+    """URL of such an engine in a process of its own; its log is `{name}-{role}`."""
+    arguments, env = transfer_launch(role, transport, side_channel_port=free_port(), bootstrap_port=bootstrap_port)
+    return engine_process(arguments, env, role=role, name=f"{name}-{role}")
