@@ -9,8 +9,8 @@ PY := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
-.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench bench-probes prove-serve prove-tiers \
-	prove-faults lock clean
+.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench bench-probes \
+	prove-serve prove-tiers prove-faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile

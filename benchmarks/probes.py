@@ -27,7 +27,7 @@ from pools.launch import engine_env
 from pools.listener_probe import nixl_probe
 from pools.process_tree import cpu_seconds
 from pools.shared_files import SharedFiles
-from pools.watchdog import Watchdog
+from pools.watchdog import PROMPT, Watchdog
 from tests.support.engines import transfer_launch
 from tests.support.stack import free_port
 from transport.config import NixlConfig
@@ -91,7 +91,7 @@ async def run(turns: int, seconds: float) -> dict[bool, list[float]]:
     num_probes = 0
     try:
         for _ in range(20):
-            await engine.probe((1, 2, 3))
+            await engine.probe(PROMPT)
         await asyncio.sleep(_SETTLE_S)
         for turn in range(2 * turns):
             # Which comes first alternates, so that a drift of the machine falls on both.

@@ -81,6 +81,12 @@ def test_unknown_arguments_are_refused() -> None:
         split_args({"model": "x", "no_such_argument": 1})
 
 
+def _runs(script: str) -> None:
+    """In a process of its own: what it patches stays there."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_host_platform_fixes_fit() -> None:
     """Each fix for machines without an accelerator finds the code it replaces, and applies twice without harm."""
     script = (
@@ -94,8 +100,7 @@ def test_host_platform_fixes_fit() -> None:
         "from vllm.distributed.device_communicators.shm_broadcast import SpinCondition\n"
         "assert SpinCondition.wait.__name__ == 'resting_wait'\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    _runs(script)
 
 
 def test_an_idle_reader_of_a_queue_rests() -> None:
@@ -116,5 +121,4 @@ def test_an_idle_reader_of_a_queue_rests() -> None:
         "reader.last_read = time.monotonic() - 10; began = time.monotonic(); reader.wait(300)\n"
         "assert time.monotonic() - began > 0.2, 'a reader that is idle for long does not wait for a notification'\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    _runs(script)
