@@ -129,7 +129,17 @@ def wait_healthy(url: str, process: subprocess.Popen[str], log: Path) -> None:
 @contextlib.contextmanager
 def fake_engine(role: str, plan: Plan) -> Iterator[str]:
     """One fake engine as a process; its URL."""
-    argv = [sys.executable, "-m", "pools.engine.fake", "--role", role, "--itl-ms", str(plan.itl_ms), "--port", "0"]
+    argv = [
+        sys.executable,
+        "-m",
+        "pools.engine.fake",
+        "--role",
+        role,
+        "--itl-ms",
+        str(plan.itl_ms),
+        "--port",
+        "0",
+    ]
     argv += [] if plan.shared_steps else ["--own-steps"]
     with child(argv, BUILD / f"bench-{role}.log") as process:
         assert process.stdout is not None

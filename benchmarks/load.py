@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.connection import BrokenAnswerError, Client
-from pools.engine.fake_text import answer, encode, render_chat, word
+from pools.engine.fake.text import answer, encode, render_chat, word
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import uvloop
 from benchmarks.cpu import CpuMeter, descendants
 from pools.config import CpuConfig, PoolConfig
 from pools.engine.base import Engine
-from pools.hang_limits import hang_limits
-from pools.launch import engine_env
-from pools.listener_probe import nixl_probe
-from pools.process_tree import cpu_seconds
-from pools.shared_files import SharedFiles
-from pools.watchdog import PROMPT, Watchdog
+from pools.health.hang_limits import hang_limits
+from pools.health.listener_probe import nixl_probe
+from pools.health.watchdog import PROMPT, Watchdog
+from pools.plan.launch import engine_env
+from pools.process.shared_files import SharedFiles
+from pools.process.tree import cpu_seconds
 from tests.support.engines import transfer_launch
 from tests.support.stack import free_port
 from transport.config import NixlConfig
@@ -39,7 +39,7 @@ _SETTLE_S = 10.0
 
 
 async def start_engine(side_channel_port: int) -> Engine:
-    """A prefill engine as `pools.replica` starts one. Sets this process' environment."""
+    """A prefill engine as `pools.replica.replica` starts one. Sets this process' environment."""
     arguments, env = transfer_launch("prefill", NixlConfig(), side_channel_port=side_channel_port)
     os.environ.update(env | engine_env("cpu", CpuConfig(), host=_HOST))
     # Imports vLLM, which reads that environment.

@@ -15,17 +15,17 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from disagg.check import parse_args, validate_app, validate_machine
+from disagg.advice.check import parse_args, validate_app, validate_machine
+from disagg.advice.machine import this_machine
+from disagg.advice.paths import resolve
 from disagg.config import AppConfig
 from disagg.gateway.deployment import GatewayDeployment
-from disagg.machine import this_machine
-from disagg.paths import resolve
-from disagg.router.serve import ReplicaRouter
+from disagg.routing.serve import ReplicaRouter
 from pools.config import PoolConfig
-from pools.launch import merged_engine_kwargs
-from pools.placement import placement
-from pools.replica import DecodePool, PrefillPool
-from pools.spec import ReplicaSpec
+from pools.plan.launch import merged_engine_kwargs
+from pools.plan.placement import placement
+from pools.replica.replica import DecodePool, PrefillPool
+from pools.replica.spec import ReplicaSpec
 from transport.errors import ConfigError
 
 _SHUTDOWN_MARGIN_S = 30.0

@@ -2,7 +2,7 @@
 """The typed form of `args` in a Serve config file: everything that is fixed while an application runs.
 
 Pool sizes are not here. They live in `deployments[].num_replicas`, because a change of `args` restarts every
-deployment. Checks that need the machine or other files are in `disagg.check`.
+deployment. Checks that need the machine or other files are in `disagg.advice.check`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pools.config import CpuConfig, EngineConfig, ModelConfig, Platform, PoolConfig, VllmEngineConfig
-from pools.hang_limits import cache_blocks_s, hang_limits
+from pools.health.hang_limits import cache_blocks_s, hang_limits
 from transport.config import (
     Config,
     Name,

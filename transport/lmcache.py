@@ -8,7 +8,7 @@ from typing import Any
 from transport.facts import EngineFacts
 from transport.tiers import ExternalServerConfig, SharedCacheConfig
 
-_MODULE = "transport.in_engine.lmcache"
+_MODULE = "transport.in_engine.lmcache.connector"
 _CUDA_TIMEOUTS = 10
 """With an accelerator the server copies by itself, and may still do what an engine has given up on: an engine waits for
 so many times `mq_timeout_s` before it gives the blocks away. On a CPU the engine copies."""

@@ -33,7 +33,7 @@ def mooncake_child(config: MooncakeConfig, facts: EngineFacts) -> dict[str, Any]
         extra["bootstrap_server_address"] = f"{host}:{facts.bootstrap_port}"
     return {
         "kv_connector": "MooncakeConnector",
-        "kv_connector_module_path": "transport.in_engine.mooncake",
+        "kv_connector_module_path": "transport.in_engine.mooncake.connector",
         "kv_role": _KV_ROLES[facts.role],
         "kv_buffer_device": facts.platform,
         "kv_connector_extra_config": extra,

@@ -23,7 +23,7 @@ def multi(children: Sequence[dict[str, Any]], facts: EngineFacts) -> dict[str, A
     """
     return {
         "kv_connector": "MultiConnector",
-        "kv_connector_module_path": "transport.in_engine.connector",
+        "kv_connector_module_path": "transport.in_engine.outer.connector",
         "kv_role": "kv_both",
         "engine_id": facts.engine_id,
         "kv_buffer_device": facts.platform,

@@ -22,7 +22,7 @@ def nixl_child(config: NixlConfig, facts: EngineFacts) -> dict[str, Any]:
     """
     return {
         "kv_connector": "NixlConnector",
-        "kv_connector_module_path": "transport.in_engine.nixl",
+        "kv_connector_module_path": "transport.in_engine.nixl.connector",
         "kv_role": _KV_ROLES[facts.role],
         "kv_buffer_device": facts.platform,
         "kv_connector_extra_config": {

@@ -10,7 +10,7 @@ from transport.tiers import OffloadConfig
 
 GIB = 1024**3
 
-_HOST_SPECS = "transport.in_engine.host_offload"
+_HOST_SPECS = "transport.in_engine.host_offload.specs"
 """vLLM's own specs copy with an accelerator's copy engine; this module's copy on a machine without one."""
 
 _SPEC_NAMES = {

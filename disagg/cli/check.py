@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 when the file can be served, else 1."""
-    from disagg.check import check_file
+    from disagg.advice.check import check_file
 
     report = check_file(args.config)
     print(json.dumps(report.as_dict(), indent=2) if args.json else report.render())

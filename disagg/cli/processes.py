@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pools.shared_files import SHARED_MEMORY, mapped_by
+from pools.process.shared_files import SHARED_MEMORY, mapped_by
 
 _PR_SET_CHILD_SUBREAPER = 36
 

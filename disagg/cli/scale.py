@@ -8,8 +8,8 @@ import json
 import sys
 
 from disagg.cli import connection
+from disagg.sdk.messages import MAX_NUM_REPLICAS, missing
 from disagg.sdk.types import Pool
-from disagg.sdk.wire import MAX_NUM_REPLICAS, missing
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

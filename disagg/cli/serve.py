@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C. 0 after a clean end, 1 when it cannot start, dies, or leaves something behind."""
-    from disagg.check import check_file
+    from disagg.advice.check import check_file
     from disagg.config import FileKeysConfig
 
     report = check_file(args.config)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from disagg.cli import processes
-from pools.shared_files import mapped_by
+from pools.process.shared_files import mapped_by
 
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -21,10 +21,10 @@ from disagg.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
-from disagg.gateway import ledger_query
-from disagg.gateway.ledger import Ledger
-from disagg.gateway.membership import POOLS, Member, Membership
-from disagg.gateway.wire import Upstreams
+from disagg.gateway.ledger import query as ledger_query
+from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.membership import POOLS, Member, Membership
+from pools.client.http1 import Upstreams
 from pools.errors import ReplicaLostError
 
 MAX_REPLICAS = 1024

@@ -28,14 +28,12 @@ from disagg.errors import (
     NotFoundError,
     RequestError,
 )
-from disagg.gateway import ledger_query, openapi
 from disagg.gateway.admin import Admin, AdminKey, Scaler
-from disagg.gateway.answering import AnsweredCall
-from disagg.gateway.api_keys import keys_of
 from disagg.gateway.background import Background
-from disagg.gateway.edge import Edge, key_for, tenant_of
-from disagg.gateway.handoff import Call, Handoff
-from disagg.gateway.intake import (
+from disagg.gateway.front import openapi
+from disagg.gateway.front.api_keys import keys_of
+from disagg.gateway.front.edge import Edge, key_for, tenant_of
+from disagg.gateway.front.intake import (
     ClientDisconnect,
     check_fields,
     forwarded_headers,
@@ -44,22 +42,25 @@ from disagg.gateway.intake import (
     request_id_of,
     take_store,
 )
-from disagg.gateway.kv_paths import KvPaths
-from disagg.gateway.ledger import Ledger
-from disagg.gateway.ledger_feed import LedgerFeed
-from disagg.gateway.ledger_foreign import foreign_ledger
-from disagg.gateway.legs import Endpoint, Store
-from disagg.gateway.limits import check_prompt_tokens, check_prompts
-from disagg.gateway.membership import POOLS, Membership
-from disagg.gateway.metrics import Metrics
-from disagg.gateway.render import Renderer
-from disagg.gateway.responses import error_response, shape_of
-from disagg.gateway.shadow import Shadow, show_paths
-from disagg.gateway.tenants import check_media_ids, salted
-from disagg.gateway.transfers import TransportType, transfer_for
-from disagg.gateway.warm import PairWarmer
-from disagg.gateway.watch import Watch
-from disagg.gateway.wire import Upstreams
+from disagg.gateway.front.limits import check_prompt_tokens, check_prompts
+from disagg.gateway.front.render import Renderer
+from disagg.gateway.front.responses import error_response, shape_of
+from disagg.gateway.front.tenants import check_media_ids, salted
+from disagg.gateway.handoff.handoff import Call, Handoff
+from disagg.gateway.handoff.legs import Endpoint, Store
+from disagg.gateway.handoff.transfers import TransportType, transfer_for
+from disagg.gateway.ledger import query as ledger_query
+from disagg.gateway.ledger.feed import LedgerFeed
+from disagg.gateway.ledger.foreign import foreign_ledger
+from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.kv_paths import KvPaths
+from disagg.gateway.replicas.membership import POOLS, Membership
+from disagg.gateway.replicas.warm import PairWarmer
+from disagg.gateway.replicas.watch import Watch
+from disagg.gateway.shadow.shadow import Shadow, show_paths
+from disagg.gateway.stream.answering import AnsweredCall
+from disagg.observability.metrics import Metrics
+from pools.client.http1 import Upstreams
 from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.errors import DisaggError
 

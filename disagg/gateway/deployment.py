@@ -17,18 +17,18 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from disagg.advice.exposure import ACTION, strangers_served
 from disagg.config import AppConfig
 from disagg.errors import ConfigError, ConflictError
-from disagg.exposure import ACTION, strangers_served
-from disagg.gateway import splice
 from disagg.gateway.app import Gateway, create_app
-from disagg.gateway.render import VllmRenderer
-from disagg.router import feed
-from disagg.router.views import ReplicaInfo
-from pools.descriptors import raise_limit
-from pools.launch import engine_args, merged_engine_kwargs
-from pools.log_targets import kept_log_targets
-from pools.placement import placement
+from disagg.gateway.front.render import VllmRenderer
+from disagg.gateway.stream import splice
+from disagg.routing import feed
+from disagg.routing.views import ReplicaInfo
+from pools.plan.launch import engine_args, merged_engine_kwargs
+from pools.plan.placement import placement
+from pools.process.descriptors import raise_limit
+from pools.process.log_targets import kept_log_targets
 from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 """`Client` and `AsyncClient`: read and scale the pools of a running application, and read its hand-offs.
 
 They speak the admin API only; any OpenAI client talks to the model. What is sent and how answers are read is in
-`disagg.sdk.wire`, so the twins differ in `await` alone.
+`disagg.sdk.messages`, so the twins differ in `await` alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 
 from disagg.errors import ClientError
-from disagg.sdk import wire
+from disagg.sdk import messages as wire
 from disagg.sdk.types import Handoffs, Health, Pool
 
 DEFAULT_URL = "http://127.0.0.1:8000"

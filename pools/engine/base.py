@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of an engine: what a replica, the gateway and the tests may ask of it.
 
-`VllmEngine` and `FakeEngine` both keep it, and `pools.testing.check_engine` proves that of either. The
+`VllmEngine` and `FakeEngine` both keep it, and `pools.testing.contract.check_engine` proves that of either. The
 OpenAI routes are the engine's own ASGI app; the methods here are what those routes cannot say.
 """
 

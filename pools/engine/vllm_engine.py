@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM engine in this process: AsyncLLM, vLLM's own OpenAI app over it, and what that app cannot say.
 
-Importing this module imports vLLM, so the environment of `pools.launch.engine_env` has to be set before.
+Importing this module imports vLLM, so the environment of `pools.plan.launch.engine_env` has to be set before.
 """
 
 from __future__ import annotations

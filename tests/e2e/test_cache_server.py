@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from pools.cache_server_actor import CacheServerSpec, NodeCacheServer
-from pools.cache_server_policy import TIMES, LeaseTimes
-from pools.cache_server_probe import GET_CHUNK_SIZE, ask
+from pools.cache_server.actor import CacheServerSpec, NodeCacheServer
+from pools.cache_server.policy import TIMES, LeaseTimes
+from pools.cache_server.probe import GET_CHUNK_SIZE, ask
 from pools.errors import EngineStartError
 from tests.support.stack import ROOT, free_port
 from transport.lmcache_server import shm_stem
@@ -69,7 +69,7 @@ def _servers() -> dict[int, int]:
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 mine = MARK in (entry / "environ").read_bytes().split(b"\0")
-                if b"pools.cache_server_main" in words and b"-S" not in words and mine:
+                if b"pools.cache_server.main" in words and b"-S" not in words and mine:
                     found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue

@@ -17,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_offload.base import make_offload_key
 from vllm.v1.request import Request
 
-from disagg.gateway.tenants import mixed, salt_of
+from disagg.gateway.front.tenants import mixed, salt_of
 
 BLOCK = 16
 ALICE, BOB = salt_of(b"secret", "alice"), salt_of(b"secret", "bob")

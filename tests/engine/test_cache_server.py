@@ -21,8 +21,8 @@ import msgspec
 import pytest
 import zmq
 
-from pools.cache_server import CacheServer, CacheServerAddress, has_module
-from pools.cache_server_probe import GET_CHUNK_SIZE, GET_EXPERIMENTAL, ask, check_external, http_get
+from pools.cache_server.probe import GET_CHUNK_SIZE, GET_EXPERIMENTAL, ask, check_external, http_get
+from pools.cache_server.supervisor import CacheServer, CacheServerAddress, has_module
 from pools.errors import EngineStartError
 from tests.support.garbage import silence, throw_all
 from tests.support.redis import PASSWORD, redis_command, redis_server
@@ -130,7 +130,7 @@ async def test_garbage_and_silence_do_not_end_the_queue() -> None:
 async def test_a_server_whose_queue_is_dead_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """One malformed message ends the queue thread of `lmcache server` itself while `/healthcheck` stays 200; what
     Python writes about it is noticed sooner than a probe could be missed."""
-    monkeypatch.setattr("pools.cache_server._PROGRAM", "lmcache.cli.main")
+    monkeypatch.setattr("pools.cache_server.supervisor._PROGRAM", "lmcache.cli.main")
     async with _running(_server()) as server:
         first = _pid(server)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket_:

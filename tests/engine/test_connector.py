@@ -24,8 +24,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from transport.config import NixlConfig
 from transport.digests import chunk_digests
-from transport.in_engine.connector import MultiConnector
-from transport.in_engine.handoff_metadata import HandoffWorkerMetadata
+from transport.in_engine.outer.connector import MultiConnector
+from transport.in_engine.outer.metadata import HandoffWorkerMetadata
 from transport.launch import EngineFacts, launch
 
 

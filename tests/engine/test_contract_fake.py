@@ -10,9 +10,9 @@ import pytest
 
 from pools.config import FakeEngineConfig
 from pools.engine.base import Role
-from pools.engine.fake import FakeEngine
-from pools.http import EngineServer
-from pools.testing import CHECKS, Check, Engines
+from pools.engine.fake.engine import FakeEngine
+from pools.replica.server import EngineServer
+from pools.testing.contract import CHECKS, Check, Engines
 
 PROMPTS = ("The quick brown fox jumps over the lazy dog, twice.", "A second prompt of more than thirty-two tokens.")
 

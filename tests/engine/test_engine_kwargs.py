@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS
-from pools.engine_kwargs import known_engine_kwargs
+from pools.plan.engine_kwargs import known_engine_kwargs
 
 CLI_ONLY = {"model_tag", "headless", "api_server_count"}
 

@@ -26,10 +26,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import Nix
 
 from tests.support.garbage import messages, silence, still_open, throw_all
 from tests.support.stack import free_port
-from transport.in_engine import mooncake_door, nixl_listener
-from transport.in_engine.mooncake import Worker
-from transport.in_engine.mooncake_door import BootstrapServer, DoorContext
-from transport.in_engine.nixl import NixlScheduler
+from transport.in_engine.mooncake import door as mooncake_door
+from transport.in_engine.mooncake.connector import Worker
+from transport.in_engine.mooncake.door import BootstrapServer, DoorContext
+from transport.in_engine.nixl import listener as nixl_listener
+from transport.in_engine.nixl.connector import NixlScheduler
 
 HOST = "127.0.0.1"
 ANSWERS = {(0, 0): b"of rank 0", (0, 1): b"of rank 1"}
@@ -237,8 +238,8 @@ def test_engines_start_ours(monkeypatch: pytest.MonkeyPatch) -> None:
             kv_transfer_config=SimpleNamespace(get_from_extra_config=lambda key, default: extra.get(key, default))
         )
 
-    monkeypatch.setattr("transport.in_engine.mooncake.BootstrapServer", Recorded)
-    monkeypatch.setattr("transport.in_engine.mooncake_sender.Sending.__init__", init)
+    monkeypatch.setattr("transport.in_engine.mooncake.connector.BootstrapServer", Recorded)
+    monkeypatch.setattr("transport.in_engine.mooncake.sender.Sending.__init__", init)
     monkeypatch.setattr(Worker, "__del__", lambda self: None)
     worker = Worker()
     assert made == [("10.0.0.5", 8123, {"engine_id": "p-1", "tp_size": 2, "pp_size": 1}), ("started",)]

@@ -14,7 +14,7 @@ def member(rank: int, size: int, path: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from transport.in_engine.gloo_listeners import close_after_connecting, listening
+    from transport.in_engine.patches.gloo_listeners import close_after_connecting, listening
 
     close_after_connecting()
     close_after_connecting()
@@ -51,7 +51,7 @@ def test_without_it_they_listen(tmp_path: Path) -> None:
 def listener(path: str) -> None:
     import torch.distributed as dist
 
-    from transport.in_engine.gloo_listeners import listening
+    from transport.in_engine.patches.gloo_listeners import listening
 
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
     assert listening()

@@ -20,9 +20,9 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-from transport.in_engine import host_offload_memory
-from transport.in_engine.host_offload_pages import PageTable
-from transport.in_engine.host_offload_worker import HostOffloadingWorker
+from transport.in_engine.host_offload import memory as host_offload_memory
+from transport.in_engine.host_offload.pages import PageTable
+from transport.in_engine.host_offload.worker import HostOffloadingWorker
 
 BLOCKS, CHUNKS = 40, 60
 

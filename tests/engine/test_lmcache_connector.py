@@ -14,8 +14,8 @@ from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.request import RequestStatus
 
 from tests.support.block_pool import Pool
-from transport.in_engine.lmcache import LMCacheMPConnector
-from transport.in_engine.lmcache_lookups import AbandonedLookups
+from transport.in_engine.lmcache.connector import LMCacheMPConnector
+from transport.in_engine.lmcache.lookups import AbandonedLookups
 
 CHUNK = 4
 BLOCK = 2

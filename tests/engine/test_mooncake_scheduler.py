@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from transport.in_engine import mooncake_fit
-from transport.in_engine.mooncake_scheduler import Scheduler
+from transport.in_engine.mooncake import upstream as mooncake_fit
+from transport.in_engine.mooncake.scheduler import Scheduler
 
 CONSUME = {
     "do_remote_prefill": True,

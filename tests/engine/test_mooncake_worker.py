@@ -24,8 +24,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector im
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.stats import MooncakeKVConnectorStats
 
-from transport.in_engine.mooncake import Worker
-from transport.in_engine.mooncake_receiver import _Asked
+from transport.in_engine.mooncake.connector import Worker
+from transport.in_engine.mooncake.receiver import _Asked
 
 FINISH, CONTINUE = MooncakeXferResponseStatus.FINISH, MooncakeXferResponseStatus.CONTINUE
 

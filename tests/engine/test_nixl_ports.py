@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.garbage import silence, throw_all
 from tests.support.stack import wait_until
-from transport.in_engine.nixl_ports import without_name
+from transport.in_engine.patches.nixl_ports import without_name
 
 START_S = 300.0
 """Two imports of vLLM; some seconds on a machine that does nothing else."""
@@ -25,8 +25,8 @@ def agent(name: str, peer: Connection, report: Connection) -> None:
     import torch
     from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 
-    from transport.in_engine.gloo_listeners import listening
-    from transport.in_engine.nixl_ports import close_unnamed
+    from transport.in_engine.patches.gloo_listeners import listening
+    from transport.in_engine.patches.nixl_ports import close_unnamed
 
     before = listening()
     mine = NixlWrapper(name, nixl_agent_config(num_threads=4, capture_telemetry=True))

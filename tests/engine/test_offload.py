@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pools.launch import HOST_WORKER_EXTENSION
+from pools.plan.launch import HOST_WORKER_EXTENSION
 from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model, wait_until
 from transport.config import NixlConfig
 from transport.facts import EngineFacts

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from pools.testing import CHECKS, Check, Engines
-from pools.testing_tools import HANDOFF_ID
+from pools.testing.contract import CHECKS, Check, Engines
+from pools.testing.tools import HANDOFF_ID
 from tests.support.engines import transfer_engine
 from transport.config import NixlConfig
 

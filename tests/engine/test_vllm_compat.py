@@ -91,7 +91,7 @@ def test_host_platform_fixes_fit() -> None:
     """Each fix for machines without an accelerator finds the code it replaces, and applies twice without harm."""
     script = (
         "from transport.in_engine.plugin import register; register(); register()\n"
-        "import transport.in_engine.host_platform as fixes\n"
+        "import transport.in_engine.patches.host_platform as fixes\n"
         "fixes.unpin_worker(); fixes.stop_progress_thread(); fixes.keep_seeded_generators()\n"
         "from vllm.platforms.cpu import CpuPlatform\n"
         "assert CpuPlatform.discover_numa_topology() == []\n"

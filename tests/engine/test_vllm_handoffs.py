@@ -18,8 +18,8 @@ import pytest
 
 from pools.config import CpuConfig, ModelConfig, PoolConfig
 from pools.engine.base import HANDOFF_HEADER
-from pools.launch import engine_args
-from pools.placement import placement
+from pools.plan.launch import engine_args
+from pools.plan.placement import placement
 from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
 from transport.config import NixlConfig
 from transport.launch import EngineFacts, launch

@@ -70,14 +70,21 @@ def send(stack: Stack, case: BadRequest) -> str | None:
 def config_cases() -> list[Row]:
     """The table of bad configs is in the unit tests; here it is run and its cases are counted."""
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/unit/disagg/test_check.py", "tests/unit/disagg/test_config.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "tests/unit/disagg/advice/test_check.py",
+            "tests/unit/disagg/test_config.py",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     collected = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/unit/disagg/test_check.py"],
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/unit/disagg/advice/test_check.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -9,14 +9,14 @@ import sys
 from tests.prove.report import ROOT, Row
 
 TESTS = (
-    "tests/unit/disagg/test_metrics_page.py",
+    "tests/unit/disagg/pages/test_metrics.py",
     "tests/unit/disagg/test_config.py",
     "tests/unit/test_architecture.py",
 )
 
 
 def documented() -> list[Row]:
-    check = subprocess.run([sys.executable, "-m", "disagg.docs", "--check"], cwd=ROOT, check=False)
+    check = subprocess.run([sys.executable, "-m", "disagg.pages.generate", "--check"], cwd=ROOT, check=False)
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, check=False)
     return [
         Row(

@@ -15,7 +15,7 @@ import sys
 
 async def main(settings: dict[str, object]) -> None:
     from pools.engine.vllm_engine import VllmEngine
-    from pools.http import EngineServer
+    from pools.replica.server import EngineServer
 
     engine = VllmEngine(settings["arguments"])  # type: ignore[arg-type]
     await engine.start()

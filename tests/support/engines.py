@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from pools.config import CpuConfig, ModelConfig, PoolConfig
-from pools.launch import engine_args
-from pools.placement import placement
+from pools.plan.launch import engine_args
+from pools.plan.placement import placement
 from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
 from transport.config import TransportConfig
 from transport.launch import EngineFacts, launch

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from pools.launch import HOST_WORKER_EXTENSION
+from pools.plan.launch import HOST_WORKER_EXTENSION
 from tests.support.answers import Case
 from tests.support.heard import Heard, listen
 from tests.support.stack import BUILD, ENGINE_KWARGS, engine_process, tiny_model

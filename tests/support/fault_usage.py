@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from pools.shared_files import SHARED_MEMORY, mapped_by
+from pools.process.shared_files import SHARED_MEMORY, mapped_by
 from tests.support.stack import Stack, wait_until
 
 KINDS = ("EngineCore", "ServeReplica:disagg:gateway", "ServeReplica:disagg:prefill", "ServeReplica:disagg:decode")

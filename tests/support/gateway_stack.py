@@ -22,17 +22,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg.config import GatewayConfig
 from disagg.gateway.app import Gateway, create_app
-from disagg.gateway.legs import Endpoint
-from disagg.gateway.membership import DECODE, POOLS, PREFILL
-from disagg.gateway.splice import SplicingProtocol
-from disagg.router.views import ReplicaInfo
+from disagg.gateway.handoff.legs import Endpoint
+from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL
+from disagg.gateway.stream.splice import SplicingProtocol
+from disagg.routing.views import ReplicaInfo
 from pools.config import FakeEngineConfig
-from pools.engine import fake_wire
 from pools.engine.base import ASGIApp, KVTransferParams, Message, ProbeResult, Receive, Role, Scope, Send
-from pools.engine.fake import FakeEngine
-from pools.engine.fake_text import NUM_WORDS, WORD_BASE, word
-from pools.engine.fake_tiers import FakeSharedCache
-from pools.http import EngineServer
+from pools.engine.fake import openai_shapes as fake_wire
+from pools.engine.fake.engine import FakeEngine
+from pools.engine.fake.text import NUM_WORDS, WORD_BASE, word
+from pools.engine.fake.tiers import FakeSharedCache
+from pools.replica.server import EngineServer
 from transport.errors import DisaggError
 
 MODEL = "tiny"

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 
 from pools.config import CpuConfig, ModelConfig, PoolConfig
-from pools.launch import engine_args
-from pools.placement import placement
+from pools.plan.launch import engine_args
+from pools.plan.placement import placement
 from tests.support.stack import BUILD, ENGINE_KWARGS, engine_process, free_port, tiny_model, wait_until
 from transport.config import NixlConfig
 from transport.launch import EngineFacts, launch

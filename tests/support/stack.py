@@ -25,8 +25,8 @@ import yaml
 
 from disagg.sdk.client import Client
 from pools.config import CpuConfig
-from pools.engine_key import ENGINE_KEY_HEADER
-from pools.launch import HOST_WORKER_EXTENSION, engine_env
+from pools.plan.launch import HOST_WORKER_EXTENSION, engine_env
+from pools.replica.engine_key import ENGINE_KEY_HEADER
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"

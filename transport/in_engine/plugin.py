@@ -23,7 +23,7 @@ def register() -> None:
     """Apply what every process of an engine needs. Idempotent, as vLLM asks of a plugin."""
     from vllm.platforms import current_platform
 
-    from transport.in_engine.gloo_listeners import close_after_connecting
+    from transport.in_engine.patches.gloo_listeners import close_after_connecting
 
     close_after_connecting()
     if current_platform.is_cpu():

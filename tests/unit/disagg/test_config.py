@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from disagg.config import AppConfig
-from disagg.docs import PAGE, page
+from disagg.pages.generate import PAGE, page
 from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS
 
 ROOT = Path(__file__).parents[3]
@@ -19,7 +19,7 @@ MINIMAL = {"model": {"id": "m", "source": "org/m"}}
 
 def models(model: type[BaseModel]) -> set[type[BaseModel]]:
     """Every model below `model`, itself included."""
-    from disagg.docs import _models
+    from disagg.pages.generate import _models
 
     return {found for _, found in _models("args", model)}
 
@@ -75,4 +75,4 @@ def test_reserved_and_shared_are_apart() -> None:
 
 def test_page_is_current() -> None:
     """docs/configuration.md is what the models say."""
-    assert (ROOT / PAGE).read_text(encoding="utf-8") == page(), "run `python -m disagg.docs`"
+    assert (ROOT / PAGE).read_text(encoding="utf-8") == page(), "run `python -m disagg.pages.generate`"

@@ -22,7 +22,7 @@ def test_kv_transfer_config(role: str, kv_role: str, platform: str) -> None:
     """Either role gets an outer MultiConnector that recomputes, with NIXL inside in its own role."""
     assert planned(role, platform, kv_lease_duration_s=60).kv_transfer_config == {
         "kv_connector": "MultiConnector",
-        "kv_connector_module_path": "transport.in_engine.connector",
+        "kv_connector_module_path": "transport.in_engine.outer.connector",
         "kv_role": "kv_both",
         "engine_id": "p-1",
         "kv_buffer_device": platform,
@@ -31,7 +31,7 @@ def test_kv_transfer_config(role: str, kv_role: str, platform: str) -> None:
             "connectors": [
                 {
                     "kv_connector": "NixlConnector",
-                    "kv_connector_module_path": "transport.in_engine.nixl",
+                    "kv_connector_module_path": "transport.in_engine.nixl.connector",
                     "kv_role": kv_role,
                     "kv_buffer_device": platform,
                     "kv_connector_extra_config": {"backends": ["UCX"], "kv_lease_duration": 60},

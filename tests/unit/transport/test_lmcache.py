@@ -50,7 +50,7 @@ def test_child() -> None:
     child = lmcache_child(config, facts())
     assert child == {
         "kv_connector": "LMCacheMPConnector",
-        "kv_connector_module_path": "transport.in_engine.lmcache",
+        "kv_connector_module_path": "transport.in_engine.lmcache.connector",
         "kv_role": "kv_both",
         "kv_buffer_device": "cpu",
         "kv_connector_extra_config": {

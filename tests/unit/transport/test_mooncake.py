@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from transport.config import MooncakeConfig, TransportConfig
-from transport.in_engine.mooncake_peers import Peers
+from transport.in_engine.mooncake.peers import Peers
 from transport.launch import EngineFacts, EngineLaunch, launch
 
 
@@ -34,7 +34,7 @@ def test_child(role: str, kv_role: str) -> None:
     assert config["kv_connector_extra_config"]["connectors"] == [
         {
             "kv_connector": "MooncakeConnector",
-            "kv_connector_module_path": "transport.in_engine.mooncake",
+            "kv_connector_module_path": "transport.in_engine.mooncake.connector",
             "kv_role": kv_role,
             "kv_buffer_device": "cuda",
             "kv_connector_extra_config": {

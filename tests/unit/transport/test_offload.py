@@ -47,7 +47,7 @@ def test_spec(platform: str, disk: dict[str, Any] | None, name: str) -> None:
     """vLLM's own specs where there is an accelerator, this project's where there is none."""
     config = extra(platform, disk=disk)
     assert config["spec_name"] == name
-    assert config.get("spec_module_path") == ("transport.in_engine.host_offload" if platform == "cpu" else None)
+    assert config.get("spec_module_path") == ("transport.in_engine.host_offload.specs" if platform == "cpu" else None)
 
 
 def test_size_is_the_total_in_bytes() -> None:

@@ -15,8 +15,8 @@ from disagg.cli import serve
 from disagg.cli.main import main
 from disagg.cli.processes import Process, belonging_to, parse_stat, process_table, remove_shared
 from disagg.cli.supervise import child_env, is_fatal, reason
-from disagg.gateway.api_keys import parse
-from pools.shared_files import mapped_by
+from disagg.gateway.front.api_keys import parse
+from pools.process.shared_files import mapped_by
 
 LOG = """\
 (ServeController pid=9) INFO 2026-11-21 22:57:48 controller 9 -- Adding 1 replica to Deployment(name='prefill').

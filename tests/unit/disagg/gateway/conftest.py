@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from disagg.gateway import settling
+from disagg.gateway.handoff import settling
 
 
 def pytest_asyncio_loop_factories(

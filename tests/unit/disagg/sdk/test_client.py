@@ -17,7 +17,7 @@ from disagg.errors import (
     ClientError,
     ScaleTimeoutError,
 )
-from disagg.sdk import wire
+from disagg.sdk import messages as wire
 from disagg.sdk.client import AsyncClient, Client
 from disagg.sdk.types import Pool
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagg.gateway.engine_metrics import ENGINE_METRICS
+from disagg.observability.engine_metrics import ENGINE_METRICS
 from pools.engine.events import EventLog
 from pools.engine.vllm_tally import Tally
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an HTTP request to a parsed body: limits, content type, JSON, and what a client must not send."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from disagg.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestTimeoutError,
+    UnsupportedMediaTypeError,
+)
+from disagg.gateway.handoff.legs import FORBIDDEN_FIELDS, STORE_FIELD, Store
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACE_HEADERS = ("traceparent", "tracestate")
+_decode_json = msgspec.json.Decoder().decode
+_encode_json = msgspec.json.Encoder().encode
+
+
+async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises BodyTooLargeError, RequestTimeoutError, or ClientDisconnect when the client left."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError as exc:
+        raise RequestTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from exc
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the request body is larger than {max_bytes} bytes, the limit of this server")
+
+
+def parse_json(request: Request, raw: bytes) -> dict[str, Any]:
+    """The body as a JSON object. Raises UnsupportedMediaTypeError or InvalidRequestError."""
+    given = request.headers.get("content-type", "").strip()
+    media_type = given.partition(";")[0].strip().lower()
+    if given and media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaTypeError(f"content type {given[:100]!r} is not supported; send application/json")
+    try:
+        body = _decode_json(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequestError(f"the request body is not valid JSON: {exc}") from exc
+    if not isinstance(body, dict):
+        raise InvalidRequestError("the request body must be a JSON object")
+    return body
+
+
+def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
+    """Refuse what never reaches an engine. Raises InvalidRequestError or ModelNotFoundError."""
+    for name in FORBIDDEN_FIELDS:
+        if name in body:
+            raise InvalidRequestError(f"Unrecognized request argument supplied: {name}", param=name)
+        # vLLM merges these into the same arguments that the fields above end in.
+        if isinstance(extra := body.get("vllm_xargs"), dict) and name in extra:
+            raise InvalidRequestError(f"vllm_xargs must not hold {name}", param=f"vllm_xargs.{name}")
+    model = body.get("model")
+    if model is None:
+        raise InvalidRequestError(f"you must provide a model parameter; this server has {model_id!r}", param="model")
+    if not isinstance(model, str):
+        raise InvalidRequestError(f"model must be a string, not {type(model).__name__}", param="model")
+    if model != model_id:
+        raise ModelNotFoundError(f"The model {model!r} does not exist; this server has {model_id!r}.", param="model")
+
+
+def take_store(body: dict[str, Any], raw: bytes) -> tuple[Store | None, bytes]:
+    """What the client says about KV that nobody consumes, taken out of `body`, and the body's bytes without it.
+
+    Only a request that says something is encoded again. Raises InvalidRequestError.
+    """
+    if STORE_FIELD not in body:
+        return None, raw
+    store = body.pop(STORE_FIELD)
+    if store not in get_args(Store):
+        raise InvalidRequestError(f"{STORE_FIELD} must be one of {', '.join(get_args(Store))}", param=STORE_FIELD)
+    return store, _encode_json(body)
+
+
+def request_id_of(request: Request) -> str:
+    """The client's `X-Request-Id` when it is a plain token of at most 128 characters, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def forwarded_headers(request: Request) -> dict[str, str]:
+    """The client's headers that an engine may see: trace context, nothing else."""
+    return {
+        name: value
+        for name in _TRACE_HEADERS
+        if (value := request.headers.get(name)) is not None and len(value) <= 512 and value.isascii()
+    }
+
+
+__all__ = [
+    "ClientDisconnect",
+    "check_fields",
+    "forwarded_headers",
+    "parse_json",
+    "read_body",
+    "request_id_of",
+    "take_store",
+]

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two legs of one request: prefill on one replica, the answer from another, and what happens when one is lost.
+
+Deciding is in `legs` and `membership`, the order of the legs in the transfer, giving back in `settling`; this is the
+shell that tries and falls back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from disagg.config import GatewayConfig
+from disagg.gateway.background import Background
+from disagg.gateway.handoff.deadline import LocalRate
+from disagg.gateway.handoff.legs import decode_body, is_server_fault, route_for
+from disagg.gateway.handoff.local_prefill import LocalPrefill
+from disagg.gateway.handoff.losses import Losses
+from disagg.gateway.handoff.pair_faults import PairFaults
+from disagg.gateway.handoff.prefilling import Prefilling, Prompt
+from disagg.gateway.handoff.sending import Answer, Call, Sender
+from disagg.gateway.handoff.settling import Ledger, NoLedger, Settling, UnderWay
+from disagg.gateway.handoff.transfer import Transfer
+from disagg.gateway.handoff.transfer_pull import Pull
+from disagg.gateway.replicas.membership import Member, Membership, Pair
+from disagg.observability.metrics import Metrics
+from pools.client.http1 import Upstreams
+from pools.errors import NoReplicaError, ReplicaLostError
+
+__all__ = ["Answer", "Call", "Handoff", "is_server_fault"]
+
+
+_STRANGERS = "every decode replica that is ready has another model or other engine arguments"
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A decode replica that broke off before it had shown anything."""
+
+    member: Member
+    sent: bool
+    """Whether it may have had the request."""
+
+
+class Handoff:
+    """Runs requests over the two pools. One per gateway replica."""
+
+    def __init__(
+        self,
+        *,
+        model_id: str,
+        config: GatewayConfig,
+        membership: Membership,
+        upstreams: Upstreams,
+        metrics: Metrics,
+        background: Background,
+        transfer: Transfer | None = None,
+        ledger: Ledger | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        self._model_id = model_id
+        self._config = config
+        self._membership = membership
+        self._metrics = metrics
+        self._sender = Sender(membership, upstreams, metrics)
+        self._settling = Settling(upstreams, background, ledger or NoLedger())
+        self._faults = PairFaults(membership, upstreams, metrics, background)
+        self._local_rate = LocalRate()
+        self._local = LocalPrefill(
+            config=config,
+            membership=membership,
+            metrics=metrics,
+            sender=self._sender,
+            rate=self._local_rate,
+            max_model_len=max_model_len,
+        )
+        self._prefilling = Prefilling(
+            model_id=model_id,
+            config=config,
+            membership=membership,
+            metrics=metrics,
+            background=background,
+            transfer=transfer or Pull(),
+            sender=self._sender,
+            settling=self._settling,
+            faults=self._faults,
+            local_rate=self._local_rate,
+        )
+
+    async def answer(self, call: Call, losses: Losses) -> Answer:
+        """Run the request up to the first bytes of its answer.
+
+        Cancelling it stops both legs and gives unused KV back. Raises NoReplicaError when nobody can serve.
+
+        Args:
+            losses: takes the decode replicas that are lost on the way.
+        """
+        route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
+        if route.mode == "handoff":
+            return await self._handed_off(call, losses)
+        if route.mode == "primed":
+            return await self._primed(call, losses)
+        return await self._local.answer(call, route.reason, losses)
+
+    async def resume(self, call: Call, losses: Losses) -> Answer:
+        """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
+
+        Raises what `answer` raises, but is not refused for lack of room: its stream has begun. Replicas of another
+        `kv_fit`, as there are during a rolling update, do not go on with it.
+
+        Args:
+            call: one prompt, which ends with the tokens that were sent.
+            losses: of its stream and of all earlier tries to go on; those of this one are added.
+        """
+        strangers = self._membership.decodes_unlike(losses.kv_fit)
+        without = strangers | losses.replica_ids
+        if not self._membership.has_decode(without=without):
+            without = strangers
+        if strangers and not self._membership.has_decode(without=without):
+            raise NoReplicaError(_STRANGERS)
+        route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
+        if route.mode == "handoff" and self._membership.has_pair(without=without):
+            answer = await self._handed_off(call, losses, without, refuse=False)
+        else:
+            reason = route.reason or "no_warm_pair"
+            answer = await self._local.answer(call, reason, losses, without, refuse=False)
+        if answer.decode_fit != losses.kv_fit:
+            # It joined after the look above.
+            answer.close()
+            raise NoReplicaError(_STRANGERS)
+        return answer
+
+    def settle(self, handoff_id: str) -> None:
+        """Take a decode engine's word that it read nothing of a hand-off, and will not. Returns at once."""
+        self._faults.unread(handoff_id)
+        self._settling.settle(handoff_id)
+
+    # Modes
+
+    async def _handed_off(
+        self, call: Call, losses: Losses, without: Collection[str] = (), *, refuse: bool = True
+    ) -> Answer:
+        """Through a warm pair, else locally. `without`, `losses` and `refuse` are those of `LocalPrefill.answer`."""
+        assert call.prompts is not None
+        prompt = call.prompts[0]
+
+        async def take(under_way: UnderWay, params: dict[str, Any]) -> Answer | _Lost:
+            """The answer, or the decode replica that was lost."""
+            pair = under_way.pair
+            body = decode_body(call.endpoint, call.body, prompt, params)
+            try:
+                answer = await self._sender.decode(
+                    pair.decode,
+                    call,
+                    body,
+                    mode="handoff",
+                    prefill_id=pair.prefill.info.replica_id,
+                    handoff_id=under_way.handoff_id,
+                    on_sent=under_way.mark_taken,
+                )
+            except ReplicaLostError as exc:
+                self._sender.lost(pair.decode, exc)
+                self._settling.decode_lost(under_way, exc)
+                self._faults.lost(under_way, exc)
+                return _Lost(pair.decode, exc.sent)
+            self._settling.decode_answered(under_way, answer.status)
+            self._faults.answered(under_way, answer.status)
+            answer.under_way = under_way
+            return answer
+
+        answer = await self._prefilling.tried(Prompt(call, prompt, take, _close, without=set(without)))
+        if isinstance(answer, str):
+            return await self._local.answer(call, answer, losses, without, refuse=refuse)
+        if isinstance(answer, _Lost):
+            self._metrics.retries.labels("decode").inc()
+            lost_id = answer.member.info.replica_id
+            losses.lost(lost_id, had_it=answer.sent)
+            return await self._local.answer(call, "decode_lost", losses, {*without, lost_id}, refuse=refuse)
+        if answer.status < 500:
+            return answer
+        found = await self._after_error(call, answer, losses, without, refuse=refuse)
+        if found.status < 500 and answer.under_way is not None:
+            self._faults.failed(answer.under_way)
+        return found
+
+    async def _after_error(
+        self, call: Call, answer: Answer, losses: Losses, without: Collection[str] = (), *, refuse: bool = True
+    ) -> Answer:
+        """Locally after a decode replica has answered 5xx, at another one while there is one."""
+        answer.close()
+        losses.lost(answer.decode_id)
+        others = {*without, answer.decode_id}
+        if not self._membership.has_decode(without=others):
+            others = set(without)
+        return await self._local.answer(call, "decode_error", losses, others, refuse=refuse)
+
+    async def _primed(self, call: Call, losses: Losses) -> Answer:
+        """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
+        failed: list[UnderWay] = []
+        answer = await self._after_priming(call, losses, failed)
+        if answer.status < 500:
+            for under_way in failed:
+                self._faults.failed(under_way)
+        return answer
+
+    async def _after_priming(self, call: Call, losses: Losses, failed: list[UnderWay]) -> Answer:
+        """As `_primed`. Adds the hand-offs that decode answered 5xx to `failed`."""
+        assert call.prompts is not None
+        pair = self._membership.pick_pair()
+        if pair is None:
+            return await self._local.answer(call, "no_warm_pair", losses)
+        async with asyncio.TaskGroup() as group:
+            # The first prompt goes to the chosen pair, the others where there is room for them.
+            primed = [
+                group.create_task(self._prime(call, ids, pair.decode, None if i else pair, failed))
+                for i, ids in enumerate(call.prompts)
+            ]
+        outcomes = [task.result() for task in primed]
+        prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
+        if not prefills:
+            return await self._local.answer(call, str(outcomes[0]), losses)
+        call.progress.at_decode()
+        try:
+            answer = await self._sender.decode(
+                pair.decode, call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id
+            )
+        except ReplicaLostError as exc:
+            self._sender.lost(pair.decode, exc)
+            self._metrics.retries.labels("decode").inc()
+            losses.lost(pair.decode.info.replica_id, had_it=exc.sent)
+            return await self._local.answer(call, "decode_lost", losses, losses.replica_ids)
+        return answer if answer.status < 500 else await self._after_error(call, answer, losses)
+
+    async def _prime(
+        self, call: Call, prompt: Sequence[int], decode: Member, pair: Pair | None, failed: list[UnderWay]
+    ) -> Member | str:
+        """Make `decode` pull one prompt's KV. A failure there costs a recomputation and nothing else.
+
+        Returns the prefill replica that computed it, or why none did.
+        """
+
+        async def take(under_way: UnderWay, params: dict[str, Any]) -> Member:
+            try:
+                status, _ = await self._sender.probe(
+                    decode,
+                    prompt,
+                    params,
+                    timeout_s=self._config.prefill_timeout_s,
+                    on_sent=under_way.mark_taken,
+                    cache_salt=call.body.get("cache_salt"),
+                )
+            except ReplicaLostError as exc:
+                self._sender.lost(decode, exc)
+                self._settling.decode_lost(under_way, exc)
+                self._faults.lost(under_way, exc)
+            else:
+                self._settling.decode_answered(under_way, status)
+                self._faults.answered(under_way, status)
+                if status >= 500:
+                    failed.append(under_way)
+            return under_way.pair.prefill
+
+        return await self._prefilling.tried(Prompt(call, prompt, take, decode=decode), first=pair)
+
+
+def _close(answer: Answer | _Lost) -> None:
+    if isinstance(answer, Answer):
+        answer.close()

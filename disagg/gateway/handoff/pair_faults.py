@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which failures of a hand-off are its pair's fault, and what an open breaker means for the pair.
+
+The counting is in `disagg.gateway.handoff.breaker`. A failure that one replica alone explains is not counted here: a
+prefill leg that failed, a replica that cannot be reached, a hand-off that somebody gave up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from disagg.gateway.background import Background
+from disagg.gateway.handoff.breaker import THRESHOLD, Opened, PairBreaker
+from disagg.gateway.handoff.settling import UnderWay
+from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
+from disagg.observability.metrics import Metrics
+from pools.client.http1 import Upstreams
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+_STATS_TIMEOUT_S = 2.0
+
+
+class PairFaults:
+    """Tells the breaker what became of hand-offs, and takes pairs out of routing. Belongs to the gateway's loop."""
+
+    def __init__(self, membership: Membership, upstreams: Upstreams, metrics: Metrics, background: Background) -> None:
+        self._membership = membership
+        self._upstreams = upstreams
+        self._metrics = metrics
+        self._background = background
+        self._breaker = PairBreaker()
+
+    def begin(self, under_way: UnderWay) -> None:
+        """The prefill leg is over. What its decode engine said before that says nothing of the pair."""
+        if not under_way.given_up:
+            self._breaker.begin(under_way.handoff_id, under_way.pair)
+
+    def over(self, under_way: UnderWay) -> None:
+        """It was given up: its engines may say `unread`."""
+        self._breaker.over(under_way.handoff_id)
+
+    def answered(self, under_way: UnderWay, status: int) -> None:
+        """The decode leg has a status. A refusal is the client's fault, and so may a 5xx be; see `failed`."""
+        if status >= 400:
+            self._breaker.over(under_way.handoff_id)
+        else:
+            self._breaker.succeeded(under_way.handoff_id)
+
+    def failed(self, under_way: UnderWay) -> None:
+        """The decode leg was answered 5xx, and the same request well without the hand-off."""
+        self._breaker.begin(under_way.handoff_id, under_way.pair)
+        self._failed(under_way.handoff_id)
+
+    def lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
+        """The decode leg broke off: the pair's fault if the decode replica still answers. Returns at once."""
+        self._breaker.over(under_way.handoff_id)
+        if error.sent:
+            self._background.spawn(self._blame(under_way.handoff_id, under_way.pair))
+
+    def unread(self, handoff_id: str) -> None:
+        """A decode engine has not read this hand-off, and will not: its prefill replica's fault if that is gone."""
+        pair = self._breaker.pair_of(handoff_id)
+        if pair is not None and not (pair.prefill.usable and self._membership.is_listed(pair.prefill)):
+            self._breaker.over(handoff_id)
+            return
+        self._failed(handoff_id)
+
+    async def _blame(self, handoff_id: str, pair: Pair) -> None:
+        try:
+            status, _ = await self._upstreams.get(pair.decode.info.url).request(
+                "GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S
+            )
+        except ReplicaLostError:
+            # The replica is lost, not the pair; whoever sent the leg has dealt with that.
+            return
+        if status == 200 and pair.decode.usable:
+            self._breaker.begin(handoff_id, pair)
+            self._failed(handoff_id)
+
+    def _failed(self, handoff_id: str) -> None:
+        pair = self._breaker.pair_of(handoff_id)
+        if pair is not None and self._membership.is_resting(pair):
+            # It was under way when the pair was taken out.
+            self._breaker.over(handoff_id)
+            return
+        opened = self._breaker.failed(handoff_id)
+        if opened is not None:
+            self._open(opened)
+
+    def _open(self, opened: Opened) -> None:
+        pair = opened.pair
+        self._metrics.breaker_opened.inc()
+        if opened.first:
+            logger.warning(
+                "%d hand-offs in a row from %s to %s failed while both work; the pair is not used until KV has moved "
+                "again. Later times are only counted in disagg_pair_breaker_opened_total",
+                THRESHOLD,
+                pair.prefill.info.replica_id,
+                pair.decode.info.replica_id,
+            )
+        self._membership.mark_cold(pair, rest_s=opened.rest_s)
+        self._background.forever(rest(self._membership, pair))
+        members = self._membership.members
+        self._breaker.retain({Pair(p, d).key for p in members(PREFILL) for d in members(DECODE)})
+
+
+async def rest(membership: Membership, pair: Pair) -> None:
+    """Let a pair that was marked cold be warmed again when its rest is over."""
+    while (left := membership.rested(pair)) > 0:
+        await asyncio.sleep(left)

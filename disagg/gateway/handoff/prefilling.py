@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prefill side of a request: which pairs are tried for one prompt, how long, and what ends it.
+
+How long is decided in `prefill_deadline`, the race of two attempts in `hedging`, the order of the legs in the transfer,
+giving back in `settling`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from disagg.config import GatewayConfig
+from disagg.gateway.background import Background
+from disagg.gateway.handoff.deadline import LocalRate, attempt_until, prefill_allowance_s
+from disagg.gateway.handoff.hedging import Race, Runner
+from disagg.gateway.handoff.legs import PrefillReply, offer_params, prefill_body
+from disagg.gateway.handoff.pair_faults import PairFaults
+from disagg.gateway.handoff.sending import Call, Sender, spawn_kept
+from disagg.gateway.handoff.settling import CLEANUP_TIMEOUT_S, Settling, UnderWay
+from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
+from disagg.gateway.replicas.membership import Member, Membership, Pair
+from disagg.observability.metrics import Metrics
+from pools.errors import ReplicaLostError
+
+T = TypeVar("T")
+Take: TypeAlias = Callable[[UnderWay, dict[str, Any]], Awaitable[T]]
+
+
+@dataclass
+class Prompt(Generic[T]):
+    """One prompt to be handed off, and what has been tried for it."""
+
+    call: Call
+    token_ids: Sequence[int]
+    take: Take[T]
+    """Sends the decode leg; a failure of its own is its to handle."""
+    drop: Callable[[T], None] = lambda _: None
+    """Ends what `take` returned when nobody takes it any more."""
+    decode: Member | None = None
+    """The decode replica, when that is settled."""
+    without: set[str] = field(default_factory=set)
+    """Replica ids not to use. Prefill replicas that failed are added."""
+    deadline: float = 0.0
+    """Loop time by which the prefill side is over."""
+
+
+class Prefilling:
+    """Gets prompts computed by prefill replicas. One per gateway replica."""
+
+    def __init__(
+        self,
+        *,
+        model_id: str,
+        config: GatewayConfig,
+        membership: Membership,
+        metrics: Metrics,
+        background: Background,
+        transfer: Transfer,
+        sender: Sender,
+        settling: Settling,
+        faults: PairFaults,
+        local_rate: LocalRate,
+    ) -> None:
+        self._model_id = model_id
+        self._config = config
+        self._membership = membership
+        self._metrics = metrics
+        self._background = background
+        self._transfer = transfer
+        self._sender = sender
+        self._settling = settling
+        self._faults = faults
+        self._local_rate = local_rate
+        self._leg_ids = itertools.count(1)
+        self._incarnation = uuid.uuid4().hex[:12]
+
+    async def tried(self, prompt: Prompt[T], *, first: Pair | None = None) -> T | str:
+        """What `take` makes of the prompt's hand-off, or the reason why no prefill replica offered one.
+
+        `first` is the pair to try first.
+        """
+        now = asyncio.get_running_loop().time
+        prompt.deadline = now() + prefill_allowance_s(
+            len(prompt.token_ids),
+            prefill_timeout_s=self._config.prefill_timeout_s,
+            first_token_target_s=self._config.first_token_target_s,
+            local_tokens_per_s=self._local_rate.tokens_per_s,
+        )
+        reason = "no_warm_pair"
+        while True:
+            pair = first or self._pick(prompt)
+            first = None
+            if pair is None:
+                return reason
+            until = self._until(prompt, pair)
+            try:
+                if self._config.hedge_after_s is None:
+                    return await self._attempted(prompt, pair, until)
+                return await self._hedged(prompt, pair, until, self._config.hedge_after_s)
+            except PrefillFailed as exc:
+                reason = exc.reason
+                if not exc.retry or (until >= prompt.deadline and reason == "prefill_timeout"):
+                    return reason
+                if now() >= prompt.deadline:
+                    return "prefill_timeout"
+            self._metrics.retries.labels("prefill").inc()
+
+    def _pick(self, prompt: Prompt[T]) -> Pair | None:
+        return self._membership.pick_pair(without=prompt.without, decode=prompt.decode)
+
+    def _until(self, prompt: Prompt[T], pair: Pair) -> float:
+        """When an attempt with this pair ends."""
+        others: Collection[str] = prompt.without | {pair.prefill.info.replica_id}
+        another = self._membership.has_pair(without=others, decode=prompt.decode)
+        return attempt_until(asyncio.get_running_loop().time(), prompt.deadline, another=another)
+
+    async def _hedged(self, prompt: Prompt[T], pair: Pair, until: float, after_s: float) -> T:
+        """As `_attempted`, with a second pair when the first is slow."""
+        race: Race[T] = Race(prompt.drop)
+
+        def attempt(pair: Pair, until: float) -> Callable[[Runner], Coroutine[Any, Any, T]]:
+            return lambda runner: self._attempted(prompt, pair, until, race, runner)
+
+        def second() -> Callable[[Runner], Coroutine[Any, Any, T]] | None:
+            others = prompt.without | {pair.prefill.info.replica_id}
+            other = self._membership.pick_pair(without=others, decode=prompt.decode)
+            # Each is tried for what is left of the whole: there is nothing to keep back for a retry.
+            return None if other is None else attempt(other, prompt.deadline)
+
+        result, outcome = await race.run(attempt(pair, until), second, after_s=after_s)
+        if outcome is not None:
+            self._metrics.hedges.labels(outcome).inc()
+        return result
+
+    async def _attempted(
+        self,
+        prompt: Prompt[T],
+        pair: Pair,
+        until: float,
+        race: Race[T] | None = None,
+        runner: Runner | None = None,
+    ) -> T:
+        """One hand-off. Raises PrefillFailed; its prefill replica is in `prompt.without` then."""
+        under_way = self._begin(prompt.call, pair, len(prompt.token_ids))
+
+        def claim() -> None:
+            if race is not None and runner is not None:
+                race.claim(runner)
+
+        try:
+            result = await self._transfer.run(self._attempt(prompt, under_way, claim), deadline=until)
+        except asyncio.CancelledError:
+            self._faults.over(under_way)
+            if runner is not None and runner.beaten:
+                self._settling.prefill_failed(under_way, TimeoutError())
+            else:
+                if under_way.leg_done:
+                    prompt.call.progress.at_decode()
+                self._settling.client_left(under_way)
+            raise
+        except PrefillFailed as exc:
+            self._faults.over(under_way)
+            self._settling.prefill_failed(under_way, exc.__cause__)
+            if isinstance(exc.__cause__, ReplicaLostError):
+                self._sender.lost(pair.prefill, exc.__cause__)
+            prompt.without.add(pair.prefill.info.replica_id)
+            raise
+        else:
+            if not under_way.leg_done:
+                self._background.spawn(self._stop_outlived(under_way))
+            return result
+        finally:
+            under_way.reserved.close()
+
+    async def _stop_outlived(self, under_way: UnderWay) -> None:
+        if await self._settling.outlived(under_way):
+            self._faults.over(under_way)
+            self._metrics.local_prefill("decode_did_not_wait")
+
+    def _begin(self, call: Call, pair: Pair, num_tokens: int) -> UnderWay:
+        handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"
+        under_way = self._settling.begin(handoff_id, pair, call.request_id, num_tokens, call.tenant)
+        under_way.reserved.enter_context(self._sender.carried(pair.decode))
+        return under_way
+
+    def _attempt(self, prompt: Prompt[T], under_way: UnderWay, claim: Callable[[], None]) -> Attempt[T]:
+        handoff_id, prefill = under_way.handoff_id, under_way.pair.prefill
+        params = self._transfer.prefill_params(offer_params(handoff_id, prompt.call.store), handoff_id)
+        salt = prompt.call.body.get("cache_salt")
+        body = prefill_body(self._model_id, prompt.token_ids, params, cache_salt=salt)
+
+        def send() -> asyncio.Task[PrefillReply]:
+            timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
+            leg = self._background.spawn(self._sender.prefill(prefill, handoff_id, body, timeout_s=timeout_s))
+            spawn_kept(leg)
+            leg.add_done_callback(lambda _: self._faults.begin(under_way))
+            under_way.leg = leg
+            return leg
+
+        def taken(params: dict[str, Any]) -> Awaitable[T]:
+            claim()
+            under_way.reserved.close()
+            return prompt.take(under_way, params)
+
+        return Attempt(handoff_id, prefill, send, taken, prompt.drop)

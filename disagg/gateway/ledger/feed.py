@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads every replica's events into the ledger, and its statistics into the metrics.
+
+One task a replica, with a connection of its own: a long poll of `/disagg/v1/events`, and `/disagg/v1/stats` every few
+seconds. Nothing ends such a task but the replica's end. A replica that Serve has taken out of its list is read on until
+nothing listens at its address, because it still gives out KV while it drains. One that is merely late is read on, too,
+for minutes. What was read of a replica is never read again, should it come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from disagg.gateway.background import Background
+from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.membership import POOLS, Membership
+from disagg.observability.metrics import Metrics
+from disagg.routing.views import ReplicaInfo
+from pools.client.http1 import Upstream
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+OnUnread = Callable[[str], None]
+"""Called with the id of a hand-off of this gateway that its decode engine will not read. Must not block."""
+
+_WAIT_S = 20.0
+_STATS_S = 5.0
+_STATS_TIMEOUT_S = 5.0
+_POLL_TIMEOUT_S = 10.0
+"""Beyond the time that the engine was asked to wait."""
+_PACE_S = 0.05
+"""Least time between two polls that brought something: events of a busy engine come in batches."""
+_FIRST_RETRY_S = 0.1
+_MAX_RETRY_S = 5.0
+_SILENT_S = 600.0
+"""How long a replica that is out of the list may say nothing, e.g. because its node is gone."""
+_MAX_REMEMBERED = 1024
+"""Incarnations that are not followed any more and may come back."""
+
+
+class _Batch(msgspec.Struct):
+    """Answer of `/disagg/v1/events`."""
+
+    incarnation: str
+    next: int
+    lost: int
+    events: list[dict[str, Any]]
+    draining: bool = False
+
+
+@dataclass
+class _Followed:
+    info: ReplicaInfo
+    task: asyncio.Task[None] | None = None
+    leaving: bool = False
+    """Serve has taken it out of its list."""
+    draining: bool = False
+    """It said so itself. Serve's list alone is no proof: it is empty for a moment after a restart of the controller."""
+    after: int = 0
+    """Number of the last event read."""
+    stats_at: float = 0.0
+    """When its statistics are due, on the loop's clock."""
+    heard_at: float = 0.0
+    """When its events were last read, or its task began, on the loop's clock."""
+
+
+class LedgerFeed:
+    """Follows the members of both pools. Belongs to the gateway's loop."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        membership: Membership,
+        metrics: Metrics,
+        background: Background,
+        on_unread: OnUnread,
+        *,
+        connect_timeout_s: float,
+        foreign: Ledger | None = None,
+        reader: str = "",
+        carrying: Callable[[], bool] = lambda: False,
+        wait_s: float = _WAIT_S,
+        stats_s: float = _STATS_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Start with nobody to follow.
+
+        Args:
+            foreign: books of other gateways' hand-offs; unset keeps none.
+            reader: this gateway's name, by which a replica that leaves waits for it; none without one.
+            carrying: whether the gateway has requests that may need a replica that leaves.
+            wait_s: longest that one poll waits for events.
+            stats_s: seconds between two looks at statistics.
+            clock: unix seconds. Tiers that degraded before this call are not counted.
+        """
+        self._ledger = ledger
+        self._foreign = foreign or Ledger(num_records=1, owns=lambda _: False)
+        self._membership = membership
+        self._metrics = metrics
+        self._background = background
+        self._on_unread = on_unread
+        self._connect_timeout_s = connect_timeout_s
+        self._reader = reader
+        self._carrying = carrying
+        self._wait_s = wait_s
+        self._stats_s = stats_s
+        self._started_at = clock()
+        self._followed: dict[str, _Followed] = {}
+        # Incarnation to the number of the last event read, of those that are not followed any more.
+        self._read: OrderedDict[str, int] = OrderedDict()
+
+    def members_changed(self) -> None:
+        """Begin with every replica that is not followed. Returns at once."""
+        members = {m.info.incarnation: m.info for pool in POOLS for m in self._membership.members(pool)}
+        for incarnation, info in members.items():
+            if incarnation not in self._followed:
+                followed = self._followed[incarnation] = _Followed(info, after=self._read.pop(incarnation, 0))
+                followed.task = self._background.forever(self._follow(followed))
+        for incarnation, followed in self._followed.items():
+            followed.leaving = incarnation not in members
+        self._metrics.engines.retain({info.replica_id for info in members.values()})
+
+    async def sweep(self) -> None:
+        """Forever: let the ledger write off what lost events have left open."""
+        while True:
+            await asyncio.sleep(self._stats_s)
+            self._ledger.sweep()
+            self._foreign.sweep()
+
+    async def _follow(self, followed: _Followed) -> None:
+        upstream = Upstream(followed.info.url, connect_timeout_s=self._connect_timeout_s, key=followed.info.secret)
+        loop = asyncio.get_running_loop()
+        delay = _FIRST_RETRY_S
+        followed.heard_at = loop.time()
+        try:
+            while True:
+                try:
+                    found = await self._poll(upstream, followed)
+                    delay = _FIRST_RETRY_S
+                    followed.heard_at = loop.time()
+                    if found:
+                        await asyncio.sleep(_PACE_S)
+                    continue
+                except (ReplicaLostError, msgspec.DecodeError, _UnusableAnswerError) as exc:
+                    problem: Exception = exc
+                    logger.debug("no events from %s: %s", followed.info.replica_id, exc)
+                except Exception as exc:
+                    problem = exc
+                    logger.exception("events of %s could not be taken over", followed.info.replica_id)
+                if followed.leaving and (_is_gone(problem) or loop.time() - followed.heard_at > _SILENT_S):
+                    return
+                self._metrics.ledger_feed_errors.inc()
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _MAX_RETRY_S)
+        finally:
+            upstream.close()
+            self._followed.pop(followed.info.incarnation, None)
+            self._read[followed.info.incarnation] = followed.after
+            if len(self._read) > _MAX_REMEMBERED:
+                self._read.popitem(last=False)
+            self._ledger.replica_gone(followed.info.incarnation)
+            self._foreign.replica_gone(followed.info.incarnation)
+            self._membership.forget(followed.info.incarnation)
+
+    async def _poll(self, upstream: Upstream, followed: _Followed) -> bool:
+        """One round: statistics when they are due, then events; whether there were any."""
+        now = asyncio.get_running_loop().time()
+        if now >= followed.stats_at:
+            followed.stats_at = now + self._stats_s
+            await self._read_stats(upstream, followed)
+        # No longer than until the statistics are due.
+        wait_s = min(self._wait_s, self._stats_s)
+        status, payload = await upstream.request(
+            "GET",
+            f"/disagg/v1/events?after={followed.after}&wait_s={wait_s:g}{self._standing(followed)}",
+            timeout_s=wait_s + _POLL_TIMEOUT_S,
+        )
+        if status != 200:
+            raise _UnusableAnswerError(f"/disagg/v1/events answered {status}: {payload[:200]!r}")
+        batch = _decode_batch(payload)
+        if batch.incarnation != followed.info.incarnation:
+            raise _ReplacedError("another engine answers at its address")
+        if batch.lost:
+            # What was overwritten before the first read is from before this gateway knew the replica.
+            if followed.after:
+                self._metrics.ledger_events_lost.inc(batch.lost)
+                logger.warning("%d events of %s are lost", batch.lost, followed.info.replica_id)
+            self._ledger.gap(followed.info.incarnation)
+            self._foreign.gap(followed.info.incarnation)
+        followed.after = batch.next
+        followed.draining = batch.draining
+        for event in batch.events:
+            self._take(followed.info, event)
+        return bool(batch.events)
+
+    def _standing(self, followed: _Followed) -> str:
+        """Who reads, and whether this gateway is done with a replica that leaves, as query parameters."""
+        if not self._reader:
+            return ""
+        leaves = followed.leaving and followed.draining
+        done = leaves and self._membership.let_go(followed.info.incarnation, carrying=self._carrying())
+        return f"&reader={self._reader}&done={int(done)}"
+
+    def _take(self, replica: ReplicaInfo, event: dict[str, Any]) -> None:
+        kind = event.get("kind")
+        if kind == "unread":
+            handoff_id = event.get("id")
+            if isinstance(handoff_id, str) and self._ledger.is_own(handoff_id):
+                self._ledger.note(handoff_id, "unread")
+                self._on_unread(handoff_id)
+        elif kind == "tier_degraded":
+            at = event.get("at")
+            if isinstance(at, int | float) and at >= self._started_at:
+                self._metrics.count_degraded(event.get("tier"))
+        else:
+            self._ledger.apply(replica, event)
+            self._foreign.apply(replica, event)
+
+    async def _read_stats(self, upstream: Upstream, followed: _Followed) -> None:
+        status, payload = await upstream.request("GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S)
+        if status == 200 and not followed.leaving:
+            self._metrics.engines.put(followed.info, _decode_stats(payload))
+
+
+class _UnusableAnswerError(Exception):
+    """The address is answered, but not with this replica's events."""
+
+
+class _ReplacedError(_UnusableAnswerError):
+    """Another incarnation has the address, so this one is gone."""
+
+
+def _is_gone(problem: Exception) -> bool:
+    """Whether the replica is at its end for certain: its port refuses, or is another one's. Late is not gone."""
+    if isinstance(problem, ReplicaLostError):
+        return problem.gone and not problem.sent
+    return isinstance(problem, _ReplacedError)
+
+
+_decode_batch = msgspec.json.Decoder(_Batch).decode
+_decode_stats = msgspec.json.Decoder(dict[str, Any]).decode

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Books of the hand-offs of other gateway replicas, as the engines tell of them.
+
+A gateway that is killed leaves hand-offs that its own ledger says no more about; every other gateway has them here.
+What only their gateway knew, the request and the reason, is missing. Bounded like the ledger itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from disagg.gateway.handoff.legs import WARM_PREFIX
+from disagg.gateway.ledger.ledger import Ledger
+
+_MAX_OPEN = 16_384
+
+
+def foreign_ledger(
+    own: Ledger, *, num_records: int, unknown_after_s: float, on_count: Callable[[str, int, int], None]
+) -> Ledger:
+    """A ledger of all hand-offs that are not in `own`, warm-ups of pairs excepted. Arguments are those of `Ledger`."""
+
+    def owns(handoff_id: str) -> bool:
+        return not own.is_own(handoff_id) and not handoff_id.startswith(WARM_PREFIX)
+
+    return Ledger(
+        num_records=num_records, unknown_after_s=unknown_after_s, max_open=_MAX_OPEN, on_count=on_count, owns=owns
+    )

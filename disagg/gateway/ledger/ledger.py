@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This gateway's hand-offs as records, and books that always balance. Pure: no I/O, no tasks, memory bounded.
+
+Engines say what happens to KV (`pools.engine.events`), the gateway adds what only it knows: the request and why nobody
+wanted the KV. At every moment `produced = consumed + released + rescued + expired + failed + open`, in hand-offs, in
+tokens and in bytes. `disagg.gateway.ledger.feed` brings the events, `disagg.gateway.ledger.query` shows the records.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from disagg.gateway.ledger.chunks import ChunkIndex
+from disagg.routing.views import ReplicaInfo
+
+ENDS = ("consumed", "released", "rescued", "expired", "failed")
+"""What becomes of a hand-off; exactly one of them. `rescued`: nobody read the KV and the shared cache keeps it."""
+TOTALS = ("produced", *ENDS, "stored", "reused")
+"""What is counted. `stored`: what the shared cache took of the rescued, and of the consumed whose clients asked for it;
+`reused`: what was loaded from there later. Both are full chunks only."""
+
+_ENGINE_ENDS = frozenset(("consumed", "released", "expired"))
+_MAX_OPEN = 65_536
+_MAX_GONE = 1024
+"""Replicas that ended, to remember; what such a one says later is old news."""
+_MAX_TEXT = 200
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One hand-off. Times are unix seconds, of the engine's clock where an engine said so."""
+
+    number: int
+    """Rises with every record of this gateway."""
+    handoff_id: str
+    prefill_incarnation: str
+    announced_at: float
+    request_id: str | None = None
+    """None, like `decode_id`, for a hand-off whose request this ledger does not remember."""
+    prefill_id: str | None = None
+    decode_id: str | None = None
+    decode_incarnation: str | None = None
+    tokens: int = 0
+    """Prompt tokens whose KV the prefill engine held."""
+    bytes: int = 0
+    """Size of that KV, over all layers and ranks."""
+    produced_at: float | None = None
+    outcome: str = "open"
+    """`open` or one of `ENDS`."""
+    ended_as: str | None = None
+    """How the hold ended, while the sink stores the KV and the outcome is open."""
+    ended_at: float | None = None
+    lease_left_s: float | None = None
+    """What was left of the lease when the hold ended; None where there was none to speak of."""
+    reason: str | None = None
+    """Why the KV was not consumed, in the gateway's words, separated by `; `."""
+    stored_tokens: int = 0
+    """Tokens in the full chunks that the shared cache took."""
+    stored_bytes: int = 0
+    reused_tokens: int = 0
+    """Tokens of its chunks that were loaded when one of them was loaded for the first time."""
+    reused_at: float | None = None
+    suspect_since: float | None = None
+    """When events were lost that may have ended this record."""
+    tenant: str | None = None
+    """Whose request it was; None where clients need no key, or when the ledger does not remember the request."""
+
+    def add_reason(self, reason: str) -> None:
+        """Append a reason, once."""
+        if self.reason is None:
+            self.reason = reason[:_MAX_TEXT]
+        elif reason not in self.reason and len(self.reason) < _MAX_TEXT:
+            self.reason = f"{self.reason}; {reason}"[:_MAX_TEXT]
+
+
+@dataclass(slots=True)
+class Total:
+    """Hand-offs, tokens and bytes of one word of `TOTALS`."""
+
+    count: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def add(self, tokens: int, num_bytes: int) -> None:
+        self.count += 1
+        self.tokens += tokens
+        self.bytes += num_bytes
+
+
+class Ledger:
+    """The records of one gateway replica. Not thread-safe: call it from the gateway's loop."""
+
+    def __init__(
+        self,
+        *,
+        num_records: int = 10_000,
+        unknown_after_s: float = 660.0,
+        max_open: int = _MAX_OPEN,
+        on_count: Callable[[str, int, int], None] = lambda word, tokens, num_bytes: None,
+        on_lease_left: Callable[[float], None] = lambda seconds: None,
+        owns: Callable[[str], bool] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Start with empty books.
+
+        Args:
+            num_records: consumed records to remember, and as many others.
+            unknown_after_s: longer than any hand-off can be open. An open record that old whose end may be among lost
+                events is written off.
+            max_open: open records, and announced ones, to hold at most.
+            on_count: told of every addition to the books, as (word, tokens, bytes).
+            on_lease_left: told what was left of the lease of each consumed hand-off.
+            owns: whose hand-offs these books are of, by id; unset means those announced with `open`.
+            clock: unix seconds.
+        """
+        self.totals = {word: Total() for word in TOTALS}
+        self.num_foreign = 0
+        """Hand-offs that engines produced for others, such as another gateway replica or a pair's warm-up."""
+        self.num_repeated = 0
+        """Events that spoke of a hand-off that had ended."""
+        self.num_malformed = 0
+        """Events that could not be read."""
+        self.num_overflows = 0
+        """Open records written off because there were too many."""
+        self._num_records = num_records
+        self._unknown_after_s = unknown_after_s
+        self._max_open = max_open
+        self._on_count = on_count
+        self._on_lease_left = on_lease_left
+        self._owns = owns
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._prefixes: set[str] = set()
+        # Announced by the gateway and not produced yet, so not in the books.
+        self._announced: OrderedDict[str, Record] = OrderedDict()
+        self._open: OrderedDict[str, Record] = OrderedDict()
+        # Apart, so that the many that were consumed do not push out the few that were not.
+        self._consumed: OrderedDict[str, Record] = OrderedDict()
+        self._orphaned: OrderedDict[str, Record] = OrderedDict()
+        self._chunks: ChunkIndex[Record] = ChunkIndex()
+        self._num_suspect = 0
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._handlers: dict[str, Callable[[ReplicaInfo, Mapping[str, Any], float], None]] = {
+            "produced": self._produced,
+            "ended": self._hold_ended,
+            "rescued": self._rescued,
+            "rescue_failed": self._rescue_failed,
+            "loaded": self._loaded,
+        }
+
+    # From the gateway
+
+    def open(
+        self,
+        handoff_id: str,
+        request_id: str,
+        prefill: ReplicaInfo,
+        decode: ReplicaInfo,
+        prompt_tokens: int,
+        tenant: str | None = None,
+    ) -> None:
+        """Announce a hand-off before its prefill leg is sent. It enters the books when the engine has produced it."""
+        self._prefixes.add(handoff_id.rpartition("-")[0])
+        if self.find(handoff_id) is not None:
+            return
+        record = Record(
+            next(self._numbers),
+            handoff_id,
+            prefill.incarnation,
+            self._clock(),
+            request_id,
+            prefill.replica_id,
+            decode.replica_id,
+            decode.incarnation,
+            prompt_tokens,
+            tenant=tenant,
+        )
+        self._announced[handoff_id] = record
+        if len(self._announced) > self._max_open:
+            self._forget_announced(next(iter(self._announced.values())))
+
+    def note(self, handoff_id: str, reason: str) -> None:
+        """Say why nobody wants a hand-off, e.g. `client_left`. Unknown ids are ignored."""
+        record = self.find(handoff_id)
+        if record is not None:
+            record.add_reason(reason)
+
+    # From the engines
+
+    def is_own(self, handoff_id: str) -> bool:
+        """Whether these books are of it: this gateway made the hand-off's id, or `owns` says so."""
+        if self._owns is not None:
+            return self._owns(handoff_id)
+        return handoff_id.rpartition("-")[0] in self._prefixes
+
+    def apply(self, replica: ReplicaInfo, event: Mapping[str, Any]) -> None:
+        """Take over one engine event. Events of other gateways, of unknown kinds and broken ones change no record."""
+        try:
+            handler = self._handlers.get(event["kind"])
+            if handler is not None:
+                handler(replica, event, float(event["at"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            self.num_malformed += 1
+
+    def gap(self, incarnation: str) -> None:
+        """Events of this replica are lost: what is open there may have ended unseen."""
+        now = self._clock()
+        for records in (self._announced, self._open):
+            for record in records.values():
+                if record.prefill_incarnation == incarnation and record.suspect_since is None:
+                    record.suspect_since = now
+                    self._num_suspect += 1
+
+    def replica_gone(self, incarnation: str) -> None:
+        """The replica ended, and its KV with it: what was open there has failed.
+
+        Should it live after all, what it says of these hand-offs counts no second time, remembered or not.
+        """
+        self._gone[incarnation] = None
+        if len(self._gone) > _MAX_GONE:
+            self._gone.popitem(last=False)
+        now = self._clock()
+        for record in [r for r in self._announced.values() if r.prefill_incarnation == incarnation]:
+            self._forget_announced(record)
+        for record in [r for r in self._open.values() if r.prefill_incarnation == incarnation]:
+            record.add_reason("prefill_lost")
+            self._close(record, "failed", now)
+
+    def sweep(self) -> None:
+        """Write off what lost events have left open for good. Call it every few seconds."""
+        limit = self._clock() - self._unknown_after_s
+        while self._announced:
+            oldest = next(iter(self._announced.values()))
+            if oldest.announced_at > limit:
+                break
+            self._forget_announced(oldest)
+        if not self._num_suspect:
+            return
+        for record in [r for r in self._open.values() if r.suspect_since is not None and r.suspect_since <= limit]:
+            record.add_reason("events_lost")
+            self._close(record, "failed", self._clock())
+
+    # Reading
+
+    @property
+    def num_open(self) -> int:
+        """Hand-offs produced and not ended."""
+        return len(self._open)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the books add up; they do unless this file has a bug."""
+        return self.totals["produced"].count == self.num_open + sum(self.totals[word].count for word in ENDS)
+
+    def find(self, handoff_id: str) -> Record | None:
+        """The record of this id, announced ones included; None when there is none or it has been dropped."""
+        return self._open.get(handoff_id) or self._announced.get(handoff_id) or self._ended(handoff_id)
+
+    def records(self) -> Iterator[Record]:
+        """Every record in the books that is remembered, in no order; `number` has one."""
+        return itertools.chain(self._open.values(), self._consumed.values(), self._orphaned.values())
+
+    # Events
+
+    def _produced(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
+        handoff_id = event["id"]
+        if not self.is_own(handoff_id):
+            self.num_foreign += 1
+            return
+        tokens, num_bytes = int(event["tokens"]), int(event["bytes"])
+        if handoff_id in self._open or self._is_over(handoff_id, replica):
+            self.num_repeated += 1
+            return
+        self._enter(handoff_id, replica, at, tokens, num_bytes)
+
+    def _hold_ended(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
+        outcome, adopted, left = event["outcome"], bool(event.get("adopted")), event.get("lease_left_s")
+        if outcome not in _ENGINE_ENDS:
+            raise ValueError(outcome)
+        lease_left_s = None if left is None else float(left)
+        record = self._live(event["id"], replica, at)
+        if record is None:
+            return
+        if record.ended_as is not None:
+            self.num_repeated += 1
+            return
+        record.lease_left_s = lease_left_s
+        self._trust(record)
+        if outcome == "consumed":
+            # A store that the client asked for does not undo that the KV was read.
+            if lease_left_s is not None:
+                self._on_lease_left(lease_left_s)
+            self._close(record, outcome, at)
+        elif adopted:
+            record.ended_as = outcome
+        else:
+            self._close(record, outcome, at)
+
+    def _rescued(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
+        tokens, num_bytes = int(event["tokens"]), int(event["bytes"])
+        chunks = [str(chunk) for chunk in event["chunks"]]
+        ended = self._consumed.get(event["id"])
+        if ended is not None and not ended.stored_tokens:
+            # Stored because its client asked for it.
+            self._store(ended, tokens, num_bytes, chunks)
+            return
+        record = self._live(event["id"], replica, at)
+        if record is not None:
+            self._close(record, "rescued", at)
+            self._store(record, tokens, num_bytes, chunks)
+
+    def _rescue_failed(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
+        reason = f"rescue failed: {event.get('reason') or 'unknown'}"
+        ended = self._consumed.get(event["id"])
+        if ended is not None:
+            ended.add_reason(reason)
+            return
+        record = self._live(event["id"], replica, at)
+        if record is not None:
+            record.add_reason(reason)
+            self._close(record, record.ended_as or "failed", at)
+
+    def _loaded(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
+        for record, num_chunks, of_chunks in self._chunks.take(event.get("chunks") or ()):
+            record.reused_tokens = record.stored_tokens // of_chunks * num_chunks
+            record.reused_at = at
+            self._count("reused", record.reused_tokens, record.stored_bytes // of_chunks * num_chunks)
+
+    # Books
+
+    def _live(self, handoff_id: str, replica: ReplicaInfo, at: float) -> Record | None:
+        """The open record of an own id. One whose `produced` was lost is entered here: whatever ends was produced."""
+        record = self._open.get(handoff_id)
+        if record is not None:
+            return record
+        if not self.is_own(handoff_id):
+            return None
+        if self._is_over(handoff_id, replica):
+            self.num_repeated += 1
+            return None
+        announced = self._announced.get(handoff_id)
+        return self._enter(handoff_id, replica, at, announced.tokens if announced else 0, 0)
+
+    def _is_over(self, handoff_id: str, replica: ReplicaInfo) -> bool:
+        """Whether an own hand-off that is not open has ended, or may have: its replica was written off meanwhile."""
+        if self._ended(handoff_id):
+            return True
+        return replica.incarnation in self._gone and handoff_id not in self._announced
+
+    def _enter(self, handoff_id: str, replica: ReplicaInfo, at: float, tokens: int, num_bytes: int) -> Record:
+        record = self._announced.pop(handoff_id, None)
+        if record is None:
+            record = Record(next(self._numbers), handoff_id, replica.incarnation, at)
+        self._trust(record)
+        record.prefill_incarnation = replica.incarnation
+        record.prefill_id = replica.replica_id
+        record.produced_at = at
+        record.tokens = tokens
+        record.bytes = num_bytes
+        self._open[handoff_id] = record
+        self._count("produced", tokens, num_bytes)
+        if len(self._open) > self._max_open:
+            oldest = next(iter(self._open.values()))
+            self.num_overflows += 1
+            oldest.add_reason("ledger_full")
+            self._close(oldest, "failed", at)
+        return record
+
+    def _close(self, record: Record, outcome: str, at: float) -> None:
+        del self._open[record.handoff_id]
+        self._trust(record)
+        record.outcome = outcome
+        record.ended_as = None
+        record.ended_at = at
+        self._count(outcome, record.tokens, record.bytes)
+        ended = self._consumed if outcome == "consumed" else self._orphaned
+        ended[record.handoff_id] = record
+        if len(ended) > self._num_records:
+            ended.popitem(last=False)
+
+    def _store(self, record: Record, tokens: int, num_bytes: int, chunks: list[str]) -> None:
+        record.stored_tokens = tokens
+        record.stored_bytes = num_bytes
+        self._count("stored", tokens, num_bytes)
+        self._chunks.add(record, chunks)
+
+    def _count(self, word: str, tokens: int, num_bytes: int) -> None:
+        self.totals[word].add(tokens, num_bytes)
+        self._on_count(word, tokens, num_bytes)
+
+    def _ended(self, handoff_id: str) -> Record | None:
+        return self._consumed.get(handoff_id) or self._orphaned.get(handoff_id)
+
+    def _trust(self, record: Record) -> None:
+        if record.suspect_since is not None:
+            record.suspect_since = None
+            self._num_suspect -= 1
+
+    def _forget_announced(self, record: Record) -> None:
+        self._trust(record)
+        del self._announced[record.handoff_id]

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which replicas exist, which pairs of them have moved KV, and what this gateway has running on each.
+
+Lives in the gateway's event loop; `disagg.routing.serve` hands it whole new lists as Serve learns of replicas. A
+replica is used once it is known, a pair only after `disagg.gateway.replicas.warm` has proved it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from disagg.routing.least_loaded import choose_decode, choose_pair
+from disagg.routing.pairs import misfit
+from disagg.routing.views import PairView, ReplicaInfo, ReplicaView
+
+PREFILL = "prefill"
+DECODE = "decode"
+POOLS = (PREFILL, DECODE)
+
+
+@dataclass
+class Member:
+    """A live replica and this gateway's own count on it."""
+
+    info: ReplicaInfo
+    num_in_flight: int = 0
+    last_chosen: int = 0
+    reachable: bool = True
+    """False after a failed connection, until it answers again."""
+    quarantined: str | None = None
+    """Why it is taken out although it may live, until it works again; see `disagg.gateway.replicas.watch`."""
+    draining: bool = False
+    """It says itself that it leaves."""
+    slow: bool = False
+    """It lives, but is chosen only where no other one can be."""
+    on_probation: bool = False
+    """Its pool loses one replica after the other; it has to stay well for a while before it is chosen."""
+    warm_peers: set[str] = field(default_factory=set)
+    """Replica ids of the other pool that KV has moved with."""
+    local_prefill_tokens: int = 0
+    """Prompt tokens that it computes for this gateway without a hand-off, see `disagg.gateway.handoff.local_budget`."""
+    remote_engine_id: str | None = None
+    """Name of its KV memory at Mooncake's bootstrap server, once `disagg.gateway.handoff.transfer_push` has asked."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests may go there, as far as it is concerned alone."""
+        return self.reachable and self.quarantined is None and not self.draining
+
+    def view(self) -> ReplicaView:
+        return ReplicaView(
+            self.info.replica_id, self.num_in_flight, self.last_chosen, self.local_prefill_tokens, self.slow
+        )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two replicas chosen for one hand-off."""
+
+    prefill: Member
+    decode: Member
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Their incarnations."""
+        return self.prefill.info.incarnation, self.decode.info.incarnation
+
+
+class Membership:
+    """The members of both pools. Not thread-safe: call it from the gateway's loop."""
+
+    def __init__(
+        self, on_change: Callable[[], None] = lambda: None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock`: in seconds."""
+        self._members: dict[str, dict[str, Member]] = {pool: {} for pool in POOLS}
+        # By incarnation: what Serve has taken out of its lists and this gateway has not let go of.
+        self._leaving: dict[str, Member] = {}
+        self._pair_chosen: dict[tuple[str, str], int] = {}
+        # By incarnations: pairs that are left alone, and until when; see `handoff.breaker` and `kv_paths`.
+        self._resting: dict[tuple[str, str], float] = {}
+        self._clock = clock
+        self._sequence = 0
+        self._on_change = on_change
+
+    def members(self, pool: str) -> list[Member]:
+        return list(self._members[pool].values())
+
+    def urls(self) -> set[str]:
+        """Every address that the gateway speaks to."""
+        infos = [member.info for pool in POOLS for member in self.members(pool)]
+        infos += [member.info for member in self._leaving.values()]
+        return {info.url for info in infos} | {info.bootstrap_url for info in infos if info.bootstrap_url}
+
+    def replace(self, pool: str, replicas: Collection[ReplicaInfo]) -> None:
+        """Take Serve's new list for one pool. A known id with another incarnation is a new replica."""
+        old = self._members[pool]
+        new: dict[str, Member] = {}
+        for info in replicas:
+            known = old.get(info.replica_id)
+            if known is None or known.info != info:
+                known = self._back(info)
+            new[info.replica_id] = known
+        kept = {replica_id for replica_id, member in new.items() if old.get(replica_id) is member}
+        if kept == old.keys() == new.keys():
+            return
+        self._members[pool] = new
+        for replica_id, member in old.items():
+            if replica_id not in kept:
+                self._leaving[member.info.incarnation] = member
+        for member in new.values():
+            self._leaving.pop(member.info.incarnation, None)
+        for other in self._members[DECODE if pool == PREFILL else PREFILL].values():
+            other.warm_peers &= kept
+        self._pair_chosen = {
+            pair: at for pair, at in self._pair_chosen.items() if pair[0 if pool == PREFILL else 1] in kept
+        }
+        self._on_change()
+
+    def cold_pairs(self) -> list[Pair]:
+        """Pairs of live replicas that have not moved KV yet."""
+        return [
+            Pair(p, d)
+            for p in self.members(PREFILL)
+            for d in self.members(DECODE)
+            if d.info.replica_id not in p.warm_peers
+            and p.quarantined is d.quarantined is None
+            and not (p.draining or d.draining)
+            and not self.is_resting(Pair(p, d))
+            and misfit(p.info, d.info) is None
+        ]
+
+    def misfits(self) -> list[tuple[Pair, str]]:
+        """Pairs of live replicas that are none, and why; they exist while a rolling update runs."""
+        pairs = [Pair(p, d) for p in self.members(PREFILL) for d in self.members(DECODE)]
+        return [(pair, why) for pair in pairs if (why := misfit(pair.prefill.info, pair.decode.info)) is not None]
+
+    def let_go(self, incarnation: str, *, carrying: bool) -> bool:
+        """Whether this gateway sends nothing more to a replica that leaves; from then on it is not chosen.
+
+        A leaving decode replica is kept while nobody else could take the requests that the gateway is `carrying`.
+        """
+        member = self._leaving.get(incarnation)
+        if member is None:
+            return True
+        if member.num_in_flight:
+            return False
+        if carrying and member.info.pool == DECODE and not any(self._usable(DECODE, ())):
+            return False
+        self.forget(incarnation)
+        return True
+
+    def forget(self, incarnation: str) -> None:
+        """A replica that left is gone."""
+        if self._leaving.pop(incarnation, None) is not None:
+            self._on_change()
+
+    def mark_warm(self, pair: Pair) -> None:
+        """Make a pair routable; ignored when one of the two has gone meanwhile, or it or one of them was taken out."""
+        well = pair.prefill.quarantined is pair.decode.quarantined is None
+        if well and not self.is_resting(pair) and self._alive(pair.prefill) and self._alive(pair.decode):
+            pair.prefill.warm_peers.add(pair.decode.info.replica_id)
+            pair.decode.warm_peers.add(pair.prefill.info.replica_id)
+            pair.prefill.reachable = pair.decode.reachable = True
+            self._on_change()
+
+    def mark_cold(self, pair: Pair, *, rest_s: float = 0.0) -> None:
+        """Take a pair out of routing until it is warmed again, not before `rest_s` are over and `rested` says so.
+
+        Of several rests the one that ends last counts.
+        """
+        if rest_s > 0:
+            until = self._clock() + rest_s
+            self._resting[pair.key] = max(until, self._resting.get(pair.key, until))
+        pair.prefill.warm_peers.discard(pair.decode.info.replica_id)
+        pair.decode.warm_peers.discard(pair.prefill.info.replica_id)
+        self._on_change()
+
+    def is_resting(self, pair: Pair) -> bool:
+        return pair.key in self._resting
+
+    def rested(self, pair: Pair) -> float:
+        """Let a pair be warmed again if its rest is over; seconds for which it has to rest yet."""
+        until = self._resting.get(pair.key)
+        if until is None:
+            return 0.0
+        left = until - self._clock()
+        if left <= 0:
+            del self._resting[pair.key]
+            self._on_change()
+        return max(0.0, left)
+
+    def mark_unreachable(self, member: Member) -> None:
+        """Stop choosing a replica that cannot be connected to, until it answers or is replaced."""
+        if member.reachable:
+            member.reachable = False
+            self._on_change()
+
+    def mark_reachable(self, member: Member) -> None:
+        if not member.reachable:
+            member.reachable = True
+            self._on_change()
+
+    def quarantine(self, member: Member, reason: str) -> bool:
+        """Take a replica out, and with it what its pairs have proved; whether it was in."""
+        if member.quarantined is not None:
+            return False
+        member.quarantined = reason
+        member.warm_peers.clear()
+        for other in self.members(DECODE if member.info.pool == PREFILL else PREFILL):
+            other.warm_peers.discard(member.info.replica_id)
+        self._on_change()
+        return True
+
+    def release(self, member: Member, *, draining: bool = False) -> None:
+        """A replica works, or works and is `draining`; a pair of it carries traffic once it is warm again."""
+        if (member.quarantined, member.draining) != (None, draining):
+            member.quarantined, member.draining = None, draining
+            self._on_change()
+
+    def end_probation(self, member: Member) -> None:
+        member.on_probation = False
+        self._on_change()
+
+    def is_warm(self, member: Member) -> bool:
+        """Whether it has moved KV with some replica, or there is none in the other pool that it could have."""
+        others = self._members[DECODE if member.info.pool == PREFILL else PREFILL].values()
+        return bool(member.warm_peers) or not any(o.usable and misfit(member.info, o.info) is None for o in others)
+
+    def is_listed(self, member: Member) -> bool:
+        """Whether Serve has it in its lists."""
+        return self._alive(member)
+
+    def is_known(self, member: Member) -> bool:
+        """Whether Serve has it in its lists, or this gateway has not let go of it."""
+        return self._alive(member) or self._leaving.get(member.info.incarnation) is member
+
+    def incarnations(self) -> frozenset[str]:
+        """Of all replicas that are known, see `is_known`."""
+        listed = (member.info.incarnation for pool in POOLS for member in self._members[pool].values())
+        return frozenset([*listed, *self._leaving])
+
+    def pick_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
+        """The warm pair for the next hand-off, its replicas not in `without`; None when there is none.
+
+        `decode` fixes the decode replica, so that only the prefill replica is chosen.
+        """
+        views = []
+        by_ids: dict[tuple[str, str], Pair] = {}
+        for p in self._usable(PREFILL, without):
+            for d in self._usable(DECODE, without):
+                if d.info.replica_id in p.warm_peers and decode in (None, d):
+                    key = (p.info.replica_id, d.info.replica_id)
+                    by_ids[key] = Pair(p, d)
+                    views.append(PairView(p.view(), d.view(), self._pair_chosen.get(key, 0)))
+        chosen = choose_pair(views)
+        if chosen is None:
+            return None
+        key = (chosen.prefill.replica_id, chosen.decode.replica_id)
+        pair = by_ids[key]
+        self._sequence += 1
+        self._pair_chosen[key] = pair.prefill.last_chosen = pair.decode.last_chosen = self._sequence
+        return pair
+
+    def has_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> bool:
+        """Whether `pick_pair` would choose one."""
+        decodes = [d.info.replica_id for d in self._usable(DECODE, without) if decode in (None, d)]
+        return any(not p.warm_peers.isdisjoint(decodes) for p in self._usable(PREFILL, without))
+
+    def decodes_unlike(self, kv_fit: str) -> frozenset[str]:
+        """Ids of the decode replicas, those that leave included, of another `kv_fit`."""
+        members = [*self._members[DECODE].values(), *self._leaving.values()]
+        return frozenset(m.info.replica_id for m in members if m.info.pool == DECODE and m.info.kv_fit != kv_fit)
+
+    def has_decode(self, *, without: Collection[str] = ()) -> bool:
+        """Whether `pick_decode` would find a replica, were it to fit."""
+        return bool(self._decodes(without))
+
+    def pick_decode(
+        self, *, without: Collection[str] = (), fits: Callable[[Member], bool] = lambda _: True
+    ) -> Member | None:
+        """The decode replica for a request that it prefills itself; None when there is none that `fits`."""
+        usable = {m.info.replica_id: m for m in self._decodes(without) if fits(m)}
+        chosen = choose_decode(m.view() for m in usable.values())
+        if chosen is None:
+            return None
+        member = usable[chosen.replica_id]
+        self._sequence += 1
+        member.last_chosen = self._sequence
+        return member
+
+    def num_routable(self, pool: str) -> int:
+        """Replicas that requests can go to: usable, and with at least one warm peer when the other pool has any."""
+        return sum(1 for m in self.members(pool) if m.usable and not m.on_probation and self.is_warm(m))
+
+    def num_warm_pairs(self) -> int:
+        return sum(len(m.warm_peers) for m in self.members(PREFILL))
+
+    def _usable(self, pool: str, without: Collection[str]) -> Iterable[Member]:
+        members = self._members[pool].values()
+        return (m for m in members if m.usable and not m.on_probation and m.info.replica_id not in without)
+
+    def _back(self, info: ReplicaInfo) -> Member:
+        """A new member, or one that was out of Serve's list for a while, as around a restart of its controller."""
+        left = self._leaving.get(info.incarnation)
+        if left is None or left.info != info:
+            return Member(info)
+        left.warm_peers.clear()
+        return left
+
+    @property
+    def finishes_only(self) -> bool:
+        """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when
+        the drain is over: what was accepted before goes there, and nothing new."""
+        decodes = self._decodes(())
+        return bool(decodes) and all(member.draining for member in decodes)
+
+    def _decodes(self, without: Collection[str]) -> list[Member]:
+        return list(self._usable(DECODE, without)) or list(self._last_resort(without))
+
+    def _last_resort(self, without: Collection[str]) -> Iterable[Member]:
+        """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
+        leaving = [m for m in self._leaving.values() if m.info.pool == DECODE and m.reachable and not m.quarantined]
+        on_probation = [m for m in self._members[DECODE].values() if m.usable and m.on_probation]
+        found = [m for m in [*leaving, *on_probation] if m.info.replica_id not in without]
+        return [m for m in found if not m.draining] or found
+
+    def _alive(self, member: Member) -> bool:
+        return self._members[member.info.pool].get(member.info.replica_id) is member

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves KV once between every new pair of replicas, so that no request pays for the first handshake.
+
+How they move it is the transfer's business. A pair is warm when the decode engine reports a fresh prompt's block as
+cached that only the prefill engine had computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from typing import Any
+
+import msgspec
+
+from disagg.gateway.background import Background
+from disagg.gateway.handoff.legs import WARM_PREFIX, PrefillReply, offer_params, prefill_reply
+from disagg.gateway.handoff.sending import Sender, spawn_kept
+from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
+from disagg.gateway.replicas.kv_paths import KvPaths
+from disagg.gateway.replicas.membership import Membership, Pair
+from disagg.observability.metrics import Metrics
+from pools.client.http1 import Upstreams
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 60.0
+_MAX_AT_ONCE = 4
+"""vLLM handshakes one peer at a time, so larger waves only queue there."""
+_FIRST_RETRY_S = 0.5
+_MAX_RETRY_S = 10.0
+
+
+class PairWarmer:
+    """Warms cold pairs in the background, for as long as both replicas live."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        upstreams: Upstreams,
+        metrics: Metrics,
+        background: Background,
+        transfer: Transfer,
+        paths: KvPaths,
+    ) -> None:
+        self._membership = membership
+        self._paths = paths
+        self._transfer = transfer
+        self._sender = Sender(membership, upstreams, metrics)
+        self._upstreams = upstreams
+        self._metrics = metrics
+        self._background = background
+        self._in_progress: set[tuple[str, str]] = set()
+        self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
+        self._random = random.Random(uuid.uuid4().int)
+        self._misfits: set[tuple[str, str]] = set()
+
+    def start_missing(self) -> None:
+        """Begin with every cold pair that is not being warmed. Returns at once."""
+        self._tell_misfits()
+        self._paths.retain(self._membership.incarnations())
+        for pair in self._membership.cold_pairs():
+            key = (pair.prefill.info.incarnation, pair.decode.info.incarnation)
+            if key not in self._in_progress:
+                self._in_progress.add(key)
+                self._background.forever(self._warm(pair, key))
+
+    def _tell_misfits(self) -> None:
+        """Say once for each pair that it is none."""
+        found = {
+            (pair.prefill.info.incarnation, pair.decode.info.incarnation): (pair, why)
+            for pair, why in self._membership.misfits()
+        }
+        for pair, why in (found[key] for key in found.keys() - self._misfits):
+            logger.warning(
+                "no KV goes from %s to %s, which have %s; as during a rolling update",
+                pair.prefill.info.replica_id,
+                pair.decode.info.replica_id,
+                why,
+            )
+        self._misfits = set(found)
+
+    async def _warm(self, pair: Pair, key: tuple[str, str]) -> None:
+        delay = _FIRST_RETRY_S
+        try:
+            while self._is_cold(pair):
+                async with self._slots:
+                    failure = await self._try(pair)
+                if failure is None:
+                    self._metrics.warm_attempts.labels("ok").inc()
+                    self._paths.warmed(pair.key)
+                    self._membership.mark_warm(pair)
+                    return
+                self._metrics.warm_attempts.labels("failed").inc()
+                self._paths.not_warmed(pair.key)
+                logger.warning(
+                    "no KV moved yet from %s to %s: %s; trying again in %g s",
+                    pair.prefill.info.replica_id,
+                    pair.decode.info.replica_id,
+                    failure,
+                    delay,
+                )
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _MAX_RETRY_S)
+        finally:
+            self._in_progress.discard(key)
+
+    def _is_cold(self, pair: Pair) -> bool:
+        return any(c.prefill is pair.prefill and c.decode is pair.decode for c in self._membership.cold_pairs())
+
+    async def _try(self, pair: Pair) -> str | None:
+        """One fresh block through the pair; None when it arrived, else what went wrong."""
+        info = pair.prefill.info
+        prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
+        # Not an id of the gateway's requests, so that no ledger counts it; and no tier keeps random tokens.
+        warm_id = f"{WARM_PREFIX}{uuid.uuid4().hex}"
+        offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id)
+
+        def send() -> asyncio.Task[PrefillReply]:
+            leg = self._background.spawn(self._offer(pair, prompt, offer))
+            spawn_kept(leg)
+            return leg
+
+        async def take(params: dict[str, Any]) -> tuple[int, bytes]:
+            return await self._sender.probe(pair.decode, prompt, params, timeout_s=_TIMEOUT_S)
+
+        deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
+        try:
+            status, payload = await self._transfer.run(Attempt(warm_id, pair.prefill, send, take), deadline=deadline)
+        except PrefillFailed as exc:
+            return f"{exc.reason} ({exc.__cause__ or 'the prefill probe answered without KV'})"
+        except ReplicaLostError as exc:
+            return str(exc)
+        if status != 200:
+            return f"the decode probe answered {status}: {payload[:200]!r}"
+        cached = msgspec.json.decode(payload)["num_cached_tokens"]
+        return None if cached >= info.block_size else f"only {cached} of {len(prompt)} tokens arrived"
+
+    async def _offer(self, pair: Pair, prompt: list[int], params: dict[str, Any]) -> PrefillReply:
+        status, payload = await self._sender.probe(pair.prefill, prompt, params, timeout_s=_TIMEOUT_S)
+        if status != 200:
+            logger.warning("the prefill probe of %s answered %s: %r", pair.prefill.info.url, status, payload[:200])
+        return prefill_reply(status, payload)

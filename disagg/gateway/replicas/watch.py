@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks every replica how its engine is, and takes those out of routing that hang, until they work again.
+
+One task a replica. `Membership` keeps what is found, `suspicion` judges what takes more than one answer. What runs on a
+replica that is taken out fails here at once, so that it can go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import msgspec
+
+from disagg.gateway.background import Background
+from disagg.gateway.replicas.membership import DECODE, POOLS, Member, Membership
+from disagg.gateway.replicas.suspicion import CrashLoop, Probe, Slowness
+from disagg.observability.metrics import Metrics
+from pools.client.http1 import Upstreams
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_S = 2.0
+_MISSES = 2
+_MISSES_OF_THE_LAST = 5
+"""The last decode replica may be slow to answer: nobody else could serve what runs there."""
+_LATE_S = 0.5
+"""An answer that is missed this much later than it was to come was missed by the gateway's loop, which stood still."""
+_BROKEN = 5
+"""Connections in a row that break although the process takes them, after which each is a miss."""
+_AGAIN_S = 0.1
+"""After a connection that broke: whether the process is gone shows in the next one."""
+
+UNANSWERED = "unanswered"
+
+
+class _Health(msgspec.Struct):
+    """Answer of `/disagg/v1/health`."""
+
+    incarnation: str
+    state: str
+    reason: str | None = None
+    probe_s: float | None = None
+    num_probes: int = 0
+
+
+@dataclass(eq=False)
+class _Watched:
+    member: Member
+    misses: int = 0
+    broken: int = 0
+    """Questions in a row whose connection broke off."""
+    probe: Probe | None = None
+    ok_since: float | None = None
+    """Since when a replica on probation has been well, and a prefill replica warm, on the watch's clock."""
+    told: bool = False
+    """Whether the log says already why it cannot be taken out."""
+
+
+class Watch:
+    """Watches the members of both pools. Belongs to the gateway's loop."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        upstreams: Upstreams,
+        metrics: Metrics,
+        background: Background,
+        *,
+        interval_s: float,
+        probation_s: float,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """Start with nobody to watch.
+
+        Args:
+            interval_s: seconds between two questions to a replica.
+            probation_s: how long a replica must be well before it is chosen, when its pool loses one after the other.
+            clock: seconds; the loop's by default.
+        """
+        self._membership = membership
+        self._upstreams = upstreams
+        self._metrics = metrics
+        self._background = background
+        self._interval_s = interval_s
+        self._probation_s = probation_s
+        self._clock = clock or asyncio.get_running_loop().time
+        self._watched: dict[str, _Watched] = {}
+        self._failures: set[type[Exception]] = set()
+        self._told_own = False
+        self._slowness = {pool: Slowness() for pool in POOLS}
+        self._crash_loops = {pool: CrashLoop() for pool in POOLS}
+
+    def members_changed(self) -> None:
+        """Begin with every replica that is not watched, and count those that are lost. Returns at once."""
+        for member in [member for pool in POOLS for member in self._membership.members(pool)]:
+            if not member.reachable:
+                self._count_loss(member)
+            if member.info.incarnation not in self._watched:
+                if self._crash_loops[member.info.pool].is_on(self._clock()):
+                    member.on_probation = True
+                watched = self._watched[member.info.incarnation] = _Watched(member)
+                self._background.forever(self._follow(watched))
+        for watched in self._watched.values():
+            if watched.member.quarantined and not self._membership.is_listed(watched.member):
+                self._count_loss(watched.member)
+
+    async def _follow(self, watched: _Watched) -> None:
+        try:
+            while self._membership.is_known(watched.member):
+                await asyncio.sleep(await self._asked(watched))
+        finally:
+            self._watched.pop(watched.member.info.incarnation, None)
+
+    async def _asked(self, watched: _Watched) -> float:
+        """As `_ask`. A failure of its own is no miss, and does not end the watch."""
+        try:
+            return await self._ask(watched)
+        except Exception as exc:
+            if type(exc) not in self._failures:
+                self._failures.add(type(exc))
+                logger.exception("replica %s could not be watched; it is tried again", watched.member.info.replica_id)
+            return self._interval_s
+
+    async def _ask(self, watched: _Watched) -> float:
+        """Ask once and take the answer; seconds until the next time."""
+        member = watched.member
+        began = self._clock()
+        try:
+            status, payload = await self._upstreams.get(member.info.url).request(
+                "GET", "/disagg/v1/health", timeout_s=_ANSWER_S
+            )
+            health = _decode(payload) if status == 200 else None
+        except msgspec.DecodeError:
+            health = None
+        except ReplicaLostError as exc:
+            if not exc.gone and self._clock() - began > _ANSWER_S + _LATE_S:
+                return 0.0
+            return self._take_loss(watched, exc, self._clock() - began)
+        if health is not None and health.incarnation != member.info.incarnation:
+            # Another process has its address.
+            self._membership.mark_unreachable(member)
+        elif health is None:
+            self._miss(watched)
+        else:
+            self._take(watched, health)
+        return self._interval_s
+
+    def _take_loss(self, watched: _Watched, error: ReplicaLostError, took_s: float) -> float:
+        """Seconds until the next question, after one that took `took_s`."""
+        if error.own:
+            if not self._told_own:
+                self._told_own = True
+                logger.error("replicas cannot be watched for want of descriptors or memory here: %s", error)
+            return self._interval_s
+        if error.unreachable:
+            self._membership.mark_unreachable(watched.member)
+        if error.gone:
+            # Refused: its end breaks what runs there by itself. Broken off: the next connection tells, up to a point.
+            watched.broken = watched.broken + 1 if error.sent else 0
+            if watched.broken >= _BROKEN:
+                self._miss(watched)
+            return _AGAIN_S if error.sent else self._interval_s
+        self._miss(watched)
+        # What fails at once, as where no way leads to a host, is not asked again at once.
+        return max(0.0, self._interval_s - took_s)
+
+    def _miss(self, watched: _Watched) -> None:
+        watched.misses += 1
+        watched.ok_since = None
+        limit = _MISSES_OF_THE_LAST if self._is_last(watched.member) else _MISSES
+        if watched.misses >= limit:
+            self._quarantine(watched, UNANSWERED)
+
+    def _take(self, watched: _Watched, health: _Health) -> None:
+        member = watched.member
+        watched.misses = watched.broken = 0
+        if health.probe_s is not None:
+            watched.probe = Probe(health.probe_s, health.num_probes)
+        if health.state == "suspect":
+            watched.ok_since = None
+            self._suspect(watched, health.reason or "other")
+            return
+        watched.told = False
+        if member.quarantined is not None:
+            logger.warning("replica %s works again and is warmed before it is used", member.info.replica_id)
+        self._membership.release(member, draining=health.state == "draining")
+        self._membership.mark_reachable(member)
+        self._judge_pool(member.info.pool)
+        self._judge_probation(watched)
+
+    def _suspect(self, watched: _Watched, reason: str) -> None:
+        """Take a replica out whose engine hangs, unless nobody could take over what runs there."""
+        if not self._is_last(watched.member):
+            self._quarantine(watched, reason)
+        elif not watched.told:
+            watched.told = True
+            logger.error(
+                "replica %s is suspect (%s), and stays in use because it is the last decode replica",
+                watched.member.info.replica_id,
+                reason,
+            )
+
+    def _is_last(self, member: Member) -> bool:
+        """Whether it is the only decode replica that requests can go to; false for one that is taken out already."""
+        if member.info.pool != DECODE or member.quarantined is not None:
+            return False
+        return not any(other.usable for other in self._membership.members(DECODE) if other is not member)
+
+    def _quarantine(self, watched: _Watched, reason: str) -> None:
+        info = watched.member.info
+        if self._membership.quarantine(watched.member, reason):
+            self._metrics.quarantined(info.pool, reason)
+            logger.error(
+                "replica %s is taken out of routing (%s); what ran there goes elsewhere", info.replica_id, reason
+            )
+        # Each time, because a request may have been on its way there when it was taken out.
+        self._upstreams.fail(
+            info.url, ReplicaLostError(f"replica {info.replica_id} hangs ({reason})", sent=True, gone=False)
+        )
+
+    def _judge_pool(self, pool: str) -> None:
+        members = self._membership.members(pool)
+        watched = {m.info.incarnation: self._watched.get(m.info.incarnation) for m in members if m.usable}
+        slow = self._slowness[pool].judge({name: w.probe for name, w in watched.items() if w and w.probe})
+        self._take_slow(members, slow)
+
+    def _take_slow(self, members: Collection[Member], slow: Collection[str]) -> None:
+        for member in members:
+            is_slow = member.info.incarnation in slow
+            if is_slow != member.slow:
+                member.slow = is_slow
+                logger.warning("replica %s is %s", member.info.replica_id, "slow" if is_slow else "not slow any more")
+
+    def _judge_probation(self, watched: _Watched) -> None:
+        member = watched.member
+        if not member.on_probation:
+            return
+        # Decode replicas compute what no hand-off brings.
+        if member.info.pool != DECODE and not self._membership.is_warm(member):
+            watched.ok_since = None
+        elif watched.ok_since is None:
+            watched.ok_since = self._clock()
+        elif self._clock() - watched.ok_since >= self._probation_s:
+            self._membership.end_probation(member)
+
+    def _count_loss(self, member: Member) -> None:
+        info = member.info
+        if self._crash_loops[info.pool].lost(info.incarnation, self._clock()):
+            self._metrics.crash_loops.labels(info.pool).inc()
+            logger.error(
+                "the %s pool loses one replica after the other; new ones are used only after %g s without trouble",
+                info.pool,
+                self._probation_s,
+            )
+
+
+_decode = msgspec.json.Decoder(_Health).decode

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corruption watch: computes one of N answers that were made of moved KV again without it, and compares.
+
+Runs in the background once the client has its answer, on the decode replica that gave it: same weights, same kernels,
+so that all that differs is where the prompt's KV came from. What is checked and compared is in `shadow_rules`, what
+follows from it in `kv_paths`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from disagg.config import GatewayConfig
+from disagg.gateway.background import Background
+from disagg.gateway.handoff.legs import PATHS
+from disagg.gateway.handoff.local_budget import computing, has_room
+from disagg.gateway.handoff.pair_faults import rest
+from disagg.gateway.handoff.sending import Answer, Call, Sender
+from disagg.gateway.handoff.settling import UnderWay
+from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.kv_paths import KvPaths
+from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
+from disagg.gateway.shadow.rules import Computed, Difference, computed, difference, may_check, shadow_body
+from disagg.gateway.stream.resume_body import IDS, asking_for_ids
+from disagg.gateway.stream.sent_tokens import without_ids
+from disagg.observability.metrics import Metrics
+from pools.client.http1 import Upstreams
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+_BUSY_SHARE = 0.25
+"""Of the requests that the gateway may carry: when it carries more, nothing is checked."""
+_TIMEOUT_S = 120.0
+_CONSUMED_TIMEOUT_S = 5.0
+"""How long the engines' word that the KV was read may take to get here."""
+_POLL_S = 0.05
+
+
+class CheckFailed(Exception):
+    """A second run that gave nothing to compare with; the message says why."""
+
+
+class Shadow:
+    """One gateway replica's checks, at most one at a time. Belongs to the gateway's loop."""
+
+    def __init__(
+        self,
+        every: int,
+        *,
+        model_id: str,
+        config: GatewayConfig,
+        membership: Membership,
+        upstreams: Upstreams,
+        metrics: Metrics,
+        background: Background,
+        paths: KvPaths,
+        ledger: Ledger,
+        num_in_flight: Callable[[], int],
+    ) -> None:
+        self._every = every
+        self._model_id = model_id
+        self._config = config
+        self._membership = membership
+        self._upstreams = upstreams
+        self._sender = Sender(membership, upstreams, metrics)
+        self._metrics = metrics
+        self._background = background
+        self._paths = paths
+        self._ledger = ledger
+        self._num_in_flight = num_in_flight
+        self._num_since = 0
+        self._running = False
+
+    def begin(self, call: Call) -> Check | None:
+        """A request on its way; None when it cannot be checked. Its `call` is what has to be sent."""
+        if not may_check(call.body, call.prompts):
+            return None
+        if call.body.get("stream") or not (self._num_since + 1 >= self._every or self._paths.any_suspect):
+            return Check(call, self)
+        # An answer that is not streamed tells its token ids only if it is asked, so this is decided beforehand.
+        return Check(asking_for_ids(call), self, asked=True, hide=call.body.get(IDS) is not True)
+
+    def over(self, check: Check, answer: Answer) -> None:
+        """A client has the whole of an answer. Returns at once."""
+        under_way = answer.under_way
+        if under_way is None or answer.status != 200:
+            return
+        self._num_since += 1
+        due = self._num_since >= self._every
+        if not (due or self._paths.is_suspect(under_way.pair.key)):
+            return
+        answered = check.token_ids(answer)[: self._config.shadow_max_tokens]
+        if not answered:
+            # One that comes later will do.
+            return
+        if due:
+            self._num_since = 0
+        if self._running or self._num_in_flight() > self._config.max_num_requests * _BUSY_SHARE:
+            self._metrics.shadow_checks.labels("skipped").inc()
+            return
+        self._running = True
+        self._background.forever(self._run(check.call, under_way, answered))
+
+    async def _run(self, call: Call, under_way: UnderWay, answered: Sequence[int]) -> None:
+        try:
+            again = await self._computed(call, under_way, len(answered))
+            if again is None:
+                self._metrics.shadow_checks.labels("skipped").inc()
+            else:
+                self._judge(call, under_way, difference(answered, again), again)
+        except CheckFailed as exc:
+            self._metrics.shadow_checks.labels("failed").inc()
+            logger.warning("the answer to request %s could not be checked: %s", call.request_id, exc)
+        finally:
+            self._running = False
+
+    async def _computed(self, call: Call, under_way: UnderWay, num_tokens: int) -> Computed | None:
+        """The second run; None when there is no point in it or no room for it. Raises CheckFailed."""
+        assert call.prompts is not None
+        prompt, member = call.prompts[0], under_way.pair.decode
+        if not await self._consumed(under_way.handoff_id):
+            # Its KV was computed or cached on decode: that proves nothing of the pair.
+            return None
+        if not (member.usable and self._membership.is_listed(member)):
+            return None
+        if not has_room(member, len(prompt), limit=self._config.local_prefill_tokens):
+            return None
+        salt = f"shadow-{uuid.uuid4().hex}"
+        body = shadow_body(self._model_id, prompt, num_tokens, asked=call.body, cache_salt=salt)
+        headers = {"x-request-id": f"shadow-{uuid.uuid4().hex}"}
+        try:
+            with self._sender.carried(member), computing(member, len(prompt)):
+                status, payload = await self._upstreams.get(member.info.url).request(
+                    "POST", PATHS["completions"], body, headers, timeout_s=_TIMEOUT_S
+                )
+        except ReplicaLostError as exc:
+            raise CheckFailed(str(exc)) from exc
+        again = computed(payload) if status == 200 else None
+        if again is None:
+            raise CheckFailed(f"{member.info.replica_id} answered {status}: {payload[:200]!r}")
+        return again
+
+    async def _consumed(self, handoff_id: str) -> bool:
+        """Whether the decode engine has read a hand-off, as the engines tell."""
+        deadline = asyncio.get_running_loop().time() + _CONSUMED_TIMEOUT_S
+        while (record := self._ledger.find(handoff_id)) is not None and record.outcome == "open":
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(_POLL_S)
+        return record is not None and record.outcome == "consumed"
+
+    def _judge(self, call: Call, under_way: UnderWay, found: Difference | None, again: Computed) -> None:
+        pair = under_way.pair
+        if found is None:
+            self._metrics.shadow_checks.labels("same").inc()
+            self._paths.same(pair.key)
+            return
+        self._metrics.shadow_checks.labels("tie" if found.is_tie else "different").inc()
+        logger.log(
+            logging.INFO if found.is_tie else logging.ERROR,
+            "token %d of the answer to request %s is %d with KV from %s on %s, and %d computed there alone%s; hand-off "
+            "%s; best tokens of the second run in nats: %s",
+            found.position,
+            call.request_id,
+            found.answered,
+            pair.prefill.info.replica_id,
+            pair.decode.info.replica_id,
+            found.computed,
+            ", a near tie" if found.is_tie else "",
+            under_way.handoff_id,
+            dict(found.top_logprobs) or "not told",
+        )
+        if found.is_tie:
+            return
+        rest_s = self._paths.different(pair.key)
+        if rest_s is not None and self._membership.is_listed(pair.prefill) and self._membership.is_listed(pair.decode):
+            self._take_out(pair, rest_s)
+
+    def _take_out(self, pair: Pair, rest_s: float) -> None:
+        logger.error(
+            "KV from %s to %s is not used for %g s: one answer after the other came out different without it",
+            pair.prefill.info.replica_id,
+            pair.decode.info.replica_id,
+            rest_s,
+        )
+        self._membership.mark_cold(pair, rest_s=rest_s)
+        self._background.forever(rest(self._membership, pair))
+
+
+@dataclass
+class Check:
+    """One request whose answer may be checked."""
+
+    call: Call
+    """What has to be sent."""
+    _shadow: Shadow
+    asked: bool = False
+    """Whether an answer that is not streamed was asked for its token ids."""
+    hide: bool = False
+    """Whether the client did not ask for them."""
+    _token_ids: Sequence[int] = field(default=(), init=False)
+
+    def begun(self, answer: Answer) -> None:
+        """Take the token ids from an answer that is not streamed; what is left is as the client asked for it."""
+        if not self.asked or answer.exchange is not None or answer.status != 200:
+            return
+        document = computed(answer.content)
+        self._token_ids = document.token_ids if document is not None else ()
+        if self.hide:
+            answer.content = without_ids(answer.content)
+
+    def over(self, answer: Answer) -> None:
+        """The client has the whole of it. Returns at once."""
+        self._shadow.over(self, answer)
+
+    def token_ids(self, answer: Answer) -> Sequence[int]:
+        """Ids of the tokens that the client got; empty when they are not known or not all of one replica."""
+        sent = answer.sent
+        if sent is None or answer.exchange is None or not answer.exchange.complete:
+            return self._token_ids
+        sent.parse()
+        whole = sent.done and sent.refusal is None and sent.fault is None
+        return sent.token_ids.tolist() if whole else ()
+
+
+def show_paths(paths: KvPaths, membership: Membership, metrics: Metrics) -> None:
+    """Set the gauge of each pair that has been proved or has failed to be."""
+    metrics.kv_path_verified.clear()
+    for pair in (Pair(p, d) for p in membership.members(PREFILL) for d in membership.members(DECODE)):
+        verified = paths.verified(pair.key)
+        if verified is not None:
+            prefill_id, decode_id = pair.prefill.info.replica_id, pair.decode.info.replica_id
+            metrics.kv_path_verified.labels(prefill_id, decode_id).set(int(verified))

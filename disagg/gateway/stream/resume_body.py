@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bodies of resumable requests: the first asks for token ids, a later one takes up where it stopped. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from disagg.gateway.handoff.sending import Call
+
+IDS = "return_token_ids"
+_DEFAULT_COMPLETION_TOKENS = 16
+"""What vLLM generates for a completion that does not say."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+def asking_for_ids(call: Call) -> Call:
+    """The same request, which also makes the engine tell the ids of its tokens."""
+    if call.body.get(IDS) is True:
+        return call
+    body = {**call.body, IDS: True}
+    # A client that named the field itself would win: in JSON the last of two equal keys does.
+    raw = _encode(body) if IDS in call.body else call.raw.replace(b"{", b'{"%b":true,' % IDS.encode(), 1)
+    return replace(call, body=body, raw=raw)
+
+
+def num_left(call: Call, num_tokens: int) -> int | None:
+    """How many tokens may still be generated after `num_tokens`; None when only the model's length ends it."""
+    body = call.body
+    if call.endpoint == "completions":
+        asked = body.get("max_tokens")
+        return (_DEFAULT_COMPLETION_TOKENS if asked is None else asked) - num_tokens
+    asked = body.get("max_completion_tokens")
+    asked = body.get("max_tokens") if asked is None else asked
+    return None if asked is None else asked - num_tokens
+
+
+def continued(call: Call, token_ids: Sequence[int]) -> Call:
+    """The request that goes on after `token_ids` of its answer; at least one more may be generated.
+
+    `call` has one prompt. Chats carry the ids in `kv_transfer_params` (vLLM takes them there in place of the rendered
+    messages, and its parsers still run), completions as the prompt.
+    """
+    assert call.prompts is not None
+    prompt = [*call.prompts[0], *token_ids]
+    body: dict[str, Any] = dict(call.body)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) is not None:
+            body[name] -= len(token_ids)
+    if call.endpoint == "completions":
+        body["max_tokens"] = num_left(call, len(token_ids))
+    if body.get("min_tokens"):
+        body["min_tokens"] = max(0, body["min_tokens"] - len(token_ids))
+    return replace(call, body=body, raw=_encode(_local(call, body, prompt)), prompts=[prompt])
+
+
+def _local(call: Call, body: Mapping[str, Any], prompt: list[int]) -> dict[str, Any]:
+    if call.endpoint == "chat":
+        return {**body, "kv_transfer_params": {"prompt_token_ids": prompt}}
+    return {**body, "prompt": prompt}

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remembers what a client was sent of a stream, and hides that the engine was asked to tell token ids.
+
+In the chunk that comes, `,"token_ids":[...]` becomes `,"token_ids":null`, which is what vLLM 0.32 writes to who did not
+ask. It is found as bytes: inside a JSON string every quote is escaped, so these bytes are a key of the chunk's own and
+never text. Whole events only go on, so that a lost engine leaves no half of one behind. Chunks are parsed in batches.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import msgspec
+
+from disagg.gateway.handoff.legs import Endpoint, is_server_fault
+
+DONE = b"data: [DONE]\n\n"
+_END = b"\n\n"
+_IDS = b',"token_ids":['
+_NO_IDS = b',"token_ids":null'
+_PROMPT_IDS = b',"prompt_token_ids":['
+_NO_PROMPT_IDS = b',"prompt_token_ids":null'
+_ERROR = b'data: {"error"'
+_ABORTED = b'"finish_reason":"abort"'
+_EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null'
+"""A chat chunk that vLLM writes for its token ids alone: the parsers made nothing of the token yet."""
+_PLAIN: dict[Endpoint, bytes] = {
+    "chat": b'"},"logprobs":null,"finish_reason":null,"token_ids":[',
+    "completions": b'","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":[',
+}
+"""What stands before the ids in a chunk of text and nothing else, as almost all are."""
+_PLAIN_END = b"]}]}\n\n"
+_BATCH = 64
+
+
+class _Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+    role: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    text_offset: list[int] | None = None
+    tokens: list[str] | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    text: str | None = None
+    delta: _Delta | None = None
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Event(msgspec.Struct, gc=False):
+    choices: list[_Choice]
+    id: str | None = None
+    created: int | None = None
+    usage: dict[str, Any] | None = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+# The chunks that are many: only what they add is read.
+
+
+class _TextDelta(msgspec.Struct, gc=False):
+    content: str | None = None
+    reasoning: str | None = None
+
+
+class _TextChoice(msgspec.Struct, gc=False):
+    token_ids: list[int]
+    text: str = ""
+    delta: _TextDelta | None = None
+
+
+class _TextEvent(msgspec.Struct, gc=False):
+    choices: list[_TextChoice]
+
+
+_decode_texts = msgspec.json.Decoder(_TextEvent).decode_lines
+
+
+class SentTokens:
+    """One client's stream so far. Bytes of the first replica go through `feed`; later ones are told by `add`.
+
+    Attributes are valid after `parse`.
+
+    Attributes:
+        token_ids: ids of the answer's tokens, as far as engines told of them.
+        response_id, created: of the first chunk; later chunks carry the same.
+        role_sent: whether the client has a chat's first chunk.
+        finish_reason: as sent, or None.
+        usage_sent, done: whether the client has the usage chunk, and `[DONE]`.
+        next_text_offset: `text_offset` of the next token's log-probability in a completion.
+        refusal: why nobody can take this stream on, or None.
+        fault: the error event with which the engine broke off, which the client did not get; or None.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, client_ids: bool) -> None:
+        """`client_ids`: whether the client asked for token ids itself, and so gets them."""
+        self._client_ids = client_ids
+        self._plain = _PLAIN[endpoint]
+        self._rest = b""
+        self._events: list[bytes] = []
+        self._texts: list[str] = []
+        self.token_ids = array("I")
+        self.response_id: str | None = None
+        self.created: int | None = None
+        self.role_sent = False
+        self.finish_reason: str | None = None
+        self.usage_sent = False
+        self.done = False
+        self.next_text_offset = 0
+        self.refusal: str | None = None
+        self.fault: bytes | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """What of `data` goes to the client now. Never raises: what it cannot read goes on as it is."""
+        # No newline is inside an event of vLLM's: JSON escapes them.
+        if not self._rest and len(data) > 1 and data.find(b"\n") == len(data) - 2:
+            return self._event(data)
+        return self._feed_events(data)
+
+    def rest(self) -> bytes:
+        """What is left of a stream that ended in the middle of an event."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    @property
+    def text(self) -> str:
+        """All text sent."""
+        if len(self._texts) > 1:
+            self._texts = ["".join(self._texts)]
+        return self._texts[0] if self._texts else ""
+
+    def parse(self) -> None:
+        """Bring the attributes up to date."""
+        events, self._events = self._events, []
+        if self.refusal is not None or not events:
+            return
+        texts: list[str] = []
+        try:
+            for event in _decode_texts(b"".join(events)):
+                choice = event.choices[0]
+                delta = choice.delta
+                self.token_ids.extend(choice.token_ids)
+                if delta is None:
+                    texts.append(choice.text)
+                elif delta.content is not None and not delta.reasoning:
+                    texts.append(delta.content)
+                else:
+                    self.refusal = "reasoning" if delta.reasoning else "unreadable"
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self.refusal = "unreadable"
+        self._texts.append("".join(texts))
+
+    def add(self, token_ids: list[int], text: str) -> None:
+        """Take over what a later replica's chunk said and the client got of it."""
+        self.token_ids.extend(token_ids)
+        if text:
+            self._texts.append(text)
+
+    def cut(self, num_tokens: int) -> list[int]:
+        """Forget all ids but the first `num_tokens`; returns those forgotten."""
+        behind = self.token_ids[num_tokens:].tolist()
+        del self.token_ids[num_tokens:]
+        return behind
+
+    def _feed_events(self, data: bytes) -> bytes:
+        if self._rest:
+            data = self._rest + data
+        end = data.rfind(_END) + 2
+        if end == 1:
+            self._rest = data
+            return b""
+        self._rest = data[end:]
+        return b"".join([self._event(event + _END) for event in data[: end - 2].split(_END)])
+
+    def _event(self, event: bytes) -> bytes:
+        """One event as the client gets it."""
+        end = len(event) - len(_PLAIN_END)
+        start = event.rfind(b"[", 0, end)
+        if start > 0 and event.endswith(self._plain, 0, start + 1) and event.endswith(_PLAIN_END) and not self.fault:
+            self._events.append(event[6:])
+            if len(self._events) >= _BATCH:
+                self.parse()
+            return event if self._client_ids else event[:start] + b"null" + event[end + 1 :]
+        return self._other_event(event)
+
+    def _other_event(self, event: bytes) -> bytes:
+        """The same for what is not only text: first, last, usage, log-probabilities, tool calls, errors."""
+        if self.fault is not None:
+            return b""
+        if event == DONE:
+            self.done = True
+            return event
+        if _is_fault(event):
+            self.fault = event
+            return b""
+        self.parse()
+        try:
+            self._take(_decode(event[6:]))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            self.refusal = self.refusal or "unreadable"
+        if self._client_ids:
+            return event
+        if _EMPTY in event and _IDS in event:
+            return b""
+        return without_ids(event)
+
+    def _take(self, event: _Event) -> None:
+        if self.response_id is None:
+            self.response_id, self.created = event.id, event.created
+        if not event.choices:
+            self.usage_sent |= event.usage is not None
+            return
+        choice = event.choices[0]
+        self.finish_reason = choice.finish_reason or self.finish_reason
+        self.token_ids.extend(choice.token_ids or ())
+        text = choice.text
+        if choice.delta is not None:
+            text = choice.delta.content
+            self.role_sent |= choice.delta.role is not None
+            if choice.delta.tool_calls:
+                self.refusal = "tool_call"
+            elif choice.delta.reasoning:
+                self.refusal = "reasoning"
+        if text:
+            self._texts.append(text)
+            if not choice.token_ids:
+                # Text of tokens that the engine did not tell: nothing can go on from there.
+                self.refusal = self.refusal or "no_token_ids"
+        if choice.logprobs is not None and choice.logprobs.text_offset and choice.logprobs.tokens:
+            self.next_text_offset = choice.logprobs.text_offset[-1] + len(choice.logprobs.tokens[-1])
+
+
+def fault_in(ending: bytes) -> bytes | None:
+    """The event with which an engine says that it broke off, in the end of a stream that nobody can take on."""
+    for event in ending.split(_END):
+        if _is_fault(event):
+            return event
+    return None
+
+
+def _is_fault(event: bytes) -> bool:
+    return _ABORTED in event or (event.startswith(_ERROR) and is_server_fault(event))
+
+
+def without_ids(document: bytes) -> bytes:
+    """vLLM's JSON of one choice, as an event or whole, as who did not ask for token ids would have got it."""
+    return _without(_without(document, _IDS, _NO_IDS), _PROMPT_IDS, _NO_PROMPT_IDS)
+
+
+def _without(event: bytes, pattern: bytes, instead: bytes) -> bytes:
+    start = event.find(pattern)
+    return event if start < 0 else event[:start] + instead + event[event.find(b"]", start) + 1 :]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Socket-to-socket streaming where uvicorn serves the client in this process (behind HAProxy, or alone).
+
+The ASGI path costs a task switch and several calls a token. Here the engine's chunk is written to the client's
+transport inside the call that received it. It hangs on uvicorn's `HttpToolsProtocol`, which is not a public
+interface: `tests/unit/disagg/gateway/stream/test_splice.py` fails when it changes, and `splice_of` returns None
+whenever anything is not as expected, which sends the response over plain ASGI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import uvicorn.protocols.http.auto as uvicorn_auto
+
+from pools.client.http1 import Exchange
+from transport.bounded_http import BoundedProtocol, Door, HttpLimits
+
+_EXTENSION = "disagg.splice"
+_LIMITS = HttpLimits(body_s=600.0, max_head_bytes=2**20, max_connections=16_384)
+"""Against what would hold the port; `gateway.body_timeout_s` and `gateway.max_header_bytes` refuse far sooner."""
+
+
+class SplicingProtocol(BoundedProtocol):
+    """uvicorn's HTTP protocol, which names itself in the scope and tells a splice when the client is slow."""
+
+    door = Door("the gateway's port", _LIMITS)
+    _exchange: Exchange | None = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        cast(dict[str, Any], self.scope)["extensions"] = {_EXTENSION: self}
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._exchange is not None:
+            self._exchange.resume()
+
+    async def splice(
+        self,
+        exchange: Exchange,
+        through: Callable[[bytes], bytes] | None = None,
+        *,
+        noted: Callable[[bytes], None] = lambda _: None,
+    ) -> None:
+        """Write every further chunk of `exchange` to the client, in chunked encoding. Raises ReplicaLostError.
+
+        Args:
+            through: makes of each chunk what the client gets; it must not raise.
+            noted: is told each chunk that goes to the client as it came.
+        """
+        write, is_closing = self.transport.write, self.transport.is_closing
+
+        def to_client(data: bytes) -> None:
+            noted(data)
+            # uvloop raises on a closed transport, and the engine would be blamed for a client that left.
+            if not is_closing():
+                write(b"%x\r\n%b\r\n" % (len(data), data))
+
+        def what_is_left(data: bytes) -> None:
+            if (data := cast(Callable[[bytes], bytes], through)(data)) and not is_closing():
+                write(b"%x\r\n%b\r\n" % (len(data), data))
+
+        self._exchange = exchange
+        try:
+            sink = to_client if through is None else what_is_left
+            await exchange.forward(sink, is_full=lambda: self.flow.write_paused)
+        finally:
+            self._exchange = None
+
+
+def install() -> None:
+    """Make every uvicorn server that starts later in this process speak through `SplicingProtocol`."""
+    uvicorn_auto.AutoHTTPProtocol = SplicingProtocol
+
+
+def protocol_of(scope: Any) -> SplicingProtocol | None:
+    """The client's protocol when it is in the running loop."""
+    protocol = (scope.get("extensions") or {}).get(_EXTENSION)
+    if not isinstance(protocol, SplicingProtocol) or protocol.loop is not asyncio.get_running_loop():
+        return None
+    return protocol
+
+
+def splice_of(scope: Any) -> SplicingProtocol | None:
+    """The same when this response can be spliced: started, chunked, and the one under way on its connection."""
+    protocol = protocol_of(scope)
+    if protocol is None:
+        return None
+    cycle = protocol.cycle
+    if cycle is None or not cycle.response_started or cycle.response_complete or not cycle.chunked_encoding:
+        return None
+    return protocol

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter from Ray Serve's `RequestRouter` to the gateway's membership: tells who is alive, routes nothing.
+
+Serve pushes each change of a deployment's replicas to every router of it, with what `record_replica_metadata`
+published. Requests do not go through this router; the gateway talks HTTP to the replicas.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from disagg.routing.views import ReplicaInfo
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaRouter(RequestRouter):
+    """Reports the replicas of its deployment to `disagg.routing.feed`."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        return [candidate_replicas]
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        # Serve pickles this module by value; the feed is imported so that all copies share one.
+        from disagg.routing import feed
+
+        try:
+            feed.publish(self._deployment_id.name, [_info(r) for r in replicas if r.replica_metadata])
+        except Exception:
+            # An exception here would stop Serve's router for good.
+            logger.exception("a change of replicas could not be taken over")
+
+
+def _info(replica: Any) -> ReplicaInfo:
+    metadata = replica.replica_metadata
+    return ReplicaInfo(replica_id=replica.replica_id.unique_id, **metadata)

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves one engine on a private port: its own OpenAI app, and `/disagg/v1` beside it.
+
+The kernel chooses the port. Requests in flight are counted here, because Serve does not see them and a drain
+has to wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qsl
+
+import uvicorn
+
+from pools.engine.base import Engine, Message, Receive, Role, Scope, Send
+from pools.engine.events import Batch
+from pools.errors import EngineDeadError, HandoffRefusedError
+from pools.health.health import Health
+from pools.replica.engine_key import EngineKey
+from pools.replica.readers import Readers
+from transport.bounded_http import HttpLimits, bounded_protocol, closed_by
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "/disagg/v1/"
+_MAX_BODY_BYTES = 64 * 2**20
+_MAX_WAIT_S = 30.0
+"""Longest wait of one read of events."""
+_DRAIN_LOOK_S = 0.05
+_DRAIN_WAIT_S = 0.2
+_KEEP_ALIVE_S = 120
+"""Longer than the gateway keeps an idle connection, so that the server is never the one who closes it first."""
+
+
+class EngineServer:
+    """One engine behind one listening socket. Start it in the loop that runs the engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        role: Role,
+        host: str,
+        incarnation: str,
+        limits: HttpLimits | None = None,
+        key: str | None = None,
+    ) -> None:
+        """`key`: what every request but `GET /health` and `GET /metrics` has to bring; None admits everyone."""
+        self._engine = engine
+        self._role = role
+        self._host = host
+        self._incarnation = incarnation
+        self._key = EngineKey(key)
+        self._started_at = time.monotonic()
+        self._num_in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._server: uvicorn.Server | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._polls: set[asyncio.Future[Batch]] = set()
+        self._readers = Readers()
+        self._draining = False
+        self.health: Callable[[], Health] = Health
+        """Says how the engine is; a replica puts its watchdog's word here."""
+        self._stopping = False
+        self._protocol = bounded_protocol(
+            f"the {role} engine's private port", limits, admits=lambda scope: self._key.is_with(scope["headers"])
+        )
+        self.url = ""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that reached the OpenAI app and are not finished."""
+        return self._num_in_flight
+
+    async def start(self) -> str:
+        """Listen; returns the base URL."""
+        sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((self._host, 0))
+        config = uvicorn.Config(
+            self,
+            log_level="warning",
+            log_config=None,  # the default closes every log handler of the process
+            access_log=False,
+            lifespan="auto",
+            http=self._protocol,
+            ws="none",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=5,
+        )
+        self._server = _QuietServer(config)
+        self._task = asyncio.create_task(self._server.serve(sockets=[sock]))
+        while not self._server.started:
+            if self._task.done():
+                self._task.result()
+                raise RuntimeError("the engine's HTTP server ended before it started")
+            await asyncio.sleep(0.01)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"http://{host}:{sock.getsockname()[1]}"
+        return self.url
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until no request is in flight and no gateway is about to send one; False when `timeout_s` was not enough
+        for the former.
+
+        Gateways say that they are done when they read events, which they are made to do at once.
+        """
+        self._draining = True
+        self._wake_polls()
+        deadline = time.monotonic() + timeout_s
+        while self._num_in_flight or self._readers.may_send():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return not self._num_in_flight
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), left_s)
+            if not self._num_in_flight:
+                await asyncio.sleep(min(left_s, _DRAIN_LOOK_S))
+        return True
+
+    async def told(self, timeout_s: float) -> bool:
+        """Wait until every gateway that lives has taken the last event, so that no ledger misses how a hold ended."""
+        deadline = time.monotonic() + timeout_s
+        while self._readers.behind(self._engine.events.newest):
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        return True
+
+    def _wake_polls(self) -> None:
+        for poll in self._polls:
+            poll.cancel()
+
+    async def stop(self) -> None:
+        if self._server is None or self._task is None:
+            return
+        self._server.should_exit = True
+        self._stopping = True
+        self._wake_polls()
+        try:
+            await asyncio.wait_for(self._task, 10)
+        except TimeoutError:
+            logger.warning("the engine's HTTP server did not stop within 10 s; its connections are cut")
+        self._server = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._key.is_with(scope["headers"]):
+            # Such a connection carries nothing more, so that it takes nobody's place.
+            send = _closing(send)
+        if scope["type"] == "http" and not self._key.admits(scope["method"], scope["path"], scope["headers"]):
+            await _respond(send, 401, _error("missing or wrong engine key", "AuthenticationError", 401))
+            return
+        if scope["type"] == "http" and scope["path"].startswith(PREFIX):
+            await self._control(scope, receive, send)
+            return
+        if scope["type"] != "http" or scope["method"] == "GET":
+            await self._engine.app(scope, receive, send)
+            return
+        self._num_in_flight += 1
+        self._idle.clear()
+        try:
+            await self._engine.app(scope, receive, send)
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._idle.set()
+
+    async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handlers: dict[tuple[str, str], Callable[[Any], Awaitable[dict[str, Any]]]] = {
+            ("POST", "abort"): self._abort,
+            ("POST", "settle"): self._settle,
+            ("POST", "probe"): self._probe,
+            ("POST", "reset_prefix_cache"): self._reset_prefix_cache,
+            ("GET", "events"): self._events,
+            ("GET", "stats"): self._stats,
+            ("GET", "health"): self._tell_health,
+        }
+        handler = handlers.get((scope["method"], scope["path"].removeprefix(PREFIX)))
+        if handler is None:
+            await _respond(send, 404, _error("no such control route", "NotFoundError", 404))
+            return
+        try:
+            given = await _read(receive) if scope["method"] == "POST" else _query(scope)
+            if handler in (self._probe, self._events):
+                # They may wait long, and a probe has an engine work for it.
+                answer = await _while_connected(receive, handler(given))
+            else:
+                answer = await handler(given)
+        except _CallerLeftError:
+            return
+        except (ValueError, KeyError, TypeError) as exc:
+            await _respond(send, 400, _error(f"bad control request: {exc}", "BadRequestError", 400))
+        except HandoffRefusedError as exc:
+            await _respond(send, 409, _error(str(exc), "ConflictError", 409))
+        except EngineDeadError as exc:
+            await _respond(send, 503, _error(str(exc), "ServiceUnavailableError", 503))
+        else:
+            await _respond(send, 200, answer)
+
+    async def _abort(self, body: Any) -> dict[str, Any]:
+        return {"aborted": await self._engine.abort(str(body["request_id"]))}
+
+    async def _settle(self, body: Any) -> dict[str, Any]:
+        ids = body["handoff_ids"]
+        if not isinstance(ids, list) or not all(isinstance(item, str) and item for item in ids):
+            raise ValueError("handoff_ids must be a list of ids")
+        if ids:
+            await self._engine.settle(ids)
+        return {"settled": len(ids)}
+
+    async def _reset_prefix_cache(self, body: Any) -> dict[str, Any]:
+        return {"reset": await self._engine.reset_prefix_cache()}
+
+    async def _events(self, query: dict[str, str]) -> dict[str, Any]:
+        """A long poll: answers at once when there is something after `after`, else when `wait_s` is over or the server
+        begins to drain or stops. `reader` names the gateway; with `done` it has no more requests to send here."""
+        after, wait_s = int(query.get("after", "0")), float(query.get("wait_s", "0"))
+        if after < 0 or not 0 <= wait_s <= _MAX_WAIT_S:
+            raise ValueError(f"after must be at least 0 and wait_s between 0 and {_MAX_WAIT_S:g}")
+        reader = query.get("reader")
+        if reader:
+            self._readers.read(reader, after, done=query.get("done") == "1")
+        if self._draining:
+            # The drain waits for what the next read says.
+            wait_s = min(wait_s, _DRAIN_WAIT_S)
+        if wait_s and not self._stopping:
+            reading = asyncio.ensure_future(self._engine.events.read(after, wait_s))
+            self._polls.add(reading)
+            reading.add_done_callback(self._polls.discard)
+            try:
+                await asyncio.wait({reading})
+            except asyncio.CancelledError:
+                if reader:
+                    self._readers.left(reader)
+                raise
+            finally:
+                reading.cancel()
+        batch = await self._engine.events.read(after, 0)
+        answer = {"incarnation": self._incarnation, "next": batch.next, "lost": batch.lost, "events": batch.events}
+        return answer | ({"draining": True} if self._draining else {})
+
+    async def _probe(self, body: Any) -> dict[str, Any]:
+        ids = [int(token) for token in body["prompt_token_ids"]]
+        salt = body.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise ValueError("cache_salt must be a non-empty string")
+        result = await self._engine.probe(ids, body.get("kv_transfer_params"), cache_salt=salt)
+        return {
+            "num_cached_tokens": result.num_cached_tokens,
+            "kv_transfer_params": result.kv_transfer_params,
+            "finish_reason": result.finish_reason,
+        }
+
+    async def _tell_health(self, query: dict[str, str]) -> dict[str, Any]:
+        """What this process knows of the engine, without asking it. A drain shows unless there is worse to say."""
+        health = self.health()
+        if self._draining and health.state == "ok":
+            health = replace(health, state="draining")
+        return {"incarnation": self._incarnation, **health.as_dict()}
+
+    async def _stats(self, query: dict[str, str]) -> dict[str, Any]:
+        return {
+            "engine_id": self._engine.engine_id,
+            "role": self._role,
+            "incarnation": self._incarnation,
+            "pid": os.getpid(),
+            "num_requests_in_flight": self._num_in_flight,
+            "connections_closed": closed_by(self._protocol),
+            "num_connections_closed_total": sum(closed_by(self._protocol).values()),
+            "uptime_s": round(time.monotonic() - self._started_at, 3),
+            **self._engine.stats().as_dict(),
+        }
+
+
+class _QuietServer(uvicorn.Server):
+    """A uvicorn server that leaves the process's signal handlers alone."""
+
+    def install_signal_handlers(self) -> None:  # older uvicorn
+        pass
+
+    def capture_signals(self) -> Any:
+        return contextlib.nullcontext()
+
+
+def _error(message: str, kind: str, code: int) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    return dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+
+
+async def _read(receive: Receive) -> Any:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ValueError("the caller left")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > _MAX_BODY_BYTES:
+            raise ValueError(f"body is over {_MAX_BODY_BYTES} bytes")
+        chunks.append(chunk)
+        if not message.get("more_body"):
+            return json.loads(b"".join(chunks))
+
+
+class _CallerLeftError(Exception):
+    """The caller closed the connection before it was answered."""
+
+
+async def _while_connected(receive: Receive, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, which is cancelled when the caller leaves. Raises _CallerLeftError."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _CallerLeftError
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _closing(send: Send) -> Send:
+    """Sends what `send` does, and ends the connection with it."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await send(message)
+
+    return closing
+
+
+async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:
+    payload = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+    start: Message = {"type": "http.response.start", "status": status, "headers": headers}
+    await send(start)
+    await send({"type": "http.response.body", "body": payload})

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is there, who is warm with whom, and who is chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL, Membership, Pair
+from disagg.routing.views import ReplicaInfo
+
+
+def info(replica_id: str, incarnation: str = "1") -> ReplicaInfo:
+    pool = PREFILL if replica_id.startswith("p") else DECODE
+    return ReplicaInfo(replica_id, pool, f"http://{replica_id}:{incarnation}", "e", incarnation, 16, 1000)
+
+
+@pytest.fixture
+def members() -> Membership:
+    """Two warm prefill and two decode replicas."""
+    membership = Membership()
+    membership.replace(PREFILL, [info("p0"), info("p1")])
+    membership.replace(DECODE, [info("d0"), info("d1")])
+    for pair in membership.cold_pairs():
+        membership.mark_warm(pair)
+    return membership
+
+
+def ids(pairs: list[Pair]) -> set[str]:
+    return {f"{pair.prefill.info.replica_id}-{pair.decode.info.replica_id}" for pair in pairs}
+
+
+def test_new_pairs_are_cold() -> None:
+    """Replicas are usable at once, pairs only after they were warmed."""
+    membership = Membership()
+    membership.replace(DECODE, [info("d0")])
+    assert membership.pick_decode() is not None and membership.num_routable(DECODE) == 1
+    membership.replace(PREFILL, [info("p0"), info("p1")])
+    assert ids(membership.cold_pairs()) == {"p0-d0", "p1-d0"}
+    assert membership.pick_pair() is None
+    assert [membership.num_routable(pool) for pool in POOLS] == [0, 0]
+    membership.mark_warm(membership.cold_pairs()[0])
+    assert ids(membership.cold_pairs()) == {"p1-d0"}
+    assert [membership.num_routable(pool) for pool in POOLS] == [1, 1]
+    assert membership.num_warm_pairs() == 1
+
+
+def test_four_pairs_in_turn(members: Membership) -> None:
+    """Idle replicas share hand-offs over all four pairs."""
+    chosen = Counter(next(iter(ids([pair]))) for _ in range(8) if (pair := members.pick_pair()))
+    assert chosen == {"p0-d0": 2, "p0-d1": 2, "p1-d0": 2, "p1-d1": 2}
+
+
+def test_load_decides_before_turns(members: Membership) -> None:
+    """What this gateway has running somewhere steers the next request away from there."""
+    members.members(PREFILL)[0].num_in_flight = 1
+    members.members(DECODE)[1].num_in_flight = 1
+    assert [ids([pair]) for _ in range(2) if (pair := members.pick_pair())] == [{"p1-d0"}, {"p1-d0"}]
+    decode = members.pick_decode()
+    assert decode is not None and decode.info.replica_id == "d0"
+
+
+def test_without_leaves_replicas_out(members: Membership) -> None:
+    """Replicas that were tried are not chosen again, on either side."""
+    assert all(members.pick_pair(without={"p0", "d1"}).prefill.info.replica_id == "p1" for _ in range(4))  # type: ignore[union-attr]
+    assert members.pick_pair(without={"p0", "p1"}) is None
+    assert members.pick_decode(without={"d0", "d1"}) is None
+
+
+def test_new_incarnation_is_a_new_replica(members: Membership) -> None:
+    """A restarted replica has moved no KV and its old self cannot be marked any more."""
+    old = next(m for m in members.members(PREFILL) if m.info.replica_id == "p0")
+    kept = next(m for m in members.members(PREFILL) if m.info.replica_id == "p1")
+    peer = members.members(DECODE)[0]
+    members.replace(PREFILL, [info("p0", "2"), info("p1")])
+    assert ids(members.cold_pairs()) == {"p0-d0", "p0-d1"}
+    assert kept in members.members(PREFILL) and old not in members.members(PREFILL)
+    assert all(m.warm_peers == {"p1"} for m in members.members(DECODE))
+    members.mark_warm(Pair(old, peer))
+    assert ids(members.cold_pairs()) == {"p0-d0", "p0-d1"}
+
+
+def test_restart_on_the_decode_side(members: Membership) -> None:
+    """A restarted decode replica drops out of its peers' warmth, too."""
+    members.replace(DECODE, [info("d0"), info("d1", "2")])
+    assert ids(members.cold_pairs()) == {"p0-d1", "p1-d1"}
+    assert all(m.warm_peers == {"d0"} for m in members.members(PREFILL))
+
+
+def test_removal(members: Membership) -> None:
+    """A removed replica leaves no trace, and the same list again changes nothing."""
+    changes: list[int] = []
+    members._on_change = lambda: changes.append(1)
+    members.replace(DECODE, [info("d1")])
+    members.replace(DECODE, [info("d1")])
+    assert len(changes) == 1
+    assert members.num_warm_pairs() == 2 and members.urls() == {"http://p0:1", "http://p1:1", "http://d1:1"}
+    assert all(m.warm_peers == {"d1"} for m in members.members(PREFILL))
+    members.replace(PREFILL, [])
+    assert members.pick_pair() is None
+    assert members.num_routable(DECODE) == 1
+
+
+def test_unreachable_until_it_answers(members: Membership) -> None:
+    """A replica that refuses connections is left out and comes back warm."""
+    p0 = members.members(PREFILL)[0]
+    members.mark_unreachable(p0)
+    assert all(members.pick_pair().prefill is not p0 for _ in range(4))  # type: ignore[union-attr]
+    assert members.num_routable(PREFILL) == 1
+    members.mark_reachable(p0)
+    assert p0 in [members.pick_pair().prefill for _ in range(4)]  # type: ignore[union-attr]
+
+
+def test_warming_makes_reachable(members: Membership) -> None:
+    """KV that moved proves both replicas."""
+    pair = members.pick_pair()
+    assert pair is not None
+    members.mark_unreachable(pair.decode)
+    members.mark_warm(pair)
+    assert pair.decode.reachable
+
+
+def test_mark_cold(members: Membership) -> None:
+    """A pair taken out of routing is cold again, its replicas stay warm with others."""
+    pair = members.pick_pair()
+    assert pair is not None
+    members.mark_cold(pair)
+    assert ids(members.cold_pairs()) == ids([pair])
+    assert members.num_warm_pairs() == 3
+
+
+def test_changes_are_told(members: Membership) -> None:
+    """Every change of who can be used is told once."""
+    changes: list[int] = []
+    members._on_change = lambda: changes.append(1)
+    member = members.members(DECODE)[0]
+    members.mark_unreachable(member)
+    members.mark_unreachable(member)
+    members.mark_reachable(member)
+    members.mark_reachable(member)
+    assert len(changes) == 2
+
+
+def test_bootstrap_servers_are_addresses_too() -> None:
+    """Connections to Mooncake's bootstrap servers are kept as long as their replica is known."""
+    membership = Membership()
+    membership.replace(PREFILL, [replace(info("p0"), bootstrap_url="http://p0:8998")])
+    assert membership.urls() == {"http://p0:1", "http://p0:8998"}
+    membership.replace(PREFILL, [])
+    assert membership.let_go("1", carrying=False)
+    assert membership.urls() == set()
+
+
+def test_a_replica_that_leaves_is_let_go_when_nothing_runs_there(members: Membership) -> None:
+    """It is not chosen any more, and its connections are kept until this gateway has nothing there."""
+    members.replace(DECODE, [info("d0", "7"), info("d1", "8")])
+    for pair in members.cold_pairs():
+        members.mark_warm(pair)
+    leaving = members.members(DECODE)[0]
+    leaving.num_in_flight = 1
+    members.replace(DECODE, [info("d1", "8")])
+    pairs = [members.pick_pair() for _ in range(4)]
+    assert ids([pair for pair in pairs if pair]) == {"p0-d1", "p1-d1"}
+    chosen = [members.pick_decode() for _ in range(3)]
+    assert [member and member.info.replica_id for member in chosen] == ["d1"] * 3
+    assert leaving.info.url in members.urls() and not members.let_go("7", carrying=False)
+    leaving.num_in_flight = 0
+    assert members.let_go("7", carrying=False)
+    assert leaving.info.url not in members.urls()
+
+
+def test_the_last_decode_replica_serves_what_is_carried_although_it_leaves(members: Membership) -> None:
+    """An application that ends finishes the requests it has accepted, those without a replica yet as well."""
+    members.replace(DECODE, [info("d0", "7")])
+    members.let_go("1", carrying=False)
+    members.replace(DECODE, [])
+    assert not members.let_go("7", carrying=True)
+    chosen = members.pick_decode()
+    assert chosen is not None and chosen.info.replica_id == "d0"
+    assert members.pick_decode(without={"d0"}) is None
+    assert members.let_go("7", carrying=False)
+    assert members.pick_decode() is None
+
+
+def test_replicas_that_leave_are_not_for_want_of_room(members: Membership) -> None:
+    """They are chosen only when no other one can be, room or none, and have to have room themselves."""
+    members.replace(DECODE, [info("d0", "7"), info("d1", "8")])
+    members.replace(DECODE, [info("d1", "8")])
+    assert members.pick_decode(fits=lambda member: member.info.replica_id != "d1") is None and members.has_decode()
+    members.replace(DECODE, [])
+    chosen = members.pick_decode(without={"d0"}, fits=lambda member: member.info.replica_id == "d1")
+    assert chosen is not None and chosen.info.replica_id == "d1"
+    assert members.pick_decode(fits=lambda _: False) is None and members.has_decode()
+    assert not members.has_decode(without={"d0", "d1"})
+
+
+def test_a_replica_that_comes_back_keeps_its_count(members: Membership) -> None:
+    """Serve's list may be empty for a moment when its controller restarts; the legs that run there still count."""
+    replicas = [info("d0", "7")]
+    members.replace(DECODE, replicas)
+    member = members.members(DECODE)[0]
+    member.num_in_flight = 3
+    members.replace(DECODE, [])
+    members.replace(DECODE, replicas)
+    assert members.members(DECODE) == [member] and member.num_in_flight == 3
+    assert members.pick_decode() is member
+
+
+def test_replicas_that_do_not_fit_are_no_pair() -> None:
+    """During a rolling update old prefill and new decode replicas are never warmed and never chosen together."""
+    membership = Membership()
+    old, new = replace(info("p0"), kv_fit="old"), replace(info("p1"), kv_fit="new")
+    membership.replace(PREFILL, [old, new])
+    membership.replace(DECODE, [replace(info("d0"), kv_fit="new")])
+    assert ids(membership.cold_pairs()) == {"p1-d0"}
+    assert [(ids([pair]), "KV depends on" in why) for pair, why in membership.misfits()] == [({"p0-d0"}, True)]
+
+
+def test_a_pair_that_rests() -> None:
+    """A pair that is left alone is neither warm nor to be warmed, until it has rested; that is told once."""
+    now = [100.0]
+    members = Membership(clock=lambda: now[0])
+    members.replace(PREFILL, [info("p0", "p0-1")])
+    members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
+    for pair in members.cold_pairs():
+        members.mark_warm(pair)
+    (pair, *_) = [Pair(p, d) for p in members.members(PREFILL) for d in members.members(DECODE)]
+    members.mark_cold(pair, rest_s=5)
+    # A warm-up that began before that ends.
+    members.mark_warm(pair)
+    assert members.is_resting(pair) and not members.cold_pairs() and members.num_warm_pairs() == 1
+    changes: list[int] = []
+    members._on_change = lambda: changes.append(1)
+    assert members.rested(pair) == 5 and members.is_resting(pair) and not changes
+    now[0] += 5
+    assert [members.rested(pair), members.rested(pair)] == [0, 0]
+    assert ids(members.cold_pairs()) == ids([pair]) and len(changes) == 1
+    members.mark_warm(pair)
+    assert members.num_warm_pairs() == 2
+
+
+def test_the_longest_rest_counts() -> None:
+    """A breaker's half second does not end the minute after wrong KV, whichever came first."""
+    now = [0.0]
+    members = Membership(clock=lambda: now[0])
+    members.replace(PREFILL, [info("p0", "p0-1")])
+    members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
+    for pair, rests in zip(members.cold_pairs(), ([0.5, 60], [60, 0.5]), strict=True):
+        for rest_s in rests:
+            members.mark_cold(pair, rest_s=rest_s)
+        assert members.rested(pair) == 60
+    now[0] = 59
+    assert [members.rested(Pair(members.members(PREFILL)[0], d)) for d in members.members(DECODE)] == [1, 1]
+    assert not members.cold_pairs()
+
+
+def test_has_pair_says_what_pick_pair_would_find(members: Membership) -> None:
+    """With replicas left out, a settled decode replica, and none that is warm."""
+    d0, d1 = members.members(DECODE)
+    assert members.has_pair() and members.has_pair(without={"p0", "d1"}) and members.has_pair(decode=d0)
+    assert not members.has_pair(without={"p0", "p1"}) and not members.has_pair(without={"d0"}, decode=d0)
+    for pair in [Pair(p, d1) for p in members.members(PREFILL)]:
+        members.mark_cold(pair)
+    assert not members.has_pair(decode=d1) and members.has_pair()
+    members.mark_unreachable(d0)
+    assert not members.has_pair()
+
+
+def test_quarantine_takes_the_replica_and_its_pairs_out(members: Membership) -> None:
+    """It is not chosen nor warmed, no warm-up that ends late brings it back, and its pairs begin cold again."""
+    d0 = members.members(DECODE)[0]
+    pairs = [Pair(p, d0) for p in members.members(PREFILL)]
+    assert members.quarantine(d0, "hang") and not members.quarantine(d0, "unanswered")
+    assert d0.quarantined == "hang" and members.num_warm_pairs() == 2
+    members.mark_warm(pairs[0])
+    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p0-d1", "p1-d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    assert not members.cold_pairs() and members.num_routable(DECODE) == 1
+    members.release(d0)
+    assert ids(members.cold_pairs()) == {"p0-d0", "p1-d0"}
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d0", "d1"}
+
+
+def test_quarantine_ends_with_the_incarnation(members: Membership) -> None:
+    """A successor under the same name is a new replica, with nothing against it."""
+    d0 = members.members(DECODE)[0]
+    members.quarantine(d0, "hang")
+    d0.slow = d0.on_probation = True
+    members.replace(DECODE, [info("d0", "2"), info("d1")])
+    new = members.members(DECODE)[0]
+    assert (new.quarantined, new.slow, new.on_probation, new.draining) == (None, False, False, False)
+
+
+def test_slow_replicas_come_last(members: Membership) -> None:
+    """However much the others carry, and still before nobody."""
+    p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
+    p0.slow = d0.slow = True
+    members.members(PREFILL)[1].num_in_flight = members.members(DECODE)[1].num_in_flight = 9
+    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p1-d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    chosen = members.pick_decode(without={"d1"})
+    assert chosen is d0
+
+
+def test_probation(members: Membership) -> None:
+    """A replica on probation is warmed and not chosen; a decode replica is, where there is no other."""
+    p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
+    p0.on_probation = d0.on_probation = True
+    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p1-d1"}
+    assert members.num_routable(DECODE) == 1
+    assert members.pick_decode(without={"d1"}) is d0 and members.pick_pair(without={"d1"}) is None
+    members.end_probation(d0)
+    assert members.num_routable(DECODE) == 2
+
+
+def test_warm_without_anybody_to_be_warm_with(members: Membership) -> None:
+    """Only replicas of the other pool that are usable and fit can keep one waiting for KV to move."""
+    p0 = members.members(PREFILL)[0]
+    for decode in members.members(DECODE):
+        members.mark_cold(Pair(p0, decode))
+    assert not members.is_warm(p0)
+    members.mark_unreachable(members.members(DECODE)[0])
+    members.quarantine(members.members(DECODE)[1], "hang")
+    assert members.is_warm(p0)
+    members.replace(DECODE, [replace(info("d2"), kv_fit="another")])
+    assert members.is_warm(p0)
+    members.replace(DECODE, [info("d2")])
+    assert not members.is_warm(p0)
+
+
+def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
+    """A decode replica that Serve does not list any more takes new requests until it says that it drains."""
+    members.replace(DECODE, [info("d0", "7")])
+    members.let_go("1", carrying=False)
+    d0 = members.members(DECODE)[0]
+    members.replace(DECODE, [])
+    assert members.pick_decode() is d0 and not members.finishes_only
+    members.release(d0, draining=True)
+    assert members.pick_decode() is d0 and members.finishes_only
+    members.replace(DECODE, [info("d1", "8")])
+    assert not members.finishes_only
+    members.members(DECODE)[0].on_probation = True
+    assert not members.finishes_only
+    assert not Membership().finishes_only
+
+
+def test_draining_replicas_are_not_chosen(members: Membership) -> None:
+    """A replica that says it leaves gets nothing more."""
+    members.release(members.members(DECODE)[0], draining=True)
+    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    assert members.num_routable(DECODE) == 1

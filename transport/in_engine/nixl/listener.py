@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread that answers NIXL handshakes, which goes on whatever is sent to it.
+
+vLLM's ends with the first message that is not a handshake (a port scanner's, or another version's), after which every
+handshake with this engine times out while `/health` is 200. It also queues answers without bound for a peer that reads
+none, and takes messages of any size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import zmq
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import NixlBaseConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
+from vllm.utils.network_utils import is_valid_ipv6_address, make_zmq_path
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4096
+"""A handshake takes about 20; zmq closes the connection of a longer one."""
+HANDSHAKE_MS = 5000
+"""zmq closes a connection that has not finished zmq's own greeting by then. It has no bound on their number."""
+HEARTBEAT_MS = 30_000
+"""zmq closes a connection whose peer does not answer a heartbeat that long."""
+MAX_QUEUED = 64
+"""Messages queued for and from one connection; beyond it requests wait in its socket, and answers are dropped."""
+_POLL_MS = 1000
+
+_EXPECTED: tuple[tuple[object, tuple[str, ...]], ...] = (
+    (
+        NixlBaseConnectorScheduler._nixl_handshake_listener,
+        (
+            "identity, _, msg = sock.recv_multipart()",
+            "msg, target_pp_rank, target_tp_rank = msgspec.msgpack.decode(msg)",
+            "if msg != GET_META_MSG:",
+            "ts = msgspec.msgpack.encode(time.perf_counter())",
+            '(identity, b"", encoded_data[(target_pp_rank, target_tp_rank)], ts)',
+        ),
+    ),
+    (
+        NixlBaseConnectorScheduler.set_xfer_handshake_metadata,
+        ("target=self._nixl_handshake_listener", "self.side_channel_host", "ready_event.wait()"),
+    ),
+    (NixlBaseConnectorScheduler.shutdown, ("self._stop_event.set()", "self._nixl_handshake_listener_t.join()")),
+)
+
+
+def check() -> None:
+    """Raise RuntimeError, which ends the engine's start, when vLLM's listener no longer looks as in vLLM 0.32."""
+    for source_of, fragments in _EXPECTED:
+        source = inspect.getsource(source_of)  # type: ignore[arg-type]
+        for fragment in fragments:
+            if fragment not in source:
+                name = getattr(source_of, "__qualname__", source_of)
+                raise RuntimeError(
+                    f"{name} of this vLLM is not the one that transport/in_engine/nixl/listener.py replaces: "
+                    f"{fragment!r} is gone. Read the new code, then adapt the listener."
+                )
+
+
+def listen(
+    encoded_data: Mapping[tuple[int, int], bytes],
+    ready: threading.Event,
+    stop: threading.Event,
+    host: str,
+    port: int,
+) -> None:
+    """Answer handshakes until `stop`, at most a second later. Sets `ready` once it listens, or has failed to.
+
+    Args:
+        encoded_data: the answer by (pipeline rank, tensor rank).
+    """
+    try:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as sock:
+            _bind(sock, host, port)
+            ready.set()
+            _serve(sock, encoded_data, stop)
+    finally:
+        ready.set()
+
+
+def _bind(sock: zmq.Socket[bytes], host: str, port: int) -> None:
+    sock.linger = 0
+    for option, value in (
+        (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
+        (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+        (zmq.HEARTBEAT_IVL, HEARTBEAT_MS),
+        (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_MS),
+        (zmq.RCVHWM, MAX_QUEUED),
+        (zmq.SNDHWM, MAX_QUEUED),
+        (zmq.BACKLOG, 1024),
+        (zmq.IPV6, int(is_valid_ipv6_address(host))),
+    ):
+        sock.setsockopt(option, value)
+    sock.bind(make_zmq_path("tcp", host, port))
+
+
+def _serve(sock: zmq.Socket[bytes], encoded_data: Mapping[tuple[int, int], bytes], stop: threading.Event) -> None:
+    num_refused = 0
+    while not stop.is_set():
+        try:
+            if not sock.poll(_POLL_MS):
+                continue
+            parts = sock.recv_multipart(zmq.NOBLOCK)
+            answer = answer_to(parts, encoded_data)
+            if answer is None:
+                num_refused += 1
+                if str(num_refused).strip("0") == "1":
+                    logger.warning("NIXL side channel: %d messages are no handshake and are not answered", num_refused)
+                continue
+            sock.send_multipart(answer, zmq.NOBLOCK)
+        except zmq.Again:
+            continue
+        except zmq.ZMQError:
+            # The peer is gone, or the system is short of something: neither is a reason to answer nobody.
+            logger.exception("NIXL side channel: a message could not be answered")
+            stop.wait(0.1)
+
+
+def answer_to(parts: Sequence[bytes], encoded_data: Mapping[tuple[int, int], bytes]) -> list[bytes] | None:
+    """The answer to one message as it came, None for one that is no handshake with a rank of this engine.
+
+    The time is this process' `time.perf_counter()`, from which the peer reads when leases end. Source: vLLM 0.32
+    `NixlBaseConnectorScheduler._nixl_handshake_listener`.
+    """
+    if len(parts) != 3 or parts[1]:
+        return None
+    try:
+        asked, pp_rank, tp_rank = msgspec.msgpack.decode(parts[2], type=tuple[bytes, int, int])
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    metadata = encoded_data.get((pp_rank, tp_rank))
+    if asked != GET_META_MSG or metadata is None:
+        return None
+    return [parts[0], b"", metadata, msgspec.msgpack.encode(time.perf_counter())]
