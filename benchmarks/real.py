@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 from benchmarks.connection import BrokenAnswerError, Client
 from benchmarks.load import percentiles
-from disagg.gateway.handoff.legs import PATHS, REMOTE_DECODE, transfer_params
+from disagg.gateway.front.fields import PATHS
+from disagg.gateway.handoff.legs import REMOTE_DECODE, transfer_params
 from tests.support.stack import engine_headers, running, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from disagg.advice.problems import Problem
 from disagg.config import AppConfig, FileKeysConfig
-from disagg.gateway.front.api_keys import MIN_KEY_CHARACTERS, parse
+from disagg.key_lines import MIN_KEY_CHARACTERS, parse
 from pools.replica.engine_key import usable_key
 
 _LINES = "lines of name:key"

@@ -33,6 +33,7 @@ from disagg.gateway.background import Background
 from disagg.gateway.front import openapi
 from disagg.gateway.front.api_keys import keys_of
 from disagg.gateway.front.edge import Edge, key_for, tenant_of
+from disagg.gateway.front.fields import Endpoint, Store
 from disagg.gateway.front.intake import (
     ClientDisconnect,
     check_fields,
@@ -47,15 +48,14 @@ from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_response, shape_of
 from disagg.gateway.front.tenants import check_media_ids, salted
 from disagg.gateway.handoff.handoff import Call, Handoff
-from disagg.gateway.handoff.legs import Endpoint, Store
 from disagg.gateway.handoff.transfers import TransportType, transfer_for
+from disagg.gateway.handoff.warm import PairWarmer
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.feed import LedgerFeed
 from disagg.gateway.ledger.foreign import foreign_ledger
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import POOLS, Membership
-from disagg.gateway.replicas.warm import PairWarmer
 from disagg.gateway.replicas.watch import Watch
 from disagg.gateway.shadow.shadow import Shadow, show_paths
 from disagg.gateway.stream.answering import AnsweredCall

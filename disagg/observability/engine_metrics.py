@@ -14,8 +14,6 @@ from typing import Any, Literal
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from disagg.routing.views import ReplicaInfo
-
 LABELS = ("pool", "replica")
 
 
@@ -81,11 +79,11 @@ class EngineCollector(Collector):
     """The latest statistics of every live replica, as Prometheus families."""
 
     def __init__(self) -> None:
-        self._stats: dict[str, tuple[ReplicaInfo, Mapping[str, Any]]] = {}
+        self._stats: dict[str, tuple[str, Mapping[str, Any]]] = {}
 
-    def put(self, replica: ReplicaInfo, stats: Mapping[str, Any]) -> None:
+    def put(self, pool: str, replica_id: str, stats: Mapping[str, Any]) -> None:
         """Take over a snapshot."""
-        self._stats[replica.replica_id] = (replica, stats)
+        self._stats[replica_id] = (pool, stats)
 
     def retain(self, replica_ids: set[str]) -> None:
         """Forget replicas that are not in `replica_ids`."""
@@ -96,8 +94,8 @@ class EngineCollector(Collector):
         for metric in (*ENGINE_METRICS, *SERVER_METRICS):
             make = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
             family = make(metric.family, metric.help, labels=LABELS)
-            for replica, stats in self._stats.values():
+            for replica_id, (pool, stats) in self._stats.items():
                 value = stats.get(metric.key)
                 if isinstance(value, int | float):
-                    family.add_metric((replica.pool, replica.replica_id), value)
+                    family.add_metric((pool, replica_id), value)
             yield family

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from disagg.gateway.ledger.ledger import ENDS, TOTALS
 from disagg.observability.engine_metrics import EngineCollector
+from disagg.observability.outcomes import ENDS, TOTALS
 
 logger = logging.getLogger(__name__)
 

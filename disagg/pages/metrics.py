@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from disagg.gateway.ledger.ledger import TOTALS
 from disagg.gateway.replicas.membership import POOLS
 from disagg.observability.engine_metrics import ENGINE_METRICS, LABELS, SERVER_METRICS, EngineMetric
 from disagg.observability.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
+from disagg.observability.outcomes import TOTALS
 
 LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "beam_search": "the request uses beam search",

@@ -18,8 +18,8 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.outputs import CompletionOutput, RequestOutput
 
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.front.render import VllmRenderer
-from disagg.gateway.handoff.legs import Endpoint
 from disagg.gateway.stream.sent_tokens import SentTokens
 from tests.support.stack import tiny_model
 

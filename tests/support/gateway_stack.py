@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg.config import GatewayConfig
 from disagg.gateway.app import Gateway, create_app
-from disagg.gateway.handoff.legs import Endpoint
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL
 from disagg.gateway.stream.splice import SplicingProtocol
 from disagg.routing.views import ReplicaInfo

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,44 +17,15 @@ from pathlib import Path
 from disagg.config import ApiKeysConfig, FileKeysConfig, GatewayConfig
 from disagg.errors import AuthenticationError
 from disagg.gateway.front.tenants import Tenant, salt_of
+from disagg.key_lines import MIN_KEY_CHARACTERS, parse
 from transport.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MIN_KEY_CHARACTERS = 16
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_KEY = re.compile(rf"[\x21-\x7e]{{{MIN_KEY_CHARACTERS},512}}")
 _LOOK_S = 1.0
 
 Table = Mapping[bytes, tuple[bytes, Tenant]]
 """Digest of a key to the same digest and the tenant."""
-
-
-def parse(text: str) -> list[tuple[str, str]]:
-    """Name and key of each line `name:key`; empty lines and those that begin with # are left out.
-
-    Raises ValueError, which names the line and nothing that stands in it.
-    """
-    found: list[tuple[str, str]] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, colon, key = line.partition(":")
-        if not colon:
-            raise ValueError(f"line {number} is not name:key")
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"line {number}: a name has 1 to 64 letters, digits, dots, hyphens and underscores")
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"line {number}: a key has {MIN_KEY_CHARACTERS} to 512 ASCII characters and no space")
-        if key in seen:
-            raise ValueError(f"line {number} has the same key as line {seen[key]}")
-        seen[key] = number
-        found.append((name, key))
-    if not found:
-        raise ValueError("there is no key in it")
-    return found
 
 
 class ApiKeys:

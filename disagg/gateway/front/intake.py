@@ -19,7 +19,7 @@ from disagg.errors import (
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
-from disagg.gateway.handoff.legs import FORBIDDEN_FIELDS, STORE_FIELD, Store
+from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD, Store
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_HEADERS = ("traceparent", "tracestate")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
-from disagg.gateway.handoff.legs import Endpoint
+from disagg.gateway.front.fields import Endpoint
 
 logger = logging.getLogger(__name__)
 

@@ -12,20 +12,10 @@ from typing import Any, Literal
 
 import msgspec
 
-Endpoint = Literal["chat", "completions"]
-PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-
-FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
-"""Body fields that only the gateway may send: they can crash an engine, leak other prompts' KV or name other hosts."""
+from disagg.gateway.front.fields import Endpoint, Store
 
 MAX_PRIMED_PROMPTS = 8
 """A longer list of prompts is prefilled on decode: more legs at once would starve other requests."""
-
-Store = Literal["never", "always"]
-"""What a client may say about KV that no decode engine consumes; unsaid, the shared tier's `sink` decides."""
-
-STORE_FIELD = "disagg_store"
-"""Body field in which a client says so. No engine sees it."""
 
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 REMOTE_PREFILL = {"do_remote_decode": False, "do_remote_prefill": True}

@@ -8,24 +8,19 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from disagg.gateway.handoff.legs import (
-    PATHS,
-    Endpoint,
-    PrefillReply,
-    Store,
-    is_server_fault,
-    prefill_reply,
-    probe_body,
-)
+from disagg.gateway.front.fields import PATHS, Endpoint, Store
+from disagg.gateway.handoff.legs import PrefillReply, is_server_fault, prefill_reply, probe_body
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.membership import Member, Membership
-from disagg.gateway.stream.sent_tokens import SentTokens
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Exchange, Upstreams
 from pools.engine.base import HANDOFF_HEADER
 from pools.errors import ReplicaLostError
+
+if TYPE_CHECKING:
+    from disagg.gateway.stream.sent_tokens import SentTokens
 
 logger = logging.getLogger(__name__)
 

@@ -228,7 +228,7 @@ class LedgerFeed:
     async def _read_stats(self, upstream: Upstream, followed: _Followed) -> None:
         status, payload = await upstream.request("GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S)
         if status == 200 and not followed.leaving:
-            self._metrics.engines.put(followed.info, _decode_stats(payload))
+            self._metrics.engines.put(followed.info.pool, followed.info.replica_id, _decode_stats(payload))
 
 
 class _UnusableAnswerError(Exception):

@@ -16,13 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.gateway.ledger.chunks import ChunkIndex
+from disagg.observability.outcomes import ENDS, TOTALS
 from disagg.routing.views import ReplicaInfo
-
-ENDS = ("consumed", "released", "rescued", "expired", "failed")
-"""What becomes of a hand-off; exactly one of them. `rescued`: nobody read the KV and the shared cache keeps it."""
-TOTALS = ("produced", *ENDS, "stored", "reused")
-"""What is counted. `stored`: what the shared cache took of the rescued, and of the consumed whose clients asked for it;
-`reused`: what was loaded from there later. Both are full chunks only."""
 
 _ENGINE_ENDS = frozenset(("consumed", "released", "expired"))
 _MAX_OPEN = 65_536

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from disagg.errors import InvalidRequestError
-from disagg.gateway.ledger.ledger import ENDS, Ledger, Record
+from disagg.gateway.ledger.ledger import Ledger, Record
+from disagg.observability.outcomes import ENDS
 
 OUTCOMES = ("open", *ENDS, "stored", "reused")
 """Values of `outcome`: what became of the hand-off, or what the shared cache did with it."""

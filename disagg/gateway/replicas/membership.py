@@ -2,7 +2,7 @@
 """Which replicas exist, which pairs of them have moved KV, and what this gateway has running on each.
 
 Lives in the gateway's event loop; `disagg.routing.serve` hands it whole new lists as Serve learns of replicas. A
-replica is used once it is known, a pair only after `disagg.gateway.replicas.warm` has proved it.
+replica is used once it is known, a pair only after `disagg.gateway.handoff.warm` has proved it.
 """
 
 from __future__ import annotations

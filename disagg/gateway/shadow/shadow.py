@@ -16,17 +16,16 @@ from dataclasses import dataclass, field
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
-from disagg.gateway.handoff.legs import PATHS
+from disagg.gateway.front.fields import PATHS
 from disagg.gateway.handoff.local_budget import computing, has_room
 from disagg.gateway.handoff.pair_faults import rest
 from disagg.gateway.handoff.sending import Answer, Call, Sender
 from disagg.gateway.handoff.settling import UnderWay
+from disagg.gateway.handoff.token_ids import IDS, asking_for_ids, without_ids
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
 from disagg.gateway.shadow.rules import Computed, Difference, computed, difference, may_check, shadow_body
-from disagg.gateway.stream.resume_body import IDS, asking_for_ids
-from disagg.gateway.stream.sent_tokens import without_ids
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Upstreams
 from pools.errors import ReplicaLostError

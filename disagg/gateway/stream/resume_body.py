@@ -11,21 +11,10 @@ import msgspec
 
 from disagg.gateway.handoff.sending import Call
 
-IDS = "return_token_ids"
 _DEFAULT_COMPLETION_TOKENS = 16
 """What vLLM generates for a completion that does not say."""
 
 _encode = msgspec.json.Encoder().encode
-
-
-def asking_for_ids(call: Call) -> Call:
-    """The same request, which also makes the engine tell the ids of its tokens."""
-    if call.body.get(IDS) is True:
-        return call
-    body = {**call.body, IDS: True}
-    # A client that named the field itself would win: in JSON the last of two equal keys does.
-    raw = _encode(body) if IDS in call.body else call.raw.replace(b"{", b'{"%b":true,' % IDS.encode(), 1)
-    return replace(call, body=body, raw=raw)
 
 
 def num_left(call: Call, num_tokens: int) -> int | None:

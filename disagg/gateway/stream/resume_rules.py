@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from disagg.gateway.handoff.legs import Endpoint
+from disagg.gateway.front.fields import Endpoint
 
 _FREE = frozenset(
     # The prompt: its tokens are here already.

@@ -14,7 +14,8 @@ from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_event
 from disagg.gateway.handoff.handoff import Answer, Call, Handoff
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.stream.resume_body import IDS, asking_for_ids, continued, num_left
+from disagg.gateway.handoff.token_ids import IDS, asking_for_ids
+from disagg.gateway.stream.resume_body import continued, num_left
 from disagg.gateway.stream.resume_rules import Cut, cut_for, is_greedy, why_not
 from disagg.gateway.stream.resumed_stream import DivergedError, ResumedStream, ending, finished
 from disagg.gateway.stream.sent_tokens import DONE, SentTokens, fault_in

@@ -13,14 +13,13 @@ from typing import Any
 
 import msgspec
 
-from disagg.gateway.handoff.legs import Endpoint, is_server_fault
+from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.handoff.legs import is_server_fault
+from disagg.gateway.handoff.token_ids import without_ids
 
 DONE = b"data: [DONE]\n\n"
 _END = b"\n\n"
 _IDS = b',"token_ids":['
-_NO_IDS = b',"token_ids":null'
-_PROMPT_IDS = b',"prompt_token_ids":['
-_NO_PROMPT_IDS = b',"prompt_token_ids":null'
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
 _EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null'
@@ -247,13 +246,3 @@ def fault_in(ending: bytes) -> bytes | None:
 
 def _is_fault(event: bytes) -> bool:
     return _ABORTED in event or (event.startswith(_ERROR) and is_server_fault(event))
-
-
-def without_ids(document: bytes) -> bytes:
-    """vLLM's JSON of one choice, as an event or whole, as who did not ask for token ids would have got it."""
-    return _without(_without(document, _IDS, _NO_IDS), _PROMPT_IDS, _NO_PROMPT_IDS)
-
-
-def _without(event: bytes, pattern: bytes, instead: bytes) -> bytes:
-    start = event.find(pattern)
-    return event if start < 0 else event[:start] + instead + event[event.find(b"]", start) + 1 :]

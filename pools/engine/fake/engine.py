@@ -8,17 +8,15 @@ Sends raw ASGI messages, one a token. `python -m pools.engine.fake --help` runs 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
-import socket
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pools.config import FakeEngineConfig
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
@@ -530,54 +528,3 @@ async def _send(send: Send, status: int, content_type: tuple[bytes, bytes], payl
     length = (b"content-length", str(len(payload)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [content_type, length]})
     await send({"type": "http.response.body", "body": payload})
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serve one fake engine until a signal; the first line on stdout is its URL."""
-    parser = argparse.ArgumentParser(prog="python -m pools.engine.fake", description=main.__doc__)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument("--role", choices=get_args(Role), default="decode")
-    parser.add_argument("--model", default="tiny", help="name that clients send as `model`")
-    parser.add_argument("--engine-id", default=None)
-    config = FakeEngineConfig(type="fake")
-    for name in ("itl_ms", "prefill_ms_per_1k_tokens", "kv_tokens", "max_model_len", "max_num_seqs"):
-        default = getattr(config, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument("--own-steps", dest="shared_steps", action="store_false", help="no step shared by all streams")
-    args = vars(parser.parse_args(argv))
-    fields = {name: value for name, value in args.items() if name in FakeEngineConfig.model_fields}
-    engine = FakeEngine(
-        args["engine_id"] or uuid.uuid4().hex,
-        args["role"],
-        FakeEngineConfig(type="fake", **fields),
-        model_id=args["model"],
-        host=args["host"],
-    )
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run(engine, args["role"], args["host"], args["port"]))
-
-
-async def _run(engine: FakeEngine, role: Role, host: str, port: int) -> None:
-    import uvicorn
-
-    from pools.replica.server import EngineServer
-
-    await engine.start()
-    app = EngineServer(engine, role=role, host=host, incarnation="1")
-    sock = socket.create_server((host, port))
-    print(f"http://{host}:{sock.getsockname()[1]}", flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=120))
-    try:
-        await server.serve(sockets=[sock])
-    finally:
-        await engine.shutdown()
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory

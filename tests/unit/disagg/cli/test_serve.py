@@ -15,7 +15,7 @@ from disagg.cli import serve
 from disagg.cli.main import main
 from disagg.cli.processes import Process, belonging_to, parse_stat, process_table, remove_shared
 from disagg.cli.supervise import child_env, is_fatal, reason
-from disagg.gateway.front.api_keys import parse
+from disagg.key_lines import parse
 from pools.process.shared_files import mapped_by
 
 LOG = """\

@@ -12,13 +12,14 @@ from typing import get_args
 
 import pytest
 
+from disagg.gateway.front.fields import Endpoint, Store
 from disagg.gateway.handoff.hedging import Outcome
-from disagg.gateway.handoff.legs import Endpoint, Mode, Store
+from disagg.gateway.handoff.legs import Mode
 from disagg.gateway.handoff.sending import Phase
-from disagg.gateway.ledger.ledger import TOTALS
 from disagg.gateway.replicas.membership import POOLS
 from disagg.observability.engine_metrics import ENGINE_METRICS, SERVER_METRICS
 from disagg.observability.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
+from disagg.observability.outcomes import TOTALS
 from disagg.pages import generate as docs
 from disagg.pages.metrics import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo, metrics
 from pools.engine.base import EngineStats

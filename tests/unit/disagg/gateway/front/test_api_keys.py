@@ -13,8 +13,9 @@ import pytest
 
 from disagg.config import EnvKeysConfig, FileKeysConfig, GatewayConfig
 from disagg.errors import AuthenticationError, ConfigError
-from disagg.gateway.front.api_keys import ApiKeys, keys_of, parse
+from disagg.gateway.front.api_keys import ApiKeys, keys_of
 from disagg.gateway.front.tenants import Tenant
+from disagg.key_lines import parse
 
 ALICE, ALICE_2, BOB = "alice-0123456789abcdef", "alice:0123456789/second", "bob-0123456789abcdefgh"
 LINES = f"# who may ask\n\nalice:{ALICE}\n  alice:{ALICE_2}\t\nbob:{BOB}\n"

@@ -18,6 +18,7 @@ from disagg.errors import (
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
+from disagg.gateway.front.fields import FORBIDDEN_FIELDS
 from disagg.gateway.front.intake import (
     check_fields,
     forwarded_headers,
@@ -26,7 +27,6 @@ from disagg.gateway.front.intake import (
     request_id_of,
     take_store,
 )
-from disagg.gateway.handoff.legs import FORBIDDEN_FIELDS
 
 
 def request(headers: dict[str, str] | None = None, parts: Sequence[bytes | None] = ()) -> Request:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from disagg.config import GatewayConfig
+from disagg.gateway.handoff import warm
 from disagg.gateway.handoff.handoff import is_server_fault
-from disagg.gateway.replicas import warm
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.engine.fake.text import answer, decode, encode
 from tests.support.gateway_stack import FAST, JSON_HEADERS, Hook, Replica, Stack, respond, running_stack, until

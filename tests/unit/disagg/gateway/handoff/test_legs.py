@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.handoff.legs import (
     MAX_PRIMED_PROMPTS,
     REMOTE_DECODE,
-    Endpoint,
     Route,
     decode_body,
     offer_params,

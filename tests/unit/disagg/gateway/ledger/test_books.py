@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from disagg.config import AdminConfig, GatewayConfig
-from disagg.gateway.ledger.ledger import ENDS
+from disagg.observability.outcomes import ENDS
 from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake.tiers import FakeSharedCache
 from tests.support.gateway_stack import Stack, running_stack, until

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg.gateway.ledger.chunks import ChunkIndex
-from disagg.gateway.ledger.ledger import ENDS, TOTALS, Ledger
+from disagg.gateway.ledger.ledger import Ledger
+from disagg.observability.outcomes import ENDS, TOTALS
 from disagg.routing.views import ReplicaInfo
 
 

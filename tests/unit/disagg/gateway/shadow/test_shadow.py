@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from disagg.config import GatewayConfig
+from disagg.gateway.handoff.token_ids import without_ids
 from disagg.gateway.replicas import kv_paths
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import Pair
 from disagg.gateway.shadow.rules import Computed, computed, difference, may_check, shadow_body
-from disagg.gateway.stream.sent_tokens import without_ids
 from pools.engine.base import ProbeResult, Receive, Scope, Send
 from pools.engine.fake import openai_shapes as fake_wire
 from pools.engine.fake.text import answer, next_token, word

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from disagg.gateway.handoff.legs import Endpoint
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.handoff.sending import Call
-from disagg.gateway.stream.resume_body import asking_for_ids, continued, num_left
+from disagg.gateway.handoff.token_ids import asking_for_ids
+from disagg.gateway.stream.resume_body import continued, num_left
 from disagg.gateway.stream.resume_rules import Cut, cut_for, is_greedy, why_not
 
 BODY: dict[str, Any] = {"model": "m", "stream": True, "temperature": 0}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagg.gateway.handoff.legs import Endpoint
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.stream.resume_rules import Cut
 from disagg.gateway.stream.resumed_stream import DivergedError, ResumedStream, ending, finished
 from disagg.gateway.stream.sent_tokens import SentTokens

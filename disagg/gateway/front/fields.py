@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a client may ask for, by endpoint, and the fields of a body that only the gateway reads or sends."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Endpoint = Literal["chat", "completions"]
+PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
+"""Body fields that only the gateway may send: they can crash an engine, leak other prompts' KV or name other hosts."""
+
+Store = Literal["never", "always"]
+"""What a client may say about KV that no decode engine consumes; unsaid, the shared tier's `sink` decides."""
+
+STORE_FIELD = "disagg_store"
+"""Body field in which a client says so. No engine sees it."""
