@@ -19,7 +19,7 @@ async def main(settings: dict[str, object]) -> None:
 
     engine = VllmEngine(settings["arguments"])  # type: ignore[arg-type]
     await engine.start()
-    server = EngineServer(engine, role=settings["role"], host="127.0.0.1", incarnation="0")  # type: ignore[arg-type]
+    server = EngineServer(engine, role=settings["role"], host="127.0.0.1", incarnation=str(settings["role"]))  # type: ignore[arg-type]
     print(await server.start(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop()

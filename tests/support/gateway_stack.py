@@ -450,7 +450,7 @@ class Stack:
             yield connection
 
 
-class _Server(uvicorn.Server):
+class QuietServer(uvicorn.Server):
     """A uvicorn server that leaves the process's signal handlers alone."""
 
     @contextlib.contextmanager
@@ -492,7 +492,7 @@ async def running_stack(
         transport=transport,
     )
     protocol = http or (SplicingProtocol if spliced else HttpToolsProtocol)
-    server = _Server(
+    server = QuietServer(
         uvicorn.Config(
             create_app(gateway), log_level="warning", access_log=False, http=protocol, timeout_graceful_shutdown=1
         )

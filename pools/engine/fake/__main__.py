@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--role", choices=get_args(Role), default="decode")
     parser.add_argument("--model", default="tiny", help="name that clients send as `model`")
     parser.add_argument("--engine-id", default=None)
+    parser.add_argument("--incarnation", default="1", help="what the gateway is told to find at its address")
     config = FakeEngineConfig(type="fake")
     for name in ("itl_ms", "prefill_ms_per_1k_tokens", "kv_tokens", "max_model_len", "max_num_seqs"):
         default = getattr(config, name)
@@ -41,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         host=args["host"],
     )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run(engine, args["role"], args["host"], args["port"]))
+        runner.run(_run(engine, args["role"], args["host"], args["port"], args["incarnation"]))
 
 
-async def _run(engine: FakeEngine, role: Role, host: str, port: int) -> None:
+async def _run(engine: FakeEngine, role: Role, host: str, port: int, incarnation: str) -> None:
     await engine.start()
-    app = EngineServer(engine, role=role, host=host, incarnation="1")
+    app = EngineServer(engine, role=role, host=host, incarnation=incarnation)
     sock = socket.create_server((host, port))
     print(f"http://{host}:{sock.getsockname()[1]}", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=120))
