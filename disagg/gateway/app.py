@@ -34,6 +34,7 @@ from disagg.gateway.front import openapi
 from disagg.gateway.front.api_keys import keys_of
 from disagg.gateway.front.edge import Edge, key_for, tenant_of
 from disagg.gateway.front.fields import Endpoint, Store
+from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.intake import (
     ClientDisconnect,
     check_fields,
@@ -58,7 +59,8 @@ from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.gateway.replicas.watch import Watch
 from disagg.gateway.shadow.shadow import Shadow, show_paths
-from disagg.gateway.stream.answering import AnsweredCall
+from disagg.gateway.stream.answering import Answering
+from disagg.gateway.stream.resuming import Resumer
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Upstreams
 from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
@@ -121,6 +123,7 @@ class Gateway:
             on_count=self.metrics.count_foreign,
         )
         self.background = Background()
+        self.in_flight = InFlight()
         self.upstreams = Upstreams(
             connect_timeout_s=config.connect_timeout_s,
             first_byte_timeout_s=config.first_byte_timeout_s,
@@ -153,7 +156,7 @@ class Gateway:
             connect_timeout_s=config.connect_timeout_s,
             foreign=self.foreign,
             reader=uuid.uuid4().hex[:12],
-            carrying=lambda: self.num_in_flight > 0,
+            carrying=lambda: self.in_flight.num > 0,
         )
         self.watch = Watch(
             self.membership,
@@ -165,8 +168,15 @@ class Gateway:
         )
         self.admin_key = AdminKey(config.admin.key_file)
         self.admin = Admin(self.membership, self.upstreams, scaler, self.ledger, self.foreign)
-        self.num_in_flight = 0
-        self.shadow = self._shadow()
+        self.answering = Answering(
+            handoff=self.handoff,
+            resumer=Resumer(self.handoff, renderer, self.metrics, config),
+            shadow=self._shadow(),
+            in_flight=self.in_flight,
+            metrics=self.metrics,
+            config=config,
+            echo_request_id=echo_request_id,
+        )
         self._loops: list[asyncio.Task[None]] = []
         self.metrics.on_render(self._refresh_gauges)
 
@@ -183,7 +193,7 @@ class Gateway:
             background=self.background,
             paths=self.kv_paths,
             ledger=self.ledger,
-            num_in_flight=lambda: self.num_in_flight,
+            in_flight=self.in_flight,
         )
 
     def start(self) -> None:
@@ -221,7 +231,7 @@ class Gateway:
             quarantined = sum(1 for member in self.membership.members(pool) if member.quarantined)
             self.metrics.replicas.labels(pool, "quarantined").set(quarantined)
             self.metrics.replicas.labels(pool, "other").set(len(self.membership.members(pool)) - routable - quarantined)
-        self.metrics.in_flight.set(self.num_in_flight)
+        self.metrics.in_flight.set(self.in_flight.num)
         self.metrics.warm_pairs.set(self.membership.num_warm_pairs())
         show_paths(self.kv_paths, self.membership, self.metrics)
 
@@ -255,16 +265,13 @@ class Gateway:
 
         if store is not None:
             self.metrics.stores.labels(store).inc()
-        return AnsweredCall(prepare, self, endpoint=endpoint, request_id=request_id)
+        return self.answering.response(prepare, endpoint=endpoint, request_id=request_id)
 
     async def passed_on(self, request: Request, method: str, path: str, raw: bytes) -> Response:
         """One decode replica's answer to a route that needs no KV."""
         self._check_room()
-        self.num_in_flight += 1
-        try:
+        with self.in_flight.carried():
             return await self._passed(request, method, path, raw)
-        finally:
-            self.num_in_flight -= 1
 
     def _check_room(self) -> None:
         """Raises PoolOverloadedError when the gateway carries as many requests as it may.
@@ -273,9 +280,9 @@ class Gateway:
         """
         if self.membership.finishes_only:
             raise NoReplicaError("every decode replica leaves")
-        if self.num_in_flight >= self.config.max_num_requests:
+        if self.in_flight.num >= self.config.max_num_requests:
             raise PoolOverloadedError(
-                f"the gateway carries {self.num_in_flight} requests, its limit (gateway.max_num_requests)"
+                f"the gateway carries {self.in_flight.num} requests, its limit (gateway.max_num_requests)"
             )
 
     async def _passed(self, request: Request, method: str, path: str, raw: bytes) -> Response:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from disagg.gateway.front.fields import PATHS, Endpoint, Store
 from disagg.gateway.handoff.legs import PrefillReply, is_server_fault, prefill_reply, probe_body
@@ -18,9 +18,6 @@ from disagg.observability.metrics import Metrics
 from pools.client.http1 import Exchange, Upstreams
 from pools.engine.base import HANDOFF_HEADER
 from pools.errors import ReplicaLostError
-
-if TYPE_CHECKING:
-    from disagg.gateway.stream.sent_tokens import SentTokens
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +77,6 @@ class Answer:
     exchange: Exchange | None
     """The rest of a stream; None when `content` is everything."""
     _counted: contextlib.ExitStack
-    sent: SentTokens | None = None
-    """What the client was sent of a stream that can be resumed; valid after its `parse`."""
     under_way: UnderWay | None = None
     """The hand-off that it is made of, if the prompt's KV came by one."""
 

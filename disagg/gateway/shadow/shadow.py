@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.front.fields import PATHS
+from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.handoff.local_budget import computing, has_room
 from disagg.gateway.handoff.pair_faults import rest
 from disagg.gateway.handoff.sending import Answer, Call, Sender
@@ -40,6 +43,17 @@ _CONSUMED_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 
 
+class Sent(Protocol):
+    """What a client was sent of a stream. The attributes are valid after `parse`."""
+
+    token_ids: array[int]
+    done: bool
+    refusal: str | None
+    fault: bytes | None
+
+    def parse(self) -> None: ...
+
+
 class CheckFailed(Exception):
     """A second run that gave nothing to compare with; the message says why."""
 
@@ -59,7 +73,7 @@ class Shadow:
         background: Background,
         paths: KvPaths,
         ledger: Ledger,
-        num_in_flight: Callable[[], int],
+        in_flight: InFlight,
     ) -> None:
         self._every = every
         self._model_id = model_id
@@ -71,7 +85,7 @@ class Shadow:
         self._background = background
         self._paths = paths
         self._ledger = ledger
-        self._num_in_flight = num_in_flight
+        self._in_flight = in_flight
         self._num_since = 0
         self._running = False
 
@@ -84,7 +98,7 @@ class Shadow:
         # An answer that is not streamed tells its token ids only if it is asked, so this is decided beforehand.
         return Check(asking_for_ids(call), self, asked=True, hide=call.body.get(IDS) is not True)
 
-    def over(self, check: Check, answer: Answer) -> None:
+    def over(self, check: Check, answer: Answer, sent: Sent | None) -> None:
         """A client has the whole of an answer. Returns at once."""
         under_way = answer.under_way
         if under_way is None or answer.status != 200:
@@ -93,13 +107,13 @@ class Shadow:
         due = self._num_since >= self._every
         if not (due or self._paths.is_suspect(under_way.pair.key)):
             return
-        answered = check.token_ids(answer)[: self._config.shadow_max_tokens]
+        answered = check.token_ids(answer, sent)[: self._config.shadow_max_tokens]
         if not answered:
             # One that comes later will do.
             return
         if due:
             self._num_since = 0
-        if self._running or self._num_in_flight() > self._config.max_num_requests * _BUSY_SHARE:
+        if self._running or self._in_flight.num > self._config.max_num_requests * _BUSY_SHARE:
             self._metrics.shadow_checks.labels("skipped").inc()
             return
         self._running = True
@@ -204,22 +218,24 @@ class Check:
     """Whether the client did not ask for them."""
     _token_ids: Sequence[int] = field(default=(), init=False)
 
-    def begun(self, answer: Answer) -> None:
-        """Take the token ids from an answer that is not streamed; what is left is as the client asked for it."""
-        if not self.asked or answer.exchange is not None or answer.status != 200:
-            return
+    def taken(self, answer: Answer) -> bytes:
+        """What the client gets of an answer that is not streamed. Keeps the token ids that were asked of it."""
+        if not self.asked or answer.status != 200:
+            return answer.content
         document = computed(answer.content)
         self._token_ids = document.token_ids if document is not None else ()
-        if self.hide:
-            answer.content = without_ids(answer.content)
+        return without_ids(answer.content) if self.hide else answer.content
 
-    def over(self, answer: Answer) -> None:
-        """The client has the whole of it. Returns at once."""
-        self._shadow.over(self, answer)
+    def over(self, answer: Answer, sent: Sent | None) -> None:
+        """The client has the whole of it. Returns at once.
 
-    def token_ids(self, answer: Answer) -> Sequence[int]:
+        Args:
+            sent: what it was sent of a stream; None for an answer that is not one, and for a stream without token ids.
+        """
+        self._shadow.over(self, answer, sent)
+
+    def token_ids(self, answer: Answer, sent: Sent | None) -> Sequence[int]:
         """Ids of the tokens that the client got; empty when they are not known or not all of one replica."""
-        sent = answer.sent
         if sent is None or answer.exchange is None or not answer.exchange.complete:
             return self._token_ids
         sent.parse()

@@ -12,20 +12,22 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from disagg.config import GatewayConfig
 from disagg.errors import RateLimitError, StreamLimitError
+from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.limits import apart, within
-from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_event, error_response, shape_of
 from disagg.gateway.handoff.handoff import Answer, Call, Handoff
+from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.sending import Progress
 from disagg.gateway.shadow.shadow import Shadow
-from disagg.gateway.stream.resuming import Resuming
+from disagg.gateway.stream.resuming import Resumer, Resuming, resume_plan
+from disagg.gateway.stream.sent_tokens import SentTokens
 from disagg.gateway.stream.splice import protocol_of, splice_of
 from disagg.observability.metrics import Metrics
 from pools.errors import NoReplicaError, ReplicaLostError
@@ -37,29 +39,34 @@ _NUM_RECENT = 4
 """Chunks: the last event with text, an error or usage, and a `[DONE]` that may come in two pieces."""
 
 
-class Carrier(Protocol):
-    """What a response needs of the gateway."""
+@dataclass(frozen=True)
+class Answering:
+    """What the answers of one gateway replica are made and sent with."""
 
     handoff: Handoff
+    resumer: Resumer
+    shadow: Shadow | None
+    in_flight: InFlight
     metrics: Metrics
     config: GatewayConfig
-    renderer: Renderer
-    shadow: Shadow | None
-    num_in_flight: int
     echo_request_id: bool
 
+    def response(self, prepare: Callable[[], Awaitable[Call]], *, request_id: str, endpoint: str) -> Response:
+        """The response to one request. `prepare` renders it, once the response is being sent."""
+        return _AnsweredCall(self, prepare, request_id=request_id, endpoint=endpoint)
 
-class AnsweredCall(Response):
+
+class _AnsweredCall(Response):
     """A response that runs its request while it is being sent, so that leaving and answering share one scope."""
 
     def __init__(
-        self, prepare: Callable[[], Awaitable[Call]], carrier: Carrier, *, request_id: str, endpoint: str
+        self, to: Answering, prepare: Callable[[], Awaitable[Call]], *, request_id: str, endpoint: str
     ) -> None:
         super().__init__()
+        self._to = to
+        self._metrics = to.metrics
+        self._config = to.config
         self._prepare = prepare
-        self._carrier = carrier
-        self._handoff = carrier.handoff
-        self._metrics = carrier.metrics
         self._request_id = request_id
         self._endpoint = endpoint
         self._progress = Progress()
@@ -79,71 +86,76 @@ class AnsweredCall(Response):
 
         watch = asyncio.ensure_future(_disconnected(receive))
         watch.add_done_callback(client_left)
-        self._carrier.num_in_flight += 1
         try:
-            await self._run(scope, receive, self._limited(scope, send))
+            with self._to.in_flight.carried():
+                await self._run(scope, receive, self._limited(scope, send))
         except asyncio.CancelledError:
             if not left:
                 raise
             self._metrics.disconnects.labels(self._progress.phase).inc()
             task.uncancel()
         finally:
-            self._carrier.num_in_flight -= 1
             watch.remove_done_callback(client_left)
             watch.cancel()
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        mode = "none"
+        losses = Losses()
         try:
             call = await self._prepare()
             self._progress = call.progress
-            resuming = Resuming(call, self._carrier)
-            check = self._carrier.shadow.begin(resuming.call) if self._carrier.shadow else None
-            answer = await self._handoff.answer(check.call if check else resuming.call, resuming.losses)
+            plan = resume_plan(call)
+            check = self._to.shadow.begin(plan.call) if self._to.shadow else None
+            answer = await self._to.handoff.answer(check.call if check else plan.call, losses)
         except DisaggError as exc:
-            if isinstance(exc, ReplicaLostError):
-                logger.warning("request %s was lost: %s", self._request_id, exc)
-            headers = {"x-request-id": self._request_id} if self._carrier.echo_request_id else {}
-            if isinstance(exc, NoReplicaError | RateLimitError):
-                headers["retry-after"] = str(self._carrier.config.retry_after_s)
-            self._count(mode, shape_of(exc).status)
-            await error_response(exc, headers)(scope, receive, send)
+            await self._refusal(exc)(scope, receive, send)
             return
-        mode = answer.mode
         self._metrics.first_byte_seconds.observe(time.perf_counter() - started)
-        self._count(mode, answer.status)
+        self._count(answer.mode, answer.status)
+        sent: SentTokens | None = None
         try:
+            if answer.exchange is None:
+                await self._send_whole(answer, check.taken(answer) if check else answer.content, send)
+            else:
+                resuming = self._to.resumer.begin(plan, losses)
+                sent = resuming.sent
+                await self._send_stream(answer, resuming, scope, send)
             if check is not None:
-                check.begun(answer)
-            await self._send(answer, resuming, scope, send)
-            if check is not None:
-                check.over(answer)
+                check.over(answer, sent)
         finally:
             answer.close()
 
-    async def _send(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
+    def _refusal(self, error: DisaggError) -> Response:
+        if isinstance(error, ReplicaLostError):
+            logger.warning("request %s was lost: %s", self._request_id, error)
+        headers = {"x-request-id": self._request_id} if self._to.echo_request_id else {}
+        if isinstance(error, NoReplicaError | RateLimitError):
+            headers["retry-after"] = str(self._config.retry_after_s)
+        self._count("none", shape_of(error).status)
+        return error_response(error, headers)
+
+    def _head(self, answer: Answer, name: bytes, value: bytes) -> Message:
         headers = [
             (b"content-type", answer.content_type.encode("latin-1")),
             (b"x-disagg-prefill", answer.prefill_id.encode()),
             (b"x-disagg-decode", answer.decode_id.encode()),
         ]
-        if self._carrier.echo_request_id:
+        if self._to.echo_request_id:
             headers.append((b"x-request-id", self._request_id.encode()))
-        if answer.exchange is None:
-            headers.append((b"content-length", b"%d" % len(answer.content)))
-            await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-            await send({"type": "http.response.body", "body": answer.content})
-            return
-        headers.append((b"cache-control", b"no-cache"))
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        answer.sent = resuming.sent
-        content = answer.sent.feed(answer.content) if answer.sent else answer.content
+        return {"type": "http.response.start", "status": answer.status, "headers": [*headers, (name, value)]}
+
+    async def _send_whole(self, answer: Answer, content: bytes, send: Send) -> None:
+        await send(self._head(answer, b"content-length", b"%d" % len(content)))
+        await send({"type": "http.response.body", "body": content})
+
+    async def _send_stream(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
+        await send(self._head(answer, b"cache-control", b"no-cache"))
+        content = resuming.sent.feed(answer.content) if resuming.sent else answer.content
         await send({"type": "http.response.body", "body": content, "more_body": True})
         self._recent.append(content)
         self._progress.phase = "stream"
         streaming = self._stream(answer, resuming, scope, send)
-        last = await within(streaming, self._carrier.config.max_stream_s, self._over_limit)
+        last = await within(streaming, self._config.max_stream_s, self._over_limit)
         await send({"type": "http.response.body", "body": last})
 
     @property
@@ -156,7 +168,7 @@ class AnsweredCall(Response):
         protocol = protocol_of(scope)
         if protocol is None:
             return send
-        limit, call_later = self._carrier.config.client_stall_timeout_s, asyncio.get_running_loop().call_later
+        limit, call_later = self._config.client_stall_timeout_s, asyncio.get_running_loop().call_later
 
         async def limited(message: Message) -> None:
             cut = call_later(limit, protocol.transport.abort)
@@ -175,7 +187,7 @@ class AnsweredCall(Response):
             self._recent.append(data)
 
         try:
-            await self._carried(answer, scope, send)
+            await self._carry(answer, resuming, scope, send)
             resuming.check(self._last)
         except ReplicaLostError as exc:
             if self._client_stalled(answer):
@@ -184,12 +196,12 @@ class AnsweredCall(Response):
                 lost = ReplicaLostError(str(exc), reason="the client took nothing of it")
                 return apart(self._last, error_event(lost))
             return apart(self._last, await resuming.run(answer, exc, write))
-        return answer.sent.rest() if answer.sent else b""
+        return resuming.sent.rest() if resuming.sent else b""
 
-    async def _carried(self, answer: Answer, scope: Scope, send: Send) -> None:
+    async def _carry(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
         """Send what comes from the first replica. Raises ReplicaLostError."""
         assert answer.exchange is not None
-        through = answer.sent.feed if answer.sent else None
+        through = resuming.sent.feed if resuming.sent else None
         if (protocol := splice_of(scope)) is not None:
             self._metrics.streams.labels("splice").inc()
             await protocol.splice(answer.exchange, through, noted=self._recent.append)
@@ -205,7 +217,7 @@ class AnsweredCall(Response):
         """Whether it was the client that stood still, so that nobody would read how the stream goes on."""
         assert answer.exchange is not None
         paused_at = answer.exchange.paused_at
-        limit = self._carrier.config.client_stall_timeout_s
+        limit = self._config.client_stall_timeout_s
         return paused_at is not None and asyncio.get_running_loop().time() - paused_at >= limit
 
     def _over_limit(self, error: StreamLimitError) -> bytes:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError
@@ -33,34 +33,60 @@ _MAX_RETRY_S = 2.0
 Write = Callable[[bytes], Awaitable[None]]
 
 
-class Carrier(Protocol):
-    """What resuming needs of the gateway."""
-
-    handoff: Handoff
-    metrics: Metrics
-    config: GatewayConfig
-    renderer: Renderer
-
-
 class Refused(Exception):
     """The stream cannot go on; the message says why."""
 
 
-class Resuming:
-    """One request's stream, which outlives the replicas it comes from. `refusal` says why it does not, if so."""
+@dataclass(frozen=True)
+class ResumePlan:
+    """What a request needs so that its stream can outlive the replicas that it comes from."""
 
-    def __init__(self, call: Call, carrier: Carrier) -> None:
-        self.refusal = why_not(call.endpoint, call.body, call.prompts)
-        self._client_ids = call.body.get(IDS) is True
-        self._asked = call
-        self.call = call if self.refusal else asking_for_ids(call)
-        """The request to send in the first place."""
-        self.sent = None if self.refusal else SentTokens(call.endpoint, client_ids=self._client_ids)
+    asked: Call
+    """As the client sent it."""
+    call: Call
+    """As it is sent to an engine."""
+    refusal: str | None
+    """Why its stream cannot go on elsewhere, if so."""
+
+    @property
+    def client_ids(self) -> bool:
+        """Whether the client asked for token ids itself."""
+        return self.asked.body.get(IDS) is True
+
+
+def resume_plan(call: Call) -> ResumePlan:
+    """Decide from the request alone. Pure."""
+    refusal = why_not(call.endpoint, call.body, call.prompts)
+    return ResumePlan(call, call if refusal else asking_for_ids(call), refusal)
+
+
+@dataclass(frozen=True)
+class Resumer:
+    """Takes the streams of one gateway replica on to other replicas."""
+
+    handoff: Handoff
+    renderer: Renderer
+    metrics: Metrics
+    config: GatewayConfig
+
+    def begin(self, plan: ResumePlan, losses: Losses) -> Resuming:
+        """One stream, before its first byte is sent. `losses` are those before that."""
+        return Resuming(self, plan, losses)
+
+
+class Resuming:
+    """One request's stream, which outlives the replicas that it comes from."""
+
+    def __init__(self, resumer: Resumer, plan: ResumePlan, losses: Losses) -> None:
+        self._plan = plan
+        self._asked = plan.asked
+        self._handoff = resumer.handoff
+        self._renderer = resumer.renderer
+        self._metrics = resumer.metrics
+        self._config = resumer.config
+        self._losses = losses
+        self.sent = None if plan.refusal else SentTokens(plan.asked.endpoint, client_ids=plan.client_ids)
         """What the first replica's bytes have to pass through; None when the stream cannot be resumed."""
-        self._carrier = carrier
-        self._metrics = carrier.metrics
-        self.losses = Losses()
-        """Of the whole request, those before its first byte included."""
 
     def check(self, last: bytes) -> None:
         """The first replica's stream is over. Raises ReplicaLostError when the answer is not.
@@ -74,7 +100,7 @@ class Resuming:
             # The client has it, and `[DONE]` after it.
             self._metrics.resumes.labels("refused").inc()
             self._metrics.broken_streams.inc()
-            logger.warning("stream %s was cut by its engine: %s", self.call.request_id, _words(fault))
+            logger.warning("stream %s was cut by its engine: %s", self._asked.request_id, _words(fault))
         else:
             _check_whole(None, done=last.endswith(DONE))
 
@@ -88,7 +114,7 @@ class Resuming:
             answer.close()
             lost_at = asyncio.get_running_loop().time()
             lost_id = answer.decode_id
-            self.losses.stream_lost(lost_id, answer.decode_fit)
+            self._losses.stream_lost(lost_id, answer.decode_fit)
             try:
                 if (end := self._ending()) is not None:
                     return end
@@ -102,7 +128,7 @@ class Resuming:
                 return self._give_up("failed", error, exc)
             logger.info(
                 "stream %s goes on at replica %s after %d tokens, for %s was lost: %s",
-                self.call.request_id,
+                self._asked.request_id,
                 answer.decode_id,
                 cut.num_tokens,
                 lost_id,
@@ -140,12 +166,12 @@ class Resuming:
     async def _cut(self) -> Cut:
         sent = self.sent
         if sent is None or sent.refusal is not None:
-            raise Refused(f"it cannot be resumed ({self.refusal if sent is None else sent.refusal})")
+            raise Refused(f"it cannot be resumed ({self._plan.refusal if sent is None else sent.refusal})")
         if self._exhausted:
-            raise AttemptsExhaustedError(f"{self.losses.count} decode replicas were lost on it, the limit")
+            raise AttemptsExhaustedError(f"{self._losses.count} decode replicas were lost on it, the limit")
         assert self._asked.prompts is not None
-        texts = await self._carrier.renderer.texts(self._asked.body, self._asked.prompts[0], sent.token_ids)
-        cut = cut_for(self._asked.body, texts, sent.text, client_ids=self._client_ids)
+        texts = await self._renderer.texts(self._asked.body, self._asked.prompts[0], sent.token_ids)
+        cut = cut_for(self._asked.body, texts, sent.text, client_ids=self._plan.client_ids)
         if isinstance(cut, str):
             raise Refused(f"it cannot be resumed ({cut})")
         return cut
@@ -153,9 +179,9 @@ class Resuming:
     async def _again(self, cut: Cut) -> Answer:
         """The answer of another replica, waited for. Raises DisaggError."""
         assert self.sent is not None
-        call = continued(self.call, self.sent.token_ids[: cut.num_tokens])
+        call = continued(self._plan.call, self.sent.token_ids[: cut.num_tokens])
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._carrier.config.resume_wait_s
+        deadline = loop.time() + self._config.resume_wait_s
         delay = _FIRST_RETRY_S
         while True:
             try:
@@ -170,7 +196,7 @@ class Resuming:
 
     async def _begun(self, call: Call) -> Answer:
         """A stream that goes on. Raises DisaggError, an InvalidRequestError when nobody would answer otherwise."""
-        answer = await self._carrier.handoff.resume(call, self.losses)
+        answer = await self._handoff.resume(call, self._losses)
         if answer.exchange is not None:
             return answer
         answer.close()
@@ -185,7 +211,7 @@ class Resuming:
             self.sent,
             cut,
             num_prompt_tokens=self._num_prompt_tokens,
-            client_ids=self._client_ids,
+            client_ids=self._plan.client_ids,
             greedy=is_greedy(self._asked.body),
         )
         chunk: bytes | None = answer.content
@@ -205,7 +231,7 @@ class Resuming:
 
     @property
     def _exhausted(self) -> bool:
-        return self.losses.count >= self._carrier.config.max_attempts
+        return self._losses.count >= self._config.max_attempts
 
     @property
     def _num_prompt_tokens(self) -> int:
@@ -220,7 +246,7 @@ class Resuming:
     def _give_up(self, outcome: str, lost: ReplicaLostError, why: Refused | DisaggError | DivergedError) -> bytes:
         self._metrics.resumes.labels(outcome).inc()
         self._metrics.broken_streams.inc()
-        logger.warning("stream %s is cut: %s; %s", self.call.request_id, lost, why)
+        logger.warning("stream %s is cut: %s; %s", self._asked.request_id, lost, why)
         reason = why.reason or _NOBODY if isinstance(why, ReplicaLostError) else str(why)
         return error_event(ReplicaLostError(str(lost), reason=reason))
 

@@ -64,7 +64,7 @@ async def test_gateway_goes_on(stack: Stack) -> None:
     """After every bad request a good one is answered and nothing is held."""
     assert (await stack.complete()).status == 200
     await stack.settled()
-    assert stack.gateway.num_in_flight == 0
+    assert stack.gateway.in_flight.num == 0
 
 
 async def test_405_names_the_method(stack: Stack) -> None:

@@ -349,7 +349,7 @@ async def test_overload_is_told() -> None:
 
         stack.renderer.before = wait
         first = asyncio.create_task(stack.complete(PROMPT))
-        await until(lambda: stack.gateway.num_in_flight == 1)
+        await until(lambda: stack.gateway.in_flight.num == 1)
         refused = await stack.complete(PROMPT)
         go_on.set()
         assert (refused.status, refused.headers["retry-after"]) == (503, "7")
@@ -370,12 +370,12 @@ async def test_tokenize_counts() -> None:
         stack.decode[0].engine.hook = wait
         ask = {"model": "tiny", "prompt": "x"}
         first = asyncio.create_task(stack.call("POST", "/tokenize", ask))
-        await until(lambda: stack.gateway.num_in_flight == 1)
+        await until(lambda: stack.gateway.in_flight.num == 1)
         refused = [await stack.call("POST", "/detokenize", {"model": "tiny", "tokens": [1]}), await stack.complete()]
         go_on.set()
         assert [(r.status, r.headers["retry-after"]) for r in refused] == [(503, "7")] * 2
         assert (await first).status == (await stack.call("POST", "/tokenize", ask)).status == 200
-        assert stack.gateway.num_in_flight == 0
+        assert stack.gateway.in_flight.num == 0
 
 
 async def test_tokenize_is_tried_a_few_times(caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ async def leave_when(stack: Stack, kind: str, is_time: Any, **fields: Any) -> No
         connection.writer.write(request_bytes("POST", path, JSON_HEADERS, payload))
         await until(is_time)
         connection.leave()
-    await until(lambda: stack.gateway.num_in_flight == 0)
+    await until(lambda: stack.gateway.in_flight.num == 0)
 
 
 async def check_settled(stack: Stack) -> None:
@@ -67,7 +67,7 @@ async def test_before_the_legs(kind: str) -> None:
             await asyncio.Event().wait()
 
         stack.renderer.before = never
-        await leave_when(stack, kind, lambda: stack.gateway.num_in_flight == 1)
+        await leave_when(stack, kind, lambda: stack.gateway.in_flight.num == 1)
         await check_settled(stack)
         assert not stack.prefill[0].engine.seen and not stack.decode[0].engine.seen
 
@@ -225,7 +225,7 @@ async def test_mid_stream(slow_stack: Stack, kind: str) -> None:
     assert slow_stack.decode[0].engine.stats().generation_tokens_total < 500
     assert slow_stack.metric("disagg_client_disconnects_total", phase="stream") == 1
     assert slow_stack.metric("disagg_broken_streams_total") == 0
-    assert slow_stack.gateway.num_in_flight == 0
+    assert slow_stack.gateway.in_flight.num == 0
 
 
 async def test_leaving_while_the_body_is_sent() -> None:
@@ -255,5 +255,5 @@ async def test_many_leave_at_once(transport: Any) -> None:
                 connection.leave()
 
         await asyncio.gather(*(one(i) for i in range(40)))
-        await until(lambda: stack.gateway.num_in_flight == 0)
+        await until(lambda: stack.gateway.in_flight.num == 0)
         await check_settled(stack)

@@ -338,7 +338,7 @@ def test_a_client_that_leaves_is_not_checked() -> None:
                 await connection.head()
                 connection.leave()
             await stack.settled()
-            await until(lambda: stack.gateway.num_in_flight == 0)
+            await until(lambda: stack.gateway.in_flight.num == 0)
             assert not shadows(stack.decode[0])
             assert not any(checks(stack, o) for o in ("same", "different", "skipped", "failed"))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from disagg.config import GatewayConfig
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.sending import Call
 from disagg.gateway.stream.resume_rules import Cut
-from disagg.gateway.stream.resuming import Resuming
+from disagg.gateway.stream.resuming import Resumer, resume_plan
 from disagg.observability.metrics import Metrics
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.errors import AttemptsExhaustedError, NoReplicaError, ReplicaLostError
-from tests.support.gateway_stack import Replica, Reply, Stack, respond, running_stack, until
+from tests.support.gateway_stack import Replica, Reply, Stack, StubRenderer, respond, running_stack, until
 
 When = Callable[[int, bytes], bool]
 """Whether an engine is lost in place of sending this: the number of chunks it sent, and the chunk."""
@@ -171,10 +170,11 @@ async def test_tries_to_go_on_come_further_apart(monkeypatch: pytest.MonkeyPatch
 
     body = {"model": "m", "prompt": "x", "stream": True, "temperature": 0}
     call = Call("completions", body, json.dumps(body).encode(), [[1]], "r")
-    carrier: Any = SimpleNamespace(handoff=Nobody(), metrics=Metrics(), config=GatewayConfig(), renderer=None)
+    nobody: Any = Nobody()
+    resumer = Resumer(nobody, StubRenderer(), Metrics(), GatewayConfig())
     monkeypatch.setattr(asyncio, "sleep", pause)
     with pytest.raises(AttemptsExhaustedError):
-        await Resuming(call, carrier)._again(Cut(0, ""))
+        await resumer.begin(resume_plan(call), Losses())._again(Cut(0, ""))
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
 
 
@@ -474,7 +474,7 @@ async def test_client_leaves_while_it_waits() -> None:
             assert (await connection.head())[0] == 200
             await until(lambda: lost)
             connection.leave()
-            await until(lambda: stack.gateway.num_in_flight == 0)
+            await until(lambda: stack.gateway.in_flight.num == 0)
         assert stack.metric("disagg_client_disconnects_total", phase="stream") == 1
 
 

@@ -205,7 +205,7 @@ async def test_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
         stack.decode[0].engine.hook = floods(300, sent)
         async with stack.streaming() as connection:
             assert (await connection.head())[0] == 200
-            await until(lambda: stack.gateway.num_in_flight == 0)
+            await until(lambda: stack.gateway.in_flight.num == 0)
         assert stack.metric("disagg_broken_streams_total") == 1
 
 
@@ -221,7 +221,7 @@ async def test_client_that_never_read_its_last_answer_is_cut(monkeypatch: pytest
             for _ in range(2):
                 connection.writer.write(request_bytes("POST", "/v1/completions", JSON_HEADERS, body))
             await until(lambda: len(stack.decode[0].engine.seen) == 2)
-            await until(lambda: stack.gateway.num_in_flight == 0)
+            await until(lambda: stack.gateway.in_flight.num == 0)
 
 
 async def test_chunks_after_the_client_left_are_dropped() -> None:
