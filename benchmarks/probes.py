@@ -40,7 +40,7 @@ _SETTLE_S = 10.0
 
 async def start_engine(side_channel_port: int) -> Engine:
     """A prefill engine as `pools.replica.replica` starts one. Sets this process' environment."""
-    arguments, env = transfer_launch("prefill", NixlConfig(), side_channel_port=side_channel_port)
+    arguments, env = transfer_launch("prefill", NixlConfig(), listener_port=side_channel_port)
     os.environ.update(env | engine_env("cpu", CpuConfig(), host=_HOST))
     # Imports vLLM, which reads that environment.
     from pools.engine.vllm_engine import VllmEngine

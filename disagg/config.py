@@ -25,6 +25,7 @@ from transport.config import (
     refusal,
 )
 from transport.tiers import FsL2Config, ManagedServerConfig, OffloadConfig, SharedCacheConfig
+from transport.transports import describe
 
 
 class AdminConfig(Config):
@@ -228,13 +229,13 @@ class AppConfig(Config):
                     action="change one of them",
                 )
         self._check_cache_timeout()
-        if self.gateway.hedge_after_s is not None and self.transport.type == "mooncake":
+        transport = describe(self.transport)
+        if self.gateway.hedge_after_s is not None and (limit := transport.limits.get("hedging")) is not None:
             raise refusal(
-                "hedge_with_mooncake",
-                "cannot work with transport mooncake, where both legs of a hand-off are bound to each other from the "
-                "start",
+                "hedge_refused",
+                limit.message,
                 field="gateway.hedge_after_s",
-                allowed="null with transport mooncake",
+                allowed=f"null with transport {transport.name}",
                 action="remove it, or use transport nixl",
             )
         if self.gateway.connect_timeout_s >= self.transport.kv_lease_duration_s:

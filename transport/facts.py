@@ -6,21 +6,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Role = Literal["prefill", "decode"]
+Platform = Literal["cpu", "cuda"]
+
+KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer"}
+"""vLLM's word for the role of a child that moves KV between the pools."""
+
 
 @dataclass(frozen=True)
 class EngineFacts:
     """What is known about one engine only when its replica starts."""
 
-    role: Literal["prefill", "decode"]
-    platform: Literal["cpu", "cuda"]
+    role: Role
+    platform: Platform
     host: str
     """Address of the replica's node, as other replicas reach it."""
-    side_channel_port: int
-    """Free TCP port for the transport's handshakes, chosen by the kernel."""
+    listener_port: int
+    """Free TCP port on which the transport answers other engines, chosen by the kernel."""
     engine_id: str
     """Identity of this engine's KV memory; new with every start."""
-    bootstrap_port: int = 0
-    """Free TCP port for Mooncake's bootstrap server, chosen by the kernel; 0 with another transport."""
     lmcache_url: str | None = None
     """`tcp://host:port` of the LMCache server that this engine uses; None without a shared tier."""
 

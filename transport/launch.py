@@ -6,16 +6,13 @@ Nothing is bound, opened or exported here; whoever starts the engine does that w
 
 from __future__ import annotations
 
-from typing import Any
-
-from transport.config import MooncakeConfig, TransportConfig
+from transport.config import TransportConfig
 from transport.facts import EngineFacts, EngineLaunch
 from transport.lmcache import lmcache_child, lmcache_env
-from transport.mooncake import mooncake_child, mooncake_env
 from transport.multi import multi
-from transport.nixl import nixl_child, nixl_env
 from transport.offload import offload_child
 from transport.tiers import OffloadConfig, SharedCacheConfig
+from transport.transports import describe
 
 __all__ = ["EngineFacts", "EngineLaunch", "launch"]
 
@@ -31,14 +28,8 @@ def launch(
 
     The tiers are asked in the order transfer, host memory, shared tier.
     """
-    children: list[dict[str, Any]] = []
-    env: dict[str, str] = {}
-    if isinstance(transport, MooncakeConfig):
-        children.append(mooncake_child(transport, facts))
-        env |= mooncake_env(transport, facts)
-    else:
-        children.append(nixl_child(transport, facts))
-        env |= nixl_env(transport, facts)
+    moves = describe(transport)
+    children, env = [moves.child(facts)], moves.env(facts)
     if offload is not None:
         children.append(offload_child(offload, facts))
     if shared_cache is not None:

@@ -7,7 +7,7 @@ Each function takes what it needs as values and returns problems; reading files 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from disagg.advice.fit_tiers import (
     GIB,
@@ -27,7 +27,9 @@ from pools.plan.checkpoint import Checkpoint
 from pools.plan.engine_kwargs import unknown_engine_kwargs
 from pools.plan.launch import merged_engine_kwargs
 from pools.plan.placement import parallel_size
+from transport.descriptor import Feature
 from transport.errors import ConfigError
+from transport.transports import describe
 
 ENGINE_PROCESSES_GIB = 2.6
 """API server, EngineCore and one worker of vLLM's CPU build, without weights and KV cache; measured on 0.32."""
@@ -173,7 +175,7 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
         kwargs = merged_engine_kwargs(config.model, pool, config.platform)
         tps[name] = parallel_size(kwargs, "tensor_parallel_size")
         if parallel_size(kwargs, "pipeline_parallel_size") > 1:
-            problems.append(_pipeline(config, name, _place(config, name, "pipeline_parallel_size", prefix)))
+            problems += _check_pipeline(config, name, _place(config, name, "pipeline_parallel_size", prefix))
         tokens, seqs = kwargs.get("max_num_batched_tokens"), kwargs.get("max_num_seqs")
         if tokens is not None and seqs is not None and tokens < seqs:
             problems.append(
@@ -208,15 +210,13 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
     return problems
 
 
-def _pipeline(config: AppConfig, name: str, path: str) -> Problem:
-    refused = config.transport.type == "nixl" and name == "decode"
-    if refused:
-        message = "a NIXL decode engine cannot be split into pipeline stages"
-    elif config.transport.type == "nixl":
-        message = "NIXL hand-off from an engine in pipeline stages is untested, and refused for hybrid models"
-    else:
-        message = "Mooncake hand-off with an engine in pipeline stages is untested"
-    return Problem(path, message, "1", "use tensor_parallel_size", severity="error" if refused else "warning")
+def _check_pipeline(config: AppConfig, name: str, path: str) -> list[Problem]:
+    feature: Feature = "prefill_pipeline" if name == "prefill" else "decode_pipeline"
+    limit = describe(config.transport).limits.get(feature)
+    if limit is None:
+        return []
+    severity: Literal["error", "warning"] = "error" if limit.refused else "warning"
+    return [Problem(path, limit.message, "1", "use tensor_parallel_size", severity=severity)]
 
 
 def _check_kv_space(

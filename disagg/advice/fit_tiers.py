@@ -21,6 +21,7 @@ from pools.plan.launch import merged_engine_kwargs
 from pools.plan.placement import parallel_size
 from transport.lmcache_server import server_problems
 from transport.tiers import FsL2Config, ManagedServerConfig, MooncakeStoreL2Config, RespL2Config
+from transport.transports import describe
 
 GIB = 1024**3
 SERVER_PROCESS_GIB = 0.6
@@ -32,10 +33,6 @@ BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
 
 _KV_DTYPE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
 _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-_TRANSPORT_PACKAGES = {
-    "nixl": {"cpu": "nixl", "cuda": "nixl"},
-    "mooncake": {"cpu": "mooncake-transfer-engine-non-cuda", "cuda": "mooncake-transfer-engine"},
-}
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,12 @@ def kv_bytes_per_token(kwargs: Mapping[str, Any], checkpoint: Checkpoint | None)
 
 def check_packages(config: AppConfig, installed: Callable[[str], bool], prefix: str) -> list[Problem]:
     """Python packages that the transport and the tiers need in every replica."""
-    package = _TRANSPORT_PACKAGES[config.transport.type][config.platform]
+    transport = describe(config.transport)
     action = f"install it on every node: pip install 'disagg[{'cpu' if config.platform == 'cpu' else 'gpu'}]'"
     problems = []
-    if not installed(config.transport.type):
-        message = f"{config.transport.type} needs the package {package}, which is not installed here"
+    if not installed(transport.module):
+        package = transport.packages[config.platform]
+        message = f"{transport.name} needs the package {package}, which is not installed here"
         problems.append(Problem(f"{prefix}.transport.type", message, action=action))
     if config.shared_cache is not None and not installed("lmcache"):
         message = "needs the package lmcache, which is not installed here"

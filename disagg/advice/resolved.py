@@ -53,7 +53,7 @@ def _pool(config: AppConfig, role: Literal["prefill", "decode"]) -> Deployment:
     place = placement(config.platform, merged_engine_kwargs(config.model, pool, config.platform), config.cpu)
     args, env = None, None
     if config.engine.type == "vllm":
-        facts = EngineFacts(role=role, platform=config.platform, host=HOST, side_channel_port=0, engine_id=ENGINE_ID)
+        facts = EngineFacts(role=role, platform=config.platform, host=HOST, listener_port=0, engine_id=ENGINE_ID)
         engine = launch(config.transport, facts, offload=config.offload, shared_cache=config.shared_cache)
         args = engine_args(
             config.model,

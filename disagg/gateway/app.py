@@ -49,7 +49,7 @@ from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_response, shape_of
 from disagg.gateway.front.tenants import check_media_ids, salted
 from disagg.gateway.handoff.handoff import Call, Handoff
-from disagg.gateway.handoff.transfers import TransportType, transfer_for
+from disagg.gateway.handoff.transfers import transfer_for
 from disagg.gateway.handoff.warm import PairWarmer
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.feed import LedgerFeed
@@ -64,6 +64,7 @@ from disagg.gateway.stream.resuming import Resumer
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Upstreams
 from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
+from transport.descriptor import Transport
 from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Gateway:
         renderer: Renderer,
         scaler: Scaler,
         max_model_len: int | None,
-        transport: TransportType = "nixl",
+        transport: Transport,
         echo_request_id: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -131,7 +132,7 @@ class Gateway:
             stall_timeout_s=config.client_stall_timeout_s,
         )
         self.membership = Membership(self._members_changed)
-        transfer = transfer_for(transport, self.upstreams)
+        transfer = transfer_for(transport)
         self.kv_paths = KvPaths()
         self.warmer = PairWarmer(
             self.membership, self.upstreams, self.metrics, self.background, transfer, self.kv_paths

@@ -30,6 +30,7 @@ from pools.plan.placement import placement
 from pools.process.descriptors import raise_limit
 from pools.process.log_targets import kept_log_targets
 from transport.errors import DisaggError
+from transport.transports import describe
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class GatewayDeployment:
             renderer=self._renderer,
             scaler=ServeScaler(self._app_name),
             max_model_len=self._renderer.max_model_len,
-            transport=self._config.transport.type,
+            transport=describe(self._config.transport),
             echo_request_id=False,  # Serve's own middleware does
             environment=os.environ,
         )

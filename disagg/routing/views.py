@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class ReplicaInfo:
     """Tokens in one KV block of its engine."""
     vocab_size: int
     """Token ids are below it."""
-    bootstrap_url: str | None = None
-    """Where Mooncake's bootstrap server of a prefill engine answers; None with another transport."""
+    kv_source: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Where a decode engine finds the KV of this (prefill) engine, in the words of its transport, which reads it again;
+    see `transport.descriptor`. Empty for an engine whose transport says it with each hand-off."""
     lmcache_http_url: str | None = None
     """HTTP API of the LMCache server that its engine uses: status and metrics. None without one, or when unknown."""
     kv_fit: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from pools.engine.base import EngineStats
 from pools.engine.events import EventLog
+from transport.transports import STATISTICS
 
 _SOURCES = {
     "p2p": "prompt_tokens_p2p",
@@ -20,21 +21,6 @@ _SOURCES = {
     "external_unspecified": "prompt_tokens_external",
 }
 """vLLM's `CacheHitSource` -> counter."""
-_TRANSFER_BYTES = {"NixlConnector": "nixl_bytes_transferred", "MooncakeConnector": "mooncake_bytes_transferred"}
-"""Connector -> counter of its list `bytes_transferred`."""
-_TRANSFER_CASES = {
-    "NixlConnector": {
-        "nixl_num_failed_transfers": ("num_failed_transfers", "num_failed_handshakes"),
-        "nixl_num_failed_notifications": ("num_failed_notifications",),
-        "num_kv_expired_reqs": ("num_kv_expired_reqs",),
-        "num_notifications_after_expiry": ("num_notifications_after_expiry",),
-    },
-    "MooncakeConnector": {
-        "mooncake_num_failed_transfers": ("num_failed_transfers", "num_failed_recvs"),
-        "num_kv_expired_reqs": ("num_kv_expired_reqs",),
-    },
-}
-"""Connector -> counter -> its lists with an entry for each case."""
 _OFFLOAD = {
     "vllm:kv_offload_load_bytes": "kv_offload_load_bytes",
     "vllm:kv_offload_store_bytes": "kv_offload_store_bytes",
@@ -44,8 +30,7 @@ _OFFLOAD = {
 _TOTALS = (
     *("prompt_tokens", "prompt_tokens_computed", "generation_tokens", "num_preemptions", "num_steps"),
     *_SOURCES.values(),
-    *_TRANSFER_BYTES.values(),
-    *dict.fromkeys(name for cases in _TRANSFER_CASES.values() for name in cases),
+    *dict.fromkeys(name for kind in STATISTICS.values() for name in (kind.bytes, *kind.cases)),
     *_OFFLOAD.values(),
 )
 
@@ -85,10 +70,10 @@ class Tally:
 
     def _record_connectors(self, children: Mapping[str, Any]) -> None:
         totals = self._totals
-        for connector, name in _TRANSFER_BYTES.items():
+        for connector, kind in STATISTICS.items():
             stats = children.get(connector) or {}
-            totals[name] += sum(stats.get("bytes_transferred", ()))
-            for counter, keys in _TRANSFER_CASES[connector].items():
+            totals[kind.bytes] += sum(stats.get("bytes_transferred", ()))
+            for counter, keys in kind.cases.items():
                 totals[counter] += sum(len(stats.get(key, ())) for key in keys)
         offload = (children.get("OffloadingConnector") or {}).get("data", {})
         for theirs, name in _OFFLOAD.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a prefill engine's transport whether it still answers decode engines. The engine's `/health` does not know.
+"""Asks an engine's transport whether it still answers other engines. The engine's `/health` does not know.
 
 Source: vLLM 0.32 `nixl/base_scheduler.py` (handshake listener) and Mooncake's `GET /query`. An older listener's thread
 dies of any message but the one sent here.
@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from http.client import HTTPException
+from typing import assert_never
 
 import msgspec
 
 from pools.cache_server.probe import http_get
 from pools.process.descriptors import OWN_ERRORS
+from transport.descriptor import Listener
 
 ListenerProbe = Callable[[float], Awaitable[bool]]
 """Whether the listener answers within the given seconds. Raises when it cannot be asked, e.g. for want of memory."""
@@ -22,6 +24,17 @@ ListenerProbe = Callable[[float], Awaitable[bool]]
 _QUESTION = msgspec.msgpack.encode((b"get_meta_msg", 0, 0))
 """For the metadata of pipeline rank 0, tensor rank 0, which every engine has."""
 _NUM_PARTS = 2
+
+
+def listener_probe(listener: Listener, *, fake: bool = False) -> ListenerProbe | None:
+    """The question that every engine can answer there. None where a `fake` engine has no such listener."""
+    match listener.protocol:
+        case "nixl_handshake":
+            return None if fake else nixl_probe(listener.host, listener.port)
+        case "http_query":
+            return mooncake_probe(listener.url)
+        case _:
+            assert_never(listener.protocol)
 
 
 def nixl_probe(host: str, port: int) -> ListenerProbe:

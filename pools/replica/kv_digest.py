@@ -13,6 +13,7 @@ import json
 from pools.config import SHARED_ENGINE_KWARGS
 from pools.plan.launch import merged_engine_kwargs
 from pools.replica.spec import ReplicaSpec
+from transport.transports import describe
 
 _NOT_OF_KV = frozenset(
     {
@@ -40,5 +41,5 @@ def kv_fit(spec: ReplicaSpec) -> str:
     """A digest of the model and of every argument on which the KV of a token depends, or how it is laid out."""
     kwargs = merged_engine_kwargs(spec.model, spec.pool, spec.platform)
     chosen = {key: kwargs[key] for key in sorted(SHARED_ENGINE_KWARGS - _NOT_OF_KV) if key in kwargs}
-    facts = [spec.model.source, spec.platform, spec.engine.type, spec.transport.type, chosen]
+    facts = [spec.model.source, spec.platform, spec.engine.type, describe(spec.transport).name, chosen]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

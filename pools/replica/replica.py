@@ -21,7 +21,7 @@ from ray import serve
 from pools.cache_server.actor import NodeCacheServer
 from pools.cache_server.probe import check_external
 from pools.engine.base import Engine, Role
-from pools.health.listener_probe import ListenerProbe, mooncake_probe, nixl_probe
+from pools.health.listener_probe import ListenerProbe, listener_probe
 from pools.health.watchdog import Watchdog
 from pools.process.descriptors import raise_limit
 from pools.process.log_targets import kept_log_targets
@@ -32,9 +32,9 @@ from pools.replica.engine_key import make_key
 from pools.replica.kv_digest import kv_fit
 from pools.replica.server import EngineServer
 from pools.replica.spec import ReplicaSpec
-from transport.config import MooncakeConfig
 from transport.launch import EngineFacts, launch
 from transport.tiers import ExternalServerConfig
+from transport.transports import describe
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,12 @@ class _Replica:
         self._engine_key = make_key(self._spec.engine_key_file)
         self._cache_server: NodeCacheServer | None = None
         self._lmcache_http_url: str | None = None
-        self._bootstrap_port = free_port(self._host) if isinstance(self._spec.transport, MooncakeConfig) else 0
-        self._side_channel_port = 0
+        self._transport = describe(self._spec.transport)
         started = time.monotonic()
         async with asyncio.timeout(self._spec.pool.startup_timeout_s):
             with kept_log_targets():
-                self._engine = self._make_engine(await self._lmcache_url())
+                self._facts = self._make_facts(await self._lmcache_url())
+                self._engine = self._make_engine()
                 await self._engine.start()
             self._watchdog = self._make_watchdog()
             await self._watchdog.first_answer()
@@ -109,19 +109,20 @@ class _Replica:
         self._lmcache_http_url = self._cache_server.http_url
         return self._cache_server.url
 
-    def _make_engine(self, lmcache_url: str | None) -> Engine:
-        self._side_channel_port = free_port(self._host)
-        facts = EngineFacts(
+    def _make_facts(self, lmcache_url: str | None) -> EngineFacts:
+        return EngineFacts(
             role=self.role,
             platform=self._spec.platform,
             host=self._host,
-            side_channel_port=self._side_channel_port,
+            listener_port=free_port(self._host),
             engine_id=f"{self.role}-{self._replica_id}-{self._incarnation[:8]}",
-            bootstrap_port=self._bootstrap_port,
             lmcache_url=lmcache_url,
         )
-        plan = launch(self._spec.transport, facts, offload=self._spec.offload, shared_cache=self._spec.shared_cache)
-        return self._spec.make_engine(facts, plan)
+
+    def _make_engine(self) -> Engine:
+        spec = self._spec
+        plan = launch(spec.transport, self._facts, offload=spec.offload, shared_cache=spec.shared_cache)
+        return spec.make_engine(self._facts, plan)
 
     def _make_watchdog(self) -> Watchdog:
         on_cpus = self._spec.platform == "cpu" and self._spec.engine.type == "vllm"
@@ -143,28 +144,16 @@ class _Replica:
             "incarnation": self._incarnation,
             "block_size": self._engine.block_size,
             "vocab_size": self._engine.vocab_size,
-            "bootstrap_url": self._bootstrap_url(),
+            "kv_source": self._transport.source(self._facts),
             "lmcache_http_url": self._lmcache_http_url,
             "kv_fit": kv_fit(self._spec),
             "secret": self._engine_key,
         }
 
-    def _bootstrap_url(self) -> str | None:
-        """Where decode engines and gateways ask a prefill engine on Mooncake who it is; None for any other."""
-        if self.role != "prefill" or not self._bootstrap_port:
-            return None
-        return f"http://{self._host}:{self._bootstrap_port}"
-
     def _listener_probe(self) -> ListenerProbe | None:
-        """Asks what decode engines ask this engine for KV; None when they ask nothing of it."""
-        transport = self._spec.transport
-        if self.role != "prefill":
-            return None
-        if (bootstrap_url := self._bootstrap_url()) is not None:
-            return mooncake_probe(bootstrap_url)
-        if isinstance(transport, MooncakeConfig) or self._spec.engine.type == "fake":
-            return None
-        return nixl_probe(transport.side_channel_host or self._host, self._side_channel_port)
+        """Asks what other engines ask this one; None when they ask nothing of it."""
+        listener = self._transport.listener(self._facts)
+        return None if listener is None else listener_probe(listener, fake=self._spec.engine.type == "fake")
 
     async def check_health(self) -> None:
         """Called by Serve; answers at once what the watchdog knows. Raises EngineDeadError.

@@ -13,6 +13,7 @@ from pools.plan.placement import placement
 from transport.config import Config, TransportConfig
 from transport.facts import EngineFacts, EngineLaunch
 from transport.tiers import OffloadConfig, SharedCacheConfig
+from transport.transports import describe
 
 
 class ReplicaSpec(Config):
@@ -57,9 +58,9 @@ class ReplicaSpec(Config):
                 model_id=self.model.id,
                 max_model_len=kwargs.get("max_model_len", self.engine.max_model_len),
                 host=facts.host,
-                side_channel_port=facts.bootstrap_port or facts.side_channel_port,
+                listener_port=facts.listener_port,
                 kv_lease_duration_s=self.transport.kv_lease_duration_s,
-                transport=self.transport.type,
+                transport=describe(self.transport),
                 shared_cache=FakeSharedCache(shared_cache.server.chunk_tokens) if shared_cache and keeps else None,
             )
         os.environ.update(plan.env | engine_env(self.platform, self.cpu, host=facts.host))

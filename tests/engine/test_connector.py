@@ -422,7 +422,7 @@ def test_unread_is_passed_on(make: Any) -> None:
 
 def test_vllms_loggers_take_the_statistics() -> None:
     """vLLM's log line and Prometheus metrics work beside events, and with a child that has no Prometheus class."""
-    facts = EngineFacts(role="prefill", platform="cpu", host="h", side_channel_port=1, engine_id="e")
+    facts = EngineFacts(role="prefill", platform="cpu", host="h", listener_port=1, engine_id="e")
     config = KVTransferConfig(**launch(NixlConfig(), facts).kv_transfer_config)
     nixl = {
         **{key: [] for key in ("transfer_duration", "post_duration", "bytes_transferred", "num_descriptors")},

@@ -39,9 +39,9 @@ class Pair:
     engine_id: str
 
 
-def _engine(role: Literal["prefill", "decode"], bootstrap_port: int = 0) -> AbstractContextManager[str]:
+def _engine(role: Literal["prefill", "decode"], port: int | None = None) -> AbstractContextManager[str]:
     transport = MooncakeConfig(type="mooncake", kv_lease_duration_s=LEASE_S, connector_timeout_s=3)
-    return transfer_engine(role, transport, name="mooncake", bootstrap_port=bootstrap_port)
+    return transfer_engine(role, transport, name="mooncake", listener_port=port)
 
 
 @pytest.fixture(scope="module")

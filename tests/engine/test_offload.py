@@ -55,7 +55,7 @@ def _engine(  # type: ignore[no-untyped-def]
             role="prefill",
             platform="cpu",
             host="127.0.0.1",
-            side_channel_port=free_port(),
+            listener_port=free_port(),
             engine_id=f"{name}-{uuid.uuid4().hex[:8]}",
         )
         plan = launch(NixlConfig(), facts, offload=OffloadConfig.model_validate(offload))

@@ -79,7 +79,7 @@ def _engine(role: Literal["prefill", "decode"], **engine_kwargs: Any) -> Abstrac
         role=role,
         platform="cpu",
         host="127.0.0.1",
-        side_channel_port=free_port(),
+        listener_port=free_port(),
         engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
     )
     plan = launch(NixlConfig(kv_lease_duration_s=LEASE_S), facts)

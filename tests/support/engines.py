@@ -16,16 +16,15 @@ from transport.launch import EngineFacts, launch
 
 
 def transfer_launch(
-    role: Literal["prefill", "decode"], transport: TransportConfig, *, side_channel_port: int, bootstrap_port: int = 0
+    role: Literal["prefill", "decode"], transport: TransportConfig, *, listener_port: int
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """vLLM's arguments for an engine that hands KV over or takes it, and the environment of its transport."""
     facts = EngineFacts(
         role=role,
         platform="cpu",
         host="127.0.0.1",
-        side_channel_port=side_channel_port,
+        listener_port=listener_port,
         engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
-        bootstrap_port=bootstrap_port,
     )
     plan = launch(transport, facts)
     arguments = engine_args(
@@ -39,8 +38,8 @@ def transfer_launch(
 
 
 def transfer_engine(
-    role: Literal["prefill", "decode"], transport: TransportConfig, *, name: str, bootstrap_port: int = 0
+    role: Literal["prefill", "decode"], transport: TransportConfig, *, name: str, listener_port: int | None = None
 ) -> AbstractContextManager[str]:
-    """URL of such an engine in a process of its own; its log is `{name}-{role}`."""
-    arguments, env = transfer_launch(role, transport, side_channel_port=free_port(), bootstrap_port=bootstrap_port)
+    """URL of such an engine in a process of its own; its log is `{name}-{role}`. The kernel chooses an unnamed port."""
+    arguments, env = transfer_launch(role, transport, listener_port=listener_port or free_port())
     return engine_process(arguments, env, role=role, name=f"{name}-{role}")

@@ -15,7 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -33,10 +33,17 @@ from pools.engine.fake.engine import FakeEngine
 from pools.engine.fake.text import NUM_WORDS, WORD_BASE, word
 from pools.engine.fake.tiers import FakeSharedCache
 from pools.replica.server import EngineServer
+from transport.config import MooncakeConfig, NixlConfig
+from transport.descriptor import Transport
 from transport.errors import DisaggError
+from transport.transports import describe
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 2048
+TRANSPORTS: dict[str, Transport] = {
+    "nixl": describe(NixlConfig()),
+    "mooncake": describe(MooncakeConfig(type="mooncake")),
+}
 FAST = {"itl_ms": 0, "prefill_ms_per_1k_tokens": 0, "transfer_ms_per_1k_tokens": 0, "max_model_len": MAX_MODEL_LEN}
 
 T = TypeVar("T")
@@ -235,7 +242,7 @@ class Replica:
             incarnation=self.incarnation,
             block_size=self._config.block_size,
             vocab_size=WORD_BASE + NUM_WORDS,
-            bootstrap_url=self.engine.bootstrap_url,
+            kv_source=self.engine.kv_source,
             secret=self.key,
             kv_fit=self.kv_fit,
         )
@@ -467,7 +474,7 @@ async def running_stack(
     warm: bool = True,
     config: GatewayConfig | None = None,
     http: Any = None,
-    transport: Literal["nixl", "mooncake"] = "nixl",
+    transport: str = "nixl",
     lease_s: float = 30.0,
     shared_cache: FakeSharedCache | None = None,
     **fields: Any,
@@ -477,8 +484,8 @@ async def running_stack(
     Args:
         spliced: whether uvicorn speaks through `SplicingProtocol`; `http` names another protocol class.
         warm: wait until every pair has moved KV.
-        transport: how the engines move KV.
-        lease_s: how long prefill engines hold it, and decode engines on Mooncake wait for it.
+        transport: how the engines move KV, a key of `TRANSPORTS`.
+        lease_s: how long prefill engines hold it, and decode engines wait for it where both legs are sent at once.
         shared_cache: the tier that all engines share.
         fields: settings of every fake engine; by default they take no time.
     """
@@ -489,7 +496,7 @@ async def running_stack(
         renderer=renderer,
         scaler=scaler,
         max_model_len=MAX_MODEL_LEN,
-        transport=transport,
+        transport=TRANSPORTS[transport],
     )
     protocol = http or (SplicingProtocol if spliced else HttpToolsProtocol)
     server = QuietServer(
@@ -500,7 +507,7 @@ async def running_stack(
     sock = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server.serve(sockets=[sock]))
     settings = {**FAST, **fields}
-    options = {"transport": transport, "kv_lease_duration_s": lease_s, "shared_cache": shared_cache}
+    options = {"transport": TRANSPORTS[transport], "kv_lease_duration_s": lease_s, "shared_cache": shared_cache}
     stack = Stack(
         url=f"http://127.0.0.1:{sock.getsockname()[1]}",
         gateway=gateway,

@@ -124,7 +124,7 @@ def engine(
         role=role,  # type: ignore[arg-type]
         platform="cpu",
         host="127.0.0.1",
-        side_channel_port=free_port(),
+        listener_port=free_port(),
         engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
         lmcache_url=server.url,
     )

@@ -36,6 +36,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("The gateway's rooms", "disagg/gateway/replicas/membership.py", "import disagg.gateway.handoff.handoff"),
     ("The pools' rooms", "pools/plan/launch.py", "import pools.replica.spec"),
     ("Connectors in an engine", "transport/in_engine/nixl/connector.py", "import transport.in_engine.lmcache.sink"),
+    ("Descriptors of transports", "transport/nixl/descriptor.py", "import transport.mooncake.descriptor"),
     ("What runs inside an engine", "pools/plan/launch.py", "import transport.in_engine.protocols"),
 ]
 """Beginning of a contract's name, a module, and an import in it that breaks the contract."""

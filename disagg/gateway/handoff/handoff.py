@@ -23,7 +23,6 @@ from disagg.gateway.handoff.prefilling import Prefilling, Prompt
 from disagg.gateway.handoff.sending import Answer, Call, Sender
 from disagg.gateway.handoff.settling import Ledger, NoLedger, Settling, UnderWay
 from disagg.gateway.handoff.transfer import Transfer
-from disagg.gateway.handoff.transfer_pull import Pull
 from disagg.gateway.replicas.membership import Member, Membership, Pair
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Upstreams
@@ -56,7 +55,7 @@ class Handoff:
         upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
-        transfer: Transfer | None = None,
+        transfer: Transfer,
         ledger: Ledger | None = None,
         max_model_len: int | None = None,
     ) -> None:
@@ -82,7 +81,7 @@ class Handoff:
             membership=membership,
             metrics=metrics,
             background=background,
-            transfer=transfer or Pull(),
+            transfer=transfer,
             sender=self._sender,
             settling=self._settling,
             faults=self._faults,

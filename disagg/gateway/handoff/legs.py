@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the two legs of a request send, and whether it is handed off at all. Pure.
 
-Source of the rules: vLLM 0.32, the NIXL pull protocol and the OpenAI routes.
+Source of the rules: vLLM 0.32, its transfer protocols and the OpenAI routes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from typing import Any, Literal
 import msgspec
 
 from disagg.gateway.front.fields import Endpoint, Store
+from transport.params import HANDOFF_ID, REMOTE_DECODE
 
 MAX_PRIMED_PROMPTS = 8
 """A longer list of prompts is prefilled on decode: more legs at once would starve other requests."""
 
-REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
-REMOTE_PREFILL = {"do_remote_decode": False, "do_remote_prefill": True}
-
-HANDOFF_ID = "disagg.handoff_id"
-"""Key of `kv_transfer_params` in both legs: the id under which engines report what became of the KV."""
 WARM_PREFIX = "warm-"
 """Of the ids with which gateways warm pairs; no request's hand-off has it, and no ledger counts them."""
 _STORE = "disagg.store"
@@ -150,7 +146,7 @@ class PrefillReply:
 
     status: int
     params: dict[str, Any] | None = None
-    """The hand-off parameters it offers; None when there are none, as always with Mooncake."""
+    """The hand-off parameters it offers; None when there are none, as with legs sent at once."""
     complete: bool = False
     """Whether it ended because its one token was there. What ends otherwise hands nothing over."""
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the two legs of one hand-off go together: which is sent when, and what each engine is told. The interface.
 
-One class a transport keeps it: `transfer_pull.Pull` and `transfer_push.Push`. Retries and cleaning up are not here.
+Two classes keep it, one for each value of a transport's `legs`. What the legs say is the transport's own; retries and
+cleaning up are not here.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Attempt(Generic[T]):
 
 
 class Transfer(Protocol):
-    """One transport's way through a hand-off."""
+    """The way through a hand-off."""
 
     def prefill_params(self, offer: Mapping[str, Any], handoff_id: str) -> dict[str, Any]:
         """`kv_transfer_params` of the prefill leg, from what all transports send (`legs.offer_params`)."""

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `transport.type` to the way its hand-offs go."""
+"""From what a transport says of its legs to the way its hand-offs go."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import assert_never
 
 from disagg.gateway.handoff.transfer import Transfer
-from disagg.gateway.handoff.transfer_pull import Pull
-from disagg.gateway.handoff.transfer_push import Push
-from pools.client.http1 import Upstreams
-
-TransportType = Literal["nixl", "mooncake"]
+from disagg.gateway.handoff.transfer_both_at_once import BothAtOnce
+from disagg.gateway.handoff.transfer_prefill_first import PrefillFirst
+from transport.descriptor import Transport
 
 
-def transfer_for(transport: TransportType, upstreams: Upstreams) -> Transfer:
-    """The transfer of one transport; `upstreams` carries what it has to ask of the engines."""
-    return Push(upstreams) if transport == "mooncake" else Pull()
+def transfer_for(transport: Transport) -> Transfer:
+    """The way through a hand-off on one transport."""
+    match transport.legs:
+        case "prefill_first":
+            return PrefillFirst(transport)
+        case "both_at_once":
+            return BothAtOnce(transport)
+        case _:
+            assert_never(transport.legs)

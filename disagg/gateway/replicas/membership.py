@@ -41,8 +41,6 @@ class Member:
     """Replica ids of the other pool that KV has moved with."""
     local_prefill_tokens: int = 0
     """Prompt tokens that it computes for this gateway without a hand-off, see `disagg.gateway.handoff.local_budget`."""
-    remote_engine_id: str | None = None
-    """Name of its KV memory at Mooncake's bootstrap server, once `disagg.gateway.handoff.transfer_push` has asked."""
 
     @property
     def usable(self) -> bool:
@@ -92,7 +90,7 @@ class Membership:
         """Every address that the gateway speaks to."""
         infos = [member.info for pool in POOLS for member in self.members(pool)]
         infos += [member.info for member in self._leaving.values()]
-        return {info.url for info in infos} | {info.bootstrap_url for info in infos if info.bootstrap_url}
+        return {info.url for info in infos}
 
     def replace(self, pool: str, replicas: Collection[ReplicaInfo]) -> None:
         """Take Serve's new list for one pool. A known id with another incarnation is a new replica."""

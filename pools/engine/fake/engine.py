@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from pools.config import FakeEngineConfig
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult, Receive, Role, Scope, Send
@@ -29,11 +29,16 @@ from pools.engine.fake.text import NUM_WORDS, WORD_BASE, answer, decode, fold, w
 from pools.engine.fake.tiers import FakeSharedCache
 from pools.engine.handoffs import Handoffs, consumed_by
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
+from transport.config import NixlConfig
+from transport.descriptor import Transport
+from transport.facts import EngineFacts
+from transport.transports import describe
 
 _STEP_S = 0.02
 """Longest wait between two looks at whether a request was aborted."""
 _JSON = (b"content-type", b"application/json")
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
+_NIXL = describe(NixlConfig())
 
 
 @dataclass(eq=False)
@@ -58,14 +63,14 @@ class FakeEngine:
         model_id: str,
         max_model_len: int | None = None,
         host: str = "127.0.0.1",
-        side_channel_port: int = 0,
+        listener_port: int = 0,
         kv_lease_duration_s: float = 30.0,
-        transport: Literal["nixl", "mooncake"] = "nixl",
+        transport: Transport = _NIXL,
         shared_cache: FakeSharedCache | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`host` and `side_channel_port` (0: the kernel chooses) are where decode engines read hand-offs, with Mooncake
-        also its bootstrap server; `clock` tells the time of leases only.
+        """`host` and `listener_port` (0: the kernel chooses) are where decode engines read hand-offs; `clock` tells the
+        time of leases only. The length of a lease is not that of `transport`: here it may be a fraction of a second.
         """
         self._engine_id = engine_id
         self._transport = transport
@@ -83,7 +88,7 @@ class FakeEngine:
             events=self._log,
             shared_cache=shared_cache,
         )
-        self._side_channel = SideChannel(self._kv, engine_id=engine_id, host=host, port=side_channel_port)
+        self._side_channel = SideChannel(self._kv, engine_id=engine_id, host=host, port=listener_port)
         self._requests: set[_Running] = set()
         self._num_waiting = 0
         self._prefill_free_at = 0.0
@@ -123,11 +128,15 @@ class FakeEngine:
         return self._log
 
     @property
-    def bootstrap_url(self) -> str | None:
-        """Where a prefill engine on Mooncake tells its engine id, valid after `start`."""
-        if self._transport != "mooncake" or self._role != "prefill":
-            return None
-        return f"http://{self._side_channel.host}:{self._side_channel.port}"
+    def facts(self) -> EngineFacts:
+        """What its replica knows of it, valid after `start`."""
+        host, port = self._side_channel.host, self._side_channel.port
+        return EngineFacts(role=self._role, platform="cpu", host=host, listener_port=port, engine_id=self._engine_id)
+
+    @property
+    def kv_source(self) -> dict[str, Any]:
+        """What its replica publishes about where its KV is, valid after `start`."""
+        return self._transport.source(self.facts) if self._role == "prefill" else {}
 
     @property
     def dead(self) -> BaseException | None:
@@ -306,20 +315,21 @@ class FakeEngine:
         return len(prompt) - 1
 
     def _hand_off(self, generation: Generation, running: _Running) -> KVTransferParams | None:
-        """Hold a finished prompt for a decode engine; what that engine needs to read it. With Mooncake it knows."""
+        """Hold a finished prompt for a decode engine; what that engine needs to read it. With both legs at once it
+        knows."""
         params = generation.kv_transfer_params
         if self._role != "prefill" or not params or not params.get("do_remote_decode") or self._over(running):
             return None
         prompt = generation.prompts[0]
         handoff_id = str(params.get("disagg.handoff_id") or running.internal_id)
-        mooncake = self._transport == "mooncake"
-        key = str(params.get("transfer_id")) if mooncake else running.internal_id
+        at_once = self._transport.legs == "both_at_once"
+        key = str(params.get("transfer_id") or handoff_id) if at_once else running.internal_id
         block_ids = self._kv.pin(
             handoff_id, prompt, keys=[key], salt=generation.cache_salt, store=params.get("disagg.store")
         )
         # Leases end by themselves, also when nobody looks.
         asyncio.get_running_loop().call_later(self._kv.lease_s + _STEP_S, self._kv.expire)
-        if mooncake:
+        if at_once:
             return None
         return {
             "do_remote_prefill": True,

@@ -84,17 +84,15 @@ class SideChannel:
     async def _answer(self, request: Any, reader: asyncio.StreamReader) -> dict[str, Any]:
         if not isinstance(request, dict) or request.get("engine_id") != self._engine_id:
             return {"found": False}
-        if "transfer_id" in request:
-            held = await self._taken(str(request["transfer_id"]), reader)
-        else:
-            held = self._kv.read(str(request.get("request_id")))
+        key = str(request.get("key"))
+        held = await self._taken(key, reader) if request.get("wait") else self._kv.read(key)
         if held is None:
             return {"found": False}
         return {"found": True, "prompt_state": held.prompt_state, "num_tokens": len(held.token_ids)}
 
-    async def _taken(self, transfer_id: str, reader: asyncio.StreamReader) -> Held | None:
+    async def _taken(self, key: str, reader: asyncio.StreamReader) -> Held | None:
         """What the asker waits for, unless it leaves first."""
-        taking = asyncio.ensure_future(self._kv.take(transfer_id))
+        taking = asyncio.ensure_future(self._kv.take(key))
         leaving = asyncio.ensure_future(reader.read())
         try:
             await asyncio.wait({taking, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -118,20 +116,21 @@ def named(params: KVTransferParams | None) -> tuple[str, str] | None:
 async def read_handoff(params: KVTransferParams, *, lease_s: float) -> dict[str, Any] | None:
     """Read a hand-off from its prefill engine; its record, or None when it is over, unknown or out of reach.
 
-    A hand-off named by a transfer id is waited for, up to `lease_s`; with a request id it is there or it is not.
+    One whose blocks are named has been produced: it is there or it is not. Any other is waited for, up to `lease_s`.
     """
     name = named(params)
     if name is None:
         return None
-    host, port, key, timeout_s = params.get("remote_host"), params.get("remote_port"), "request_id", _TIMEOUT_S
-    if "transfer_id" in params:
-        address = urlsplit(str(params.get("remote_bootstrap_addr")))
-        host, port, key, timeout_s = address.hostname, address.port, "transfer_id", lease_s
+    wait = not params.get("remote_block_ids")
+    host, port = params.get("remote_host"), params.get("remote_port")
+    if (bootstrap := params.get("remote_bootstrap_addr")) is not None:
+        address = urlsplit(str(bootstrap))
+        host, port = address.hostname, address.port
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(lease_s if wait else _TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
             try:
-                writer.write(json.dumps({"engine_id": name[0], key: name[1]}).encode() + b"\n")
+                writer.write(json.dumps({"engine_id": name[0], "key": name[1], "wait": wait}).encode() + b"\n")
                 reply = json.loads(await reader.readline())
             finally:
                 writer.close()

@@ -12,7 +12,7 @@ from transport.launch import EngineFacts, EngineLaunch, launch
 
 
 def planned(role: str, platform: str = "cpu", **settings: object) -> EngineLaunch:
-    facts = EngineFacts(role=role, platform=platform, host="10.0.0.5", side_channel_port=4711, engine_id="p-1")  # type: ignore[arg-type]
+    facts = EngineFacts(role=role, platform=platform, host="10.0.0.5", listener_port=4711, engine_id="p-1")  # type: ignore[arg-type]
     return launch(NixlConfig(**settings), facts)  # type: ignore[arg-type]
 
 

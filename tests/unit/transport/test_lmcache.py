@@ -18,7 +18,7 @@ def facts(role: str = "prefill", url: str | None = "tcp://10.0.0.5:7001") -> Eng
         role=role,  # type: ignore[arg-type]
         platform="cpu",
         host="10.0.0.5",
-        side_channel_port=4711,
+        listener_port=4711,
         engine_id="p-1",
         lmcache_url=url,
     )

@@ -19,9 +19,8 @@ def planned(role: str, **settings: object) -> EngineLaunch:
         role=role,  # type: ignore[arg-type]
         platform="cuda",
         host="10.0.0.5",
-        side_channel_port=4711,
+        listener_port=8123,
         engine_id="p-1",
-        bootstrap_port=8123,
     )
     return launch(MooncakeConfig(type="mooncake", **settings), facts)  # type: ignore[arg-type]
 

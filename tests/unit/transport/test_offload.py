@@ -17,7 +17,7 @@ DISK = {"path": "/kv", "n_read_threads": 2, "n_write_threads": 3}
 
 
 def extra(platform: str = "cuda", role: str = "prefill", **settings: Any) -> dict[str, Any]:
-    facts = EngineFacts(role=role, platform=platform, host="10.0.0.5", side_channel_port=4711, engine_id="p-1")  # type: ignore[arg-type]
+    facts = EngineFacts(role=role, platform=platform, host="10.0.0.5", listener_port=4711, engine_id="p-1")  # type: ignore[arg-type]
     child = offload_child(OffloadConfig.model_validate({"cpu_gib": 2, **settings}), facts)
     assert json.loads(json.dumps(child)) == child
     assert {key: child[key] for key in child if key != "kv_connector_extra_config"} == {

@@ -14,9 +14,13 @@ import zmq
 
 from pools.config import FakeEngineConfig
 from pools.engine.fake.engine import FakeEngine
-from pools.health import listener_probe
-from pools.health.listener_probe import mooncake_probe, nixl_probe
+from pools.health import listener_probe as module
+from pools.health.listener_probe import listener_probe, mooncake_probe, nixl_probe
 from pools.process.ports import free_port
+from transport.config import MooncakeConfig
+from transport.transports import describe
+
+MOONCAKE = describe(MooncakeConfig(type="mooncake"))
 
 
 class Listener(threading.Thread):
@@ -77,7 +81,7 @@ async def test_what_fails_on_this_side_is_no_miss(monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.EMFILE, "too many open files")
 
     monkeypatch.setattr(zmq, "Context", full)
-    monkeypatch.setattr(listener_probe, "http_get", full)
+    monkeypatch.setattr(module, "http_get", full)
     for probe in (nixl_probe("127.0.0.1", 1), mooncake_probe("http://127.0.0.1:1")):
         with pytest.raises(OSError, match="too many"):
             await probe(0.05)
@@ -86,10 +90,12 @@ async def test_what_fails_on_this_side_is_no_miss(monkeypatch: pytest.MonkeyPatc
 async def test_mooncake() -> None:
     """The bootstrap server answers while its engine lives."""
     config = FakeEngineConfig(type="fake")
-    engine = FakeEngine("e", "prefill", config, model_id="tiny", transport="mooncake")
+    engine = FakeEngine("e", "prefill", config, model_id="tiny", transport=MOONCAKE)
     await engine.start()
-    assert engine.bootstrap_url is not None
-    probe = mooncake_probe(engine.bootstrap_url)
+    listener = MOONCAKE.listener(engine.facts)
+    assert listener is not None
+    probe = listener_probe(listener, fake=True)
+    assert probe is not None
     assert await probe(5)
     await engine.shutdown()
     assert not await probe(1)

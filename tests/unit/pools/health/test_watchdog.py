@@ -127,7 +127,7 @@ async def test_the_first_answer_is_part_of_the_start(monkeypatch: pytest.MonkeyP
     replica_id = SimpleNamespace(unique_id="d0")
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(replica_id=replica_id))
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(replica.DecodePool, "_make_engine", lambda self, url: run.engine)
+    monkeypatch.setattr(replica.DecodePool, "_make_engine", lambda self: run.engine)
     spec = ReplicaSpec(
         model=ModelConfig(id="tiny", source="tiny"),
         platform="cpu",

@@ -119,8 +119,8 @@ async def test_prefill_finishes_as_the_client_leaves(transport: Any) -> None:
 
 def running(stack: Stack) -> bool:
     """Whether the decode engine has the request, where it gets it at once."""
-    is_push = stack.prefill[0].engine.bootstrap_url is not None
-    return not is_push or stack.decode[0].engine.stats().num_requests_running > 0
+    at_once = bool(stack.prefill[0].engine.kv_source)
+    return not at_once or stack.decode[0].engine.stats().num_requests_running > 0
 
 
 @SINGLE

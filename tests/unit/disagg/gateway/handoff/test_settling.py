@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -365,7 +366,7 @@ async def test_both_legs_run_at_once() -> None:
             "do_remote_decode": False,
             "do_remote_prefill": True,
             "remote_engine_id": stack.prefill[0].engine.engine_id,
-            "remote_bootstrap_addr": stack.prefill[0].engine.bootstrap_url,
+            "remote_bootstrap_addr": stack.prefill[0].engine.kv_source["remote_bootstrap_addr"],
             "transfer_id": leg_id,
             "disagg.handoff_id": leg_id,
         }
@@ -385,36 +386,27 @@ async def test_mooncake_gives_the_same_answers() -> None:
         assert not settled(stack)
 
 
-async def test_engine_ids_are_asked_for_again() -> None:
-    """Mooncake: the id is asked for once a replica, again after a restart, and again after a failed leg."""
+async def test_a_restarted_replica_publishes_where_its_kv_is() -> None:
+    """Mooncake: what it published goes on to serve after a failed leg, and is another one after a restart."""
     async with running_stack(transport="mooncake") as stack:
-        member = stack.gateway.membership.members("prefill")[0]
-        assert member.remote_engine_id == stack.prefill[0].engine.engine_id
+        published = stack.prefill[0].engine.kv_source
+        assert stack.gateway.membership.members("prefill")[0].info.kv_source == published
         stack.prefill[0].engine.hook = once(respond(500))
         await stack.complete(PROMPT)
-        assert member.remote_engine_id is None
         assert (await stack.complete(PROMPT)).headers["x-disagg-prefill"] == "p0"
-        assert member.remote_engine_id == stack.prefill[0].engine.engine_id
         await stack.prefill[0].restart()
         stack.announce()
         await stack.warmed()
-        member = stack.gateway.membership.members("prefill")[0]
-        assert member.remote_engine_id == stack.prefill[0].engine.engine_id
         assert (await stack.complete(PROMPT)).headers["x-disagg-prefill"] == "p0"
+        taken = stack.decode[0].engine.seen[-1].body["kv_transfer_params"]
+        assert taken["remote_engine_id"] == stack.prefill[0].engine.engine_id != published["remote_engine_id"]
 
 
-async def test_a_bootstrap_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mooncake: without an engine id nothing is sent, and decode computes the prompt itself."""
+async def test_a_replica_that_does_not_say_where_its_kv_is() -> None:
+    """Mooncake: nothing is sent to it, and decode computes the prompt itself."""
     async with running_stack(transport="mooncake") as stack:
-        stack.gateway.membership.members("prefill")[0].remote_engine_id = None
-        request = wire.Upstream.request
-
-        async def no_query(self: Any, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
-            if path == "/query":
-                return 200, b'{"1": {}}'
-            return await request(self, method, path, *args, **kwargs)
-
-        monkeypatch.setattr(wire.Upstream, "request", no_query)
+        member = stack.gateway.membership.members("prefill")[0]
+        member.info = replace(member.info, kv_source={})
         reply = await stack.complete(PROMPT)
         assert (reply.text, is_local(reply)) == (EXPECTED, True)
         assert not stack.prefill[0].engine.seen

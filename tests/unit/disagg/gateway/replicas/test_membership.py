@@ -143,12 +143,13 @@ def test_changes_are_told(members: Membership) -> None:
     assert len(changes) == 2
 
 
-def test_bootstrap_servers_are_addresses_too() -> None:
-    """Connections to Mooncake's bootstrap servers are kept as long as their replica is known."""
+def test_addresses_are_kept_as_long_as_their_replica_is_known() -> None:
+    """A replica that Serve has dropped keeps its connections until this gateway lets it go."""
     membership = Membership()
-    membership.replace(PREFILL, [replace(info("p0"), bootstrap_url="http://p0:8998")])
-    assert membership.urls() == {"http://p0:1", "http://p0:8998"}
+    membership.replace(PREFILL, [info("p0")])
+    assert membership.urls() == {"http://p0:1"}
     membership.replace(PREFILL, [])
+    assert membership.urls() == {"http://p0:1"}
     assert membership.let_go("1", carrying=False)
     assert membership.urls() == set()
 

@@ -14,8 +14,11 @@ from pools.engine.fake.engine import FakeEngine
 from pools.engine.fake.kv import FakeKV
 from pools.engine.fake.text import encode
 from pools.engine.fake.tiers import FakeSharedCache
+from transport.config import MooncakeConfig, NixlConfig
 from transport.digests import chunk_digests
+from transport.transports import describe
 
+TRANSPORTS = {"nixl": describe(NixlConfig()), "mooncake": describe(MooncakeConfig(type="mooncake"))}
 PROMPT = encode("a prompt of more than two blocks of sixteen tokens each")
 FAST = {"itl_ms": 0, "prefill_ms_per_1k_tokens": 0, "transfer_ms_per_1k_tokens": 0}
 OFFER = {"do_remote_decode": True, "do_remote_prefill": False, "disagg.handoff_id": "g-1"}
@@ -32,10 +35,10 @@ def said(events: EventLog, *fields: str) -> list[tuple[Any, ...]]:
 
 
 @asynccontextmanager
-async def pair(transport: Any = "nixl", **options: Any) -> AsyncIterator[tuple[FakeEngine, FakeEngine]]:
+async def pair(transport: str = "nixl", **options: Any) -> AsyncIterator[tuple[FakeEngine, FakeEngine]]:
     config = FakeEngineConfig(type="fake", **FAST)
     roles: tuple[Any, Any] = ("prefill", "decode")
-    engines = [FakeEngine(r, r, config, model_id="tiny", transport=transport, **options) for r in roles]
+    engines = [FakeEngine(r, r, config, model_id="tiny", transport=TRANSPORTS[transport], **options) for r in roles]
     for engine in engines:
         await engine.start()
     try:
@@ -87,12 +90,11 @@ async def test_a_transfer_id_may_be_asked_for_first() -> None:
     """Mooncake: decode waits for prefill, whichever leg comes first, and prefill's answer names nothing."""
     for decode_first in (True, False):
         async with pair("mooncake") as (prefill, decode):
-            assert prefill.bootstrap_url is not None and decode.bootstrap_url is None
+            assert prefill.kv_source and not decode.kv_source
             offer = {**OFFER, "transfer_id": "g-1"}
             taken = {
                 "do_remote_prefill": True,
-                "remote_engine_id": "prefill",
-                "remote_bootstrap_addr": prefill.bootstrap_url,
+                **prefill.kv_source,
                 "transfer_id": "g-1",
             }
             legs = [decode.probe(PROMPT, taken), prefill.probe(PROMPT, offer)]
@@ -109,8 +111,7 @@ async def test_a_transfer_that_never_comes_is_given_up() -> None:
     async with pair("mooncake", kv_lease_duration_s=0.1) as (prefill, decode):
         taken = {
             "do_remote_prefill": True,
-            "remote_engine_id": "prefill",
-            "remote_bootstrap_addr": prefill.bootstrap_url,
+            **prefill.kv_source,
             "transfer_id": "g-1",
         }
         result = await asyncio.wait_for(decode.probe(PROMPT, taken), 5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode engine pulls (NIXL): prefill first, whose answer says where the KV is, then decode."""
+"""One leg after the other: the prefill leg's answer says where the KV is, and goes into the decode leg."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from disagg.gateway.handoff.legs import HANDOFF_ID
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, T, refusal
 from pools.errors import ReplicaLostError
+from transport.descriptor import Transport
 
 
-class Pull:
-    """One leg after the other."""
+class PrefillFirst:
+    """Keeps `transfer.Transfer`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     def prefill_params(self, offer: Mapping[str, Any], handoff_id: str) -> dict[str, Any]:
-        return dict(offer)
+        return {**offer, **self._transport.prefill_params(handoff_id)}
 
     async def run(self, attempt: Attempt[T], *, deadline: float) -> T:
         try:
@@ -28,4 +31,4 @@ class Pull:
             raise PrefillFailed("prefill_lost", retry=True) from exc
         if reply.params is None:
             raise refusal(reply)
-        return await attempt.take({**reply.params, HANDOFF_ID: attempt.handoff_id})
+        return await attempt.take(self._transport.decode_params(attempt.handoff_id, reply.params))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both legs at once, matched by the hand-off's id: each engine waits for the other.
+
+The first token takes as long as the slower leg. Decode waits for KV that may never come, so the prefill leg is watched
+until decode has shown something. It waits no longer than a lease: then it computes the prompt itself and answers beside
+a prefill leg that still runs, which is the caller's to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from disagg.gateway.handoff.legs import PrefillReply
+from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, T, refusal
+from pools.errors import ReplicaLostError
+from transport.descriptor import Transport
+
+
+class BothAtOnce:
+    """Keeps `transfer.Transfer`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str) -> dict[str, Any]:
+        return {**offer, **self._transport.prefill_params(handoff_id)}
+
+    async def run(self, attempt: Attempt[T], *, deadline: float) -> T:
+        source = attempt.prefill.info.kv_source
+        if not source:
+            raise PrefillFailed("prefill_lost", retry=True)
+        params = self._transport.decode_params(attempt.handoff_id, source)
+        leg = attempt.send()
+        taking: asyncio.Task[T] = asyncio.ensure_future(attempt.take(params))
+        try:
+            left = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait({leg, taking}, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+            if not taking.done():
+                _check(leg)
+                await asyncio.wait({taking})
+        except BaseException:
+            await _ended(taking, attempt)
+            raise
+        return taking.result()
+
+
+def _check(leg: asyncio.Task[PrefillReply]) -> None:
+    """Raises PrefillFailed unless the leg ended well."""
+    if not leg.done():
+        raise PrefillFailed("prefill_timeout", retry=True) from TimeoutError()
+    error = leg.exception()
+    if isinstance(error, ReplicaLostError):
+        raise PrefillFailed("prefill_lost", retry=True) from error
+    if error is not None:
+        raise error
+    reply = leg.result()
+    if not reply.complete:
+        raise refusal(reply)
+
+
+async def _ended(taking: asyncio.Task[T], attempt: Attempt[T]) -> None:
+    """End the decode leg, also one whose first bytes came at the last moment."""
+    taking.cancel()
+    await asyncio.wait({taking})
+    if not taking.cancelled() and taking.exception() is None:
+        attempt.drop(taking.result())

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transport is: one object holds everything in which it differs from the others. Values only.
+
+`transport.transports.describe` makes it from the settings. Replicas, gateways, fake engines, statistics and checks ask
+it; none of them asks for the transport's name to decide what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from transport.facts import EngineFacts, Platform
+
+Legs = Literal["prefill_first", "both_at_once"]
+"""`prefill_first`: the prefill leg's answer says where the KV is, and goes into the decode leg. `both_at_once`: each
+engine waits for the other, and the decode leg says what the prefill replica has published. It waits no longer than a
+lease, and then computes the prompt."""
+
+Feature = Literal["hedging", "prefill_pipeline", "decode_pipeline"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a transport cannot do, or has not been seen to do, in words for whoever configures it."""
+
+    message: str
+    refused: bool
+    """True: such a config is an error. False: it is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where an engine answers the engines of the other pool, and what can be asked there to see whether it does."""
+
+    protocol: Literal["nixl_handshake", "http_query"]
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How to read what vLLM reports for the transport's connector, as counters of `pools.engine.base.EngineStats`."""
+
+    bytes: str
+    """Counter that sums the list `bytes_transferred`."""
+    cases: Mapping[str, tuple[str, ...]]
+    """Counter -> lists with an entry for each case."""
+
+
+class Transport(Protocol):
+    """One transport with its settings. Pure."""
+
+    @property
+    def name(self) -> str:
+        """Engines on transports of one name can hand KV over to each other. Also its name in messages."""
+        ...
+
+    @property
+    def legs(self) -> Legs:
+        """In which order a gateway sends the two legs."""
+        ...
+
+    @property
+    def connector(self) -> str:
+        """vLLM's name for the connector class, under which it reports statistics."""
+        ...
+
+    @property
+    def statistics(self) -> Statistics: ...
+
+    @property
+    def module(self) -> str:
+        """The Python module that it cannot do without."""
+        ...
+
+    @property
+    def packages(self) -> Mapping[Platform, str]:
+        """The package that brings `module`."""
+        ...
+
+    @property
+    def limits(self) -> Mapping[Feature, Limit]:
+        """What is not here has no limit."""
+        ...
+
+    @property
+    def kv_lease_duration_s(self) -> int:
+        """Seconds a prefill engine keeps KV that nobody has asked for."""
+        ...
+
+    def child(self, facts: EngineFacts) -> dict[str, Any]:
+        """Its entry in the connectors of MultiConnector, for one engine. JSON-able.
+
+        It carries no `engine_id`: vLLM hands the outer one down and refuses a second.
+        """
+        ...
+
+    def env(self, facts: EngineFacts) -> dict[str, str]:
+        """Environment of that engine. vLLM reads it process-wide, so it is set before vLLM starts."""
+        ...
+
+    def listener(self, facts: EngineFacts) -> Listener | None:
+        """Where that engine must answer others; None when nobody asks it anything."""
+        ...
+
+    def source(self, facts: EngineFacts) -> dict[str, Any]:
+        """What that (prefill) engine publishes about where its KV is, for `decode_params`. JSON-able.
+
+        Empty when only the answer of each prefill leg says it.
+        """
+        ...
+
+    def prefill_params(self, handoff_id: str) -> dict[str, Any]:
+        """What goes into `kv_transfer_params` of a prefill leg beside what all transports send."""
+        ...
+
+    def decode_params(self, handoff_id: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        """`kv_transfer_params` of a decode leg.
+
+        Args:
+            found: with `prefill_first` the parameters in the prefill leg's answer, else the replica's `source`.
+        """
+        ...

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transports there are: from the settings to the descriptor. The one place that chooses."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from transport.config import MooncakeConfig, NixlConfig, TransportConfig
+from transport.descriptor import Statistics, Transport
+from transport.mooncake.descriptor import Mooncake
+from transport.nixl.descriptor import Nixl
+
+STATISTICS: dict[str, Statistics] = {kind.connector: kind.statistics for kind in (Nixl, Mooncake)}
+"""By vLLM's name for the connector class."""
+
+
+def describe(config: TransportConfig) -> Transport:
+    """Everything in which the chosen transport differs from the others."""
+    match config:
+        case NixlConfig():
+            return Nixl(config)
+        case MooncakeConfig():
+            return Mooncake(config)
+        case _:
+            assert_never(config)
