@@ -7,9 +7,11 @@ SHELL := /bin/bash
 
 PY := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
+# Tests at a time, in the tiers that start no engine.
+WORKERS ?= 2
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
-.PHONY: help setup install serve test test-unit test-engine test-e2e lint format type bench bench-probes \
+.PHONY: help setup install serve test test-unit test-component test-engine test-e2e lint format type bench bench-probes \
 	prove-serve prove-tiers prove-faults lock clean
 
 help: ## list the targets
@@ -23,12 +25,15 @@ install: setup ## the same as setup
 serve: setup ## serve 1 prefill and 1 decode replica on this machine (CONFIG=configs/other.yaml for another file)
 	@.venv/bin/disagg serve $(CONFIG)
 
-test: test-unit test-engine test-e2e ## all tests that need no GPU
+test: test-unit test-component test-engine test-e2e ## all tests that need no GPU
 
-test-unit: setup ## pure code, seconds (ARGS="-k name" for some)
-	$(PY) -m pytest tests/unit $(ARGS)
+test-unit: setup ## pure code, a minute or two (ARGS="-k name" for some)
+	$(PY) -m pytest tests/unit -n $(WORKERS) $(ARGS)
 
-test-engine: setup ## one engine at a time, real and fake
+test-component: setup ## with classes of vLLM, torch and LMCache, no engine
+	$(PY) -m pytest tests/component -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
+
+test-engine: setup ## real engines and LMCache servers
 	$(PY) -m pytest tests/engine -m "not gpu" $(ARGS)
 
 test-e2e: setup ## the whole application under Ray Serve

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every vLLM name that is private or has moved between releases, in one place.
 
-Written against vLLM 0.32; `tests/engine/test_vllm_compat.py` fails when one of them is gone. Nothing here decides
+Written against vLLM 0.32; `tests/component/test_vllm_compat.py` fails when one of them is gone. Nothing here decides
 anything: `vllm_engine.py` does.
 """
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
-import psutil
 import pytest
 
 from tests.support.engines import transfer_engine
-from tests.support.stack import free_port
+from tests.support.stack import free_port, kill_family, side_by_side
 from transport.config import MooncakeConfig
 
 LEASE_S = 8
@@ -48,7 +45,7 @@ def _engine(role: Literal["prefill", "decode"], port: int | None = None) -> Abst
 def pair() -> Iterator[Pair]:
     """Both engines, with a lease of a few seconds."""
     port = free_port()
-    with _engine("prefill", port) as prefill, _engine("decode") as decode:
+    with side_by_side(_engine("prefill", port), _engine("decode")) as (prefill, decode):
         bootstrap = f"http://127.0.0.1:{port}"
         (entry,) = httpx.get(f"{bootstrap}/query", timeout=5).json().values()
         yield Pair(prefill, decode, bootstrap, entry["engine_id"])
@@ -429,11 +426,7 @@ def test_a_killed_prefill_engine_costs_a_recompute(pair: Pair) -> None:
         assert tokens(await known.decode())
         waiting = asyncio.create_task(handoff.decode())
         await asyncio.sleep(0.5)
-        process = psutil.Process((await stats(client, pair.prefill))["pid"])
-        for one in [*process.children(recursive=True), process]:
-            # Python's resource tracker outlives them and removes their shared memory.
-            if not any("resource_tracker" in argument for argument in one.cmdline()):
-                os.kill(one.pid, signal.SIGKILL)
+        kill_family((await stats(client, pair.prefill))["pid"])
         killed = time.monotonic()
         answer = await waiting
         print(f"answered {time.monotonic() - killed:.2f} s after the kill")

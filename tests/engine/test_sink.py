@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support.sink_stack import CHUNK, TOKEN_BYTES, Engine, Server, engine, lmcache_server, prompt
+from tests.support.stack import side_by_side
 
 
 @dataclass
@@ -24,8 +25,10 @@ def tier() -> Iterator[Tier]:
     """A server, and a pair of engines with the sink `unused`."""
     with (
         lmcache_server() as server,
-        engine("prefill", server, "unused", lease_s=8) as prefill,
-        engine("decode", server, "unused", lease_s=8) as decode,
+        side_by_side(engine("prefill", server, "unused", lease_s=8), engine("decode", server, "unused", lease_s=8)) as (
+            prefill,
+            decode,
+        ),
     ):
         yield Tier(server, prefill, decode)
 

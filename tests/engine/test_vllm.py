@@ -15,6 +15,7 @@ import pytest
 from pools.testing.contract import CHECKS, Check, Engines
 from pools.testing.tools import HANDOFF_ID
 from tests.support.engines import transfer_engine
+from tests.support.stack import side_by_side
 from transport.config import NixlConfig
 
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -28,10 +29,9 @@ PROMPTS = (
 def engines() -> Iterator[Engines]:
     """A prefill and a decode engine over NIXL."""
     transport = NixlConfig()
-    with (
-        transfer_engine("prefill", transport, name="engine") as prefill,
-        transfer_engine("decode", transport, name="engine") as decode,
-    ):
+    with side_by_side(
+        transfer_engine("prefill", transport, name="engine"), transfer_engine("decode", transport, name="engine")
+    ) as (prefill, decode):
         yield Engines(prefill, decode, "tiny", PROMPTS)
 
 

@@ -16,13 +16,10 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from pools.config import CpuConfig, ModelConfig, PoolConfig
 from pools.engine.base import HANDOFF_HEADER
-from pools.plan.launch import engine_args
-from pools.plan.placement import placement
-from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
+from tests.support.engines import transfer_engine
+from tests.support.stack import side_by_side
 from transport.config import NixlConfig
-from transport.launch import EngineFacts, launch
 
 LEASE_S = 6
 MAX_NUM_SEQS = 4
@@ -75,32 +72,16 @@ class Pair:
 
 
 def _engine(role: Literal["prefill", "decode"], **engine_kwargs: Any) -> AbstractContextManager[str]:
-    facts = EngineFacts(
-        role=role,
-        platform="cpu",
-        host="127.0.0.1",
-        listener_port=free_port(),
-        engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
-    )
-    plan = launch(NixlConfig(kv_lease_duration_s=LEASE_S), facts)
-    kwargs = ENGINE_KWARGS | {"max_num_seqs": MAX_NUM_SEQS} | engine_kwargs
-    arguments = engine_args(
-        ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=kwargs),
-        PoolConfig(),
-        platform="cpu",
-        kv_transfer_config=plan.kv_transfer_config,
-        placement=placement("cpu", kwargs, CpuConfig()),
-    )
-    return engine_process(arguments, plan.env, role=role, name=f"handoffs-{role}")
+    kwargs = {"max_num_seqs": MAX_NUM_SEQS, **engine_kwargs}
+    return transfer_engine(role, NixlConfig(kv_lease_duration_s=LEASE_S), name="handoffs", engine_kwargs=kwargs)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["async_scheduling", "sync_scheduling"])
 def urls(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """Both engines schedule ahead of their steps, or neither does: events must flow either way."""
-    with (
-        _engine("prefill", async_scheduling=request.param) as prefill,
-        _engine("decode", async_scheduling=request.param) as decode,
-    ):
+    with side_by_side(
+        _engine("prefill", async_scheduling=request.param), _engine("decode", async_scheduling=request.param)
+    ) as (prefill, decode):
         yield prefill, decode
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -14,9 +15,16 @@ from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_m
 from transport.config import TransportConfig
 from transport.launch import EngineFacts, launch
 
+SMALL: dict[str, Any] = {"num_gpu_blocks_override": 1024}
+"""KV space for 131,072 tokens, a quarter of the CPU engine's: it is filled with zeros at the start."""
+
 
 def transfer_launch(
-    role: Literal["prefill", "decode"], transport: TransportConfig, *, listener_port: int
+    role: Literal["prefill", "decode"],
+    transport: TransportConfig,
+    *,
+    listener_port: int,
+    engine_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """vLLM's arguments for an engine that hands KV over or takes it, and the environment of its transport."""
     facts = EngineFacts(
@@ -27,19 +35,30 @@ def transfer_launch(
         engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
     )
     plan = launch(transport, facts)
+    kwargs = {**ENGINE_KWARGS, **(engine_kwargs or {})}
     arguments = engine_args(
-        ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=ENGINE_KWARGS),
+        ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=kwargs),
         PoolConfig(),
         platform="cpu",
         kv_transfer_config=plan.kv_transfer_config,
-        placement=placement("cpu", ENGINE_KWARGS, CpuConfig()),
+        placement=placement("cpu", kwargs, CpuConfig()),
     )
     return arguments, plan.env
 
 
 def transfer_engine(
-    role: Literal["prefill", "decode"], transport: TransportConfig, *, name: str, listener_port: int | None = None
+    role: Literal["prefill", "decode"],
+    transport: TransportConfig,
+    *,
+    name: str,
+    listener_port: int | None = None,
+    engine_kwargs: Mapping[str, Any] | None = None,
 ) -> AbstractContextManager[str]:
-    """URL of such an engine in a process of its own; its log is `{name}-{role}`. The kernel chooses an unnamed port."""
-    arguments, env = transfer_launch(role, transport, listener_port=listener_port or free_port())
+    """URL of such an engine with a small KV space, in a process of its own; its log is `{name}-{role}`.
+
+    The kernel chooses an unnamed port.
+    """
+    arguments, env = transfer_launch(
+        role, transport, listener_port=listener_port or free_port(), engine_kwargs={**SMALL, **(engine_kwargs or {})}
+    )
     return engine_process(arguments, env, role=role, name=f"{name}-{role}")

@@ -19,7 +19,8 @@ import httpx
 from pools.config import CpuConfig, ModelConfig, PoolConfig
 from pools.plan.launch import engine_args
 from pools.plan.placement import placement
-from tests.support.stack import BUILD, ENGINE_KWARGS, engine_process, free_port, tiny_model, wait_until
+from tests.support.engines import SMALL
+from tests.support.stack import BUILD, ENGINE_KWARGS, engine_process, free_port, note_start, tiny_model, wait_until
 from transport.config import NixlConfig
 from transport.launch import EngineFacts, launch
 from transport.lmcache_server import new_shm_name, server_argv, server_env, shm_stem
@@ -45,6 +46,7 @@ class Server:
 
     def start(self) -> None:
         """Returns when it answers."""
+        note_start("LMCache server")
         config = ManagedServerConfig(l1_gib=0.5, chunk_tokens=CHUNK)
         argv = server_argv(
             config,
@@ -129,7 +131,13 @@ def engine(
         lmcache_url=server.url,
     )
     plan = launch(NixlConfig(kv_lease_duration_s=lease_s), facts, shared_cache=cache)
-    kwargs = {**ENGINE_KWARGS, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192, **(engine_kwargs or {})}
+    kwargs = {
+        **ENGINE_KWARGS,
+        **SMALL,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 8192,
+        **(engine_kwargs or {}),
+    }
     arguments = engine_args(
         ModelConfig(id="tiny", source=str(tiny_model()), engine_kwargs=kwargs),
         PoolConfig(),

@@ -17,16 +17,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import psutil
 import yaml
 
 from disagg.sdk.client import Client
 from pools.config import CpuConfig
 from pools.plan.launch import HOST_WORKER_EXTENSION, engine_env
 from pools.replica.engine_key import ENGINE_KEY_HEADER
+from tests.support.zygote import ForkedProcess, Zygote
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -160,6 +166,7 @@ def running(
     config = write_config(source, name=name, port=port, change=change)
     sizes = _sizes(config)
     log = BUILD / f"{name}.log"
+    note_start("Serve application")
     process = subprocess.Popen(
         [sys.executable, "-m", "disagg.cli.main", "serve", str(config), "--log-file", str(log)],
         cwd=ROOT,
@@ -188,7 +195,7 @@ def running(
             process.kill()
 
 
-def _collect(process: subprocess.Popen[bytes], lines: list[str], log: BinaryIO | None = None) -> None:
+def _collect(process: subprocess.Popen[bytes] | ForkedProcess, lines: list[str], log: BinaryIO | None = None) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if log is not None:
@@ -234,18 +241,12 @@ def aggregated_engine(
 def engine_process(
     arguments: dict[str, Any], env: dict[str, str], *, role: str, name: str, timeout_s: float = 300
 ) -> Iterator[str]:
-    """URL of one real engine in a process of its own, with vLLM's `arguments`."""
-    settings = {"arguments": arguments, "env": engine_env("cpu", CpuConfig(), host="127.0.0.1") | env, "role": role}
+    """URL of one real engine in a process of its own, with vLLM's `arguments`. Killed afterwards."""
+    settings = {"arguments": arguments, "env": env, "role": role}
     BUILD.mkdir(exist_ok=True)
+    note_start("engine")
     with (BUILD / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.engine_process", json.dumps(settings)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+        process = _zygote.fork(settings, log) if _zygote is not None else _spawn_engine(settings, log)
         lines: list[str] = []
         threading.Thread(target=_collect, args=(process, lines, log), daemon=True).start()
         try:
@@ -255,12 +256,75 @@ def engine_process(
                     raise RuntimeError(f"the engine {name} ended; see build/{name}.log")
                 return any(line.startswith("http://") for line in lines)
 
-            wait_until(up, timeout_s, f"the engine {name} is up")
+            wait_until(up, timeout_s, f"the engine {name} is up", 0.05)
             yield next(line for line in lines if line.startswith("http://"))
         finally:
+            # vLLM's own shutdown waits five seconds for a worker that does not end, and then does the same.
+            kill_family(process.pid)
+            process.wait(60)
             assert process.stdin is not None
             process.stdin.close()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+
+
+def _engine_env() -> dict[str, str]:
+    return engine_env("cpu", CpuConfig(), host="127.0.0.1")
+
+
+def _spawn_engine(settings: Mapping[str, Any], log: BinaryIO) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.engine_process", json.dumps(dict(settings))],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, **_engine_env(), "PYTHONPATH": str(ROOT)},
+    )
+
+
+_zygote: Zygote | None = None
+"""Where engines come from; None: each is a program of its own, as in the proofs and benchmarks."""
+
+
+@contextlib.contextmanager
+def forked_engines() -> Iterator[None]:
+    """Meanwhile `engine_process` forks its engines from one process, see `tests.support.zygote`."""
+    global _zygote
+    BUILD.mkdir(exist_ok=True)
+    _zygote = Zygote(_engine_env(), cwd=ROOT, log=BUILD / "zygote.log")
+    try:
+        yield
+    finally:
+        _zygote.stop()
+        _zygote = None
+
+
+def kill_family(pid: int) -> None:
+    """SIGKILL a process and its descendants. Python's resource tracker goes by itself, and removes shared memory."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not any("resource_tracker" in argument for argument in one.cmdline()):
+                    one.kill()
+
+
+@contextlib.contextmanager
+def side_by_side(*contexts: AbstractContextManager[T]) -> Iterator[list[T]]:
+    """What the contexts yield, entered at the same time, each in a thread; they end in turn.
+
+    When one cannot be entered the others are left, and its exception is raised.
+    """
+    with contextlib.ExitStack() as entered, ThreadPoolExecutor(len(contexts)) as threads:
+        futures = [threads.submit(context.__enter__) for context in contexts]
+        wait(futures)
+        for context, future in zip(contexts, futures, strict=True):
+            if future.exception() is None:
+                entered.push(context.__exit__)
+        yield [future.result() for future in futures]
+
+
+def note_start(what: str) -> None:
+    """Count a start, where a test session asks for it."""
+    if path := os.environ.get("DISAGG_TEST_STARTS"):
+        with open(path, "a") as file:
+            file.write(f"{what}\n")

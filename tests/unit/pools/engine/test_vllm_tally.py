@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tally of a vLLM engine; with vLLM's own statistics it is tested in tests/engine."""
+"""The tally of a vLLM engine; with vLLM's own statistics it is tested in tests/component."""
 
 from __future__ import annotations
 
