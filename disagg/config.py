@@ -60,6 +60,16 @@ ApiKeysConfig = Annotated[FileKeysConfig | EnvKeysConfig, Field(discriminator="t
 """Where the API keys of clients are."""
 
 
+PolicyName = Literal["least_loaded", "round_robin"]
+
+
+class RoutingConfig(Config):
+    """How the gateway chooses replicas."""
+
+    policy: PolicyName = "least_loaded"
+    """`least_loaded` goes by what this gateway replica has running on each replica, `round_robin` by turns alone."""
+
+
 class GatewayConfig(Config):
     """The deployment that clients talk to."""
 
@@ -120,6 +130,7 @@ class GatewayConfig(Config):
     hold for all."""
     num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Ray CPUs that one gateway replica reserves. Unset means 1 on cuda and 0.1 on cpu, where cores are few."""
+    routing: RoutingConfig = RoutingConfig()
     admin: AdminConfig = AdminConfig()
     """Who may read and scale the pools over HTTP."""
     api_keys: ApiKeysConfig | None = None

@@ -49,12 +49,14 @@ from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_response, shape_of
 from disagg.gateway.front.tenants import check_media_ids, salted
 from disagg.gateway.handoff.handoff import Call, Handoff
+from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.handoff.transfers import transfer_for
 from disagg.gateway.handoff.warm import PairWarmer
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.feed import LedgerFeed
 from disagg.gateway.ledger.foreign import foreign_ledger
 from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.choosing import Chooser
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.gateway.replicas.watch import Watch
@@ -62,6 +64,8 @@ from disagg.gateway.shadow.shadow import Shadow, show_paths
 from disagg.gateway.stream.answering import Answering
 from disagg.gateway.stream.resuming import Resumer
 from disagg.observability.metrics import Metrics
+from disagg.routing.constraints import errand
+from disagg.routing.policies import policy_for
 from pools.client.http1 import Upstreams
 from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.descriptor import Transport
@@ -132,6 +136,11 @@ class Gateway:
             stall_timeout_s=config.client_stall_timeout_s,
         )
         self.membership = Membership(self._members_changed)
+        self.chooser = Chooser(
+            self.membership,
+            policy_for(config.routing.policy),
+            max_local_prefill_tokens=config.local_prefill_tokens,
+        )
         transfer = transfer_for(transport)
         self.kv_paths = KvPaths()
         self.warmer = PairWarmer(
@@ -141,6 +150,7 @@ class Gateway:
             model_id=model_id,
             config=config,
             membership=self.membership,
+            chooser=self.chooser,
             upstreams=self.upstreams,
             metrics=self.metrics,
             background=self.background,
@@ -189,6 +199,7 @@ class Gateway:
             model_id=self.model_id,
             config=self.config,
             membership=self.membership,
+            chooser=self.chooser,
             upstreams=self.upstreams,
             metrics=self.metrics,
             background=self.background,
@@ -287,26 +298,29 @@ class Gateway:
             )
 
     async def _passed(self, request: Request, method: str, path: str, raw: bytes) -> Response:
-        request_id, tried = request_id_of(request), set[str]()
-        while (member := self.membership.pick_decode(without=tried)) is not None:
-            if len(tried) >= self.config.max_attempts:
-                raise AttemptsExhaustedError(
-                    f"the request was lost on {len(tried)} decode replicas, and no more are tried for it "
-                    "(gateway.max_attempts)"
-                )
-            try:
-                status, payload = await self.upstreams.get(member.info.url).request(
-                    method, path, raw, timeout_s=_PASSED_TIMEOUT_S
-                )
-            except ReplicaLostError as exc:
-                logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
-                if exc.unreachable:
-                    self.membership.mark_unreachable(member)
-                tried.add(member.info.replica_id)
-                continue
+        request_id, tried = request_id_of(request), frozenset[str]()
+        while True:
+            with self.chooser.reserve(errand(tried)) as reservation:
+                if reservation.decision.refusal is not None:
+                    raise no_replica(reservation.decision.refusal)
+                if len(tried) >= self.config.max_attempts:
+                    raise AttemptsExhaustedError(
+                        f"the request was lost on {len(tried)} decode replicas, and no more are tried for it "
+                        "(gateway.max_attempts)"
+                    )
+                member = reservation.decode
+                try:
+                    status, payload = await self.upstreams.get(member.info.url).request(
+                        method, path, raw, timeout_s=_PASSED_TIMEOUT_S
+                    )
+                except ReplicaLostError as exc:
+                    logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
+                    if exc.unreachable:
+                        self.membership.mark_unreachable(member)
+                    tried |= {member.info.replica_id}
+                    continue
             headers = {"x-request-id": request_id} if self.echo_request_id else {}
             return Response(payload, status, headers, media_type="application/json")
-        raise NoReplicaError("no decode replica is ready")
 
 
 def create_app(gateway: Gateway) -> FastAPI:

@@ -1,40 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least-loaded pair, and among equals the one that has waited longest. Pure."""
+"""The least-loaded pair or replica, and among equals the one that has waited longest. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from disagg.routing.candidates import decided
+from disagg.routing.views import Decision, PairView, ReplicaView, RequestView, Snapshot
 
-from disagg.routing.views import PairView, ReplicaView
+
+class LeastLoaded:
+    """Goes by what this gateway has running on each replica."""
+
+    def choose(self, request: RequestView, snapshot: Snapshot) -> Decision:
+        return decided(request, snapshot, pair_rank=_pair_rank, decode_rank=_decode_rank)
 
 
-def choose_pair(pairs: Iterable[PairView]) -> PairView | None:
-    """The pair for the next hand-off, or None without pairs.
+def _pair_rank(pair: PairView) -> tuple[bool, int, int, int, int]:
+    """Pairs with a slow replica come last. Then prefill load comes first, because it decides the first token.
 
-    Pairs with a slow replica come last. Then prefill load comes first, because it decides the first token. The
-    last-chosen tie-break is over pairs and not over replicas: taking turns on each side alone would use only two of
+    The last-chosen tie-break is over pairs and not over replicas: taking turns on each side alone would use only two of
     four pairs.
     """
-    return min(
-        pairs,
-        key=lambda p: (
-            p.prefill.slow or p.decode.slow,
-            p.prefill.num_in_flight,
-            p.decode.num_in_flight,
-            p.last_chosen,
-            p.decode.last_chosen,
-        ),
-        default=None,
+    prefill, decode = pair.prefill, pair.decode
+    return (
+        prefill.slow or decode.slow,
+        prefill.num_in_flight,
+        decode.num_in_flight,
+        pair.last_chosen,
+        decode.last_chosen,
     )
 
 
-def choose_decode(replicas: Iterable[ReplicaView]) -> ReplicaView | None:
-    """The decode replica for a request without a hand-off, or None without replicas.
-
-    The prompts it computes already come first, because they decide the first token.
-    """
-    return min(
-        replicas,
-        key=lambda r: (r.slow, r.local_prefill_tokens, r.num_in_flight, r.last_chosen, r.replica_id),
-        default=None,
+def _decode_rank(replica: ReplicaView) -> tuple[bool, int, int, int, str]:
+    """The prompts that it computes already come first, because they decide the first token."""
+    return (
+        replica.slow,
+        replica.local_prefill_tokens,
+        replica.num_in_flight,
+        replica.last_chosen,
+        replica.replica_id,
     )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a routing policy may look at: frozen snapshots, no handles."""
+"""What a routing policy looks at and what it answers: frozen values, no handles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,40 @@ class ReplicaInfo:
     """Key that its private HTTP asks for. In no log and in no answer of the gateway."""
 
 
-@dataclass(frozen=True)
+Endpoint = Literal["chat", "completions"]
+
+Mode = Literal["handoff", "primed", "local", "none"]
+"""Who makes the answer.
+
+`handoff`: prefill computes the prompt, decode reads its KV. `primed`: as before, but a probe reads the KV into decode's
+prefix cache first, for requests that fan out over it. `local`: decode computes the prompt itself. `none`: nobody.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """One request as a policy sees it: what it is, and what is ruled out for it. No handles."""
+
+    endpoint: Endpoint
+    prompts: Sequence[Sequence[int]] | None
+    """Token ids of each prompt; None when the request could not be rendered."""
+    num_tokens: int
+    """Prompt tokens that a decode engine computes where nothing is handed off; an estimate without `prompts`."""
+    ruled_out: Mapping[Mode, str]
+    """The modes that this request cannot have, each with the word for why. See `disagg.routing.constraints`."""
+    cache_salt: str | None = None
+    """Requests share cached KV only with those of the same salt."""
+    without: frozenset[str] = frozenset()
+    """Ids of replicas that are not to be chosen: they were tried."""
+    decode_id: str | None = None
+    """The decode replica, where that is settled."""
+    kv_fit: str | None = None
+    """The decode replica's `ReplicaInfo.kv_fit`, where that is settled."""
+    needs_room: bool = True
+    """Whether it is refused when no decode replica has room for its prompt."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaView:
     """One replica at the moment of a decision."""
 
@@ -45,12 +78,75 @@ class ReplicaView:
     """Prompt tokens that it computes for this gateway without a hand-off."""
     slow: bool = False
     """It works, but far slower than the best of its pool."""
+    draining: bool = False
+    """It says that it leaves. Only replicas of last resort do."""
+    kv_fit: str = ""
+    """As in `ReplicaInfo`."""
+    warm_peers: frozenset[str] = frozenset()
+    """Ids of the replicas of the other pool that KV has moved with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairView:
     """A prefill and a decode replica that have moved KV between them."""
 
     prefill: ReplicaView
     decode: ReplicaView
     last_chosen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The replicas that may serve, at the moment of a decision. Who may is settled before."""
+
+    prefill: tuple[ReplicaView, ...]
+    decode: tuple[ReplicaView, ...]
+    last_resort: tuple[ReplicaView, ...] = ()
+    """Decode replicas that serve only where no other one can: those that leave and those on probation."""
+    pairs_chosen: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Sequence number of the last decision for a prefill and a decode replica; pairs without one are absent."""
+    max_local_prefill_tokens: int = 2**63
+    """Prompt tokens that one decode replica may compute at a time for this gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How one request is answered, by whom, and why."""
+
+    mode: Mode
+    reasons: tuple[str, ...] = ()
+    """Words from a fixed set, used as metric labels. First why nothing is handed off as usual; with mode `none` then
+    why nobody serves it."""
+    prefill_id: str | None = None
+    decode_id: str | None = None
+    candidates: tuple[PairView | ReplicaView, ...] = ()
+    """All that was weighed against each other, the chosen one included: pairs, or decode replicas."""
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is handed off as usual; empty for a hand-off."""
+        return self.reasons[0] if self.reasons else ""
+
+    @property
+    def refusal(self) -> str | None:
+        """Why nobody serves it; None when somebody does."""
+        return self.reasons[-1] if self.mode == "none" else None
+
+    @property
+    def lost(self) -> tuple[PairView | ReplicaView, ...]:
+        """The candidates that were not chosen."""
+        return tuple(candidate for candidate in self.candidates if not self._is_chosen(candidate))
+
+    def has_other_prefill(self, *, decode_id: str | None = None) -> bool:
+        """Whether another prefill replica could take the hand-off, with any decode replica or with that one."""
+        return any(
+            isinstance(pair, PairView)
+            and pair.prefill.replica_id != self.prefill_id
+            and decode_id in (None, pair.decode.replica_id)
+            for pair in self.candidates
+        )
+
+    def _is_chosen(self, candidate: PairView | ReplicaView) -> bool:
+        if isinstance(candidate, PairView):
+            return (candidate.prefill.replica_id, candidate.decode.replica_id) == (self.prefill_id, self.decode_id)
+        return self.mode != "none" and candidate.replica_id == self.decode_id

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Endpoint = Literal["chat", "completions"]
+from disagg.routing.views import Endpoint as Endpoint
+
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")

@@ -1,37 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two legs of one request: prefill on one replica, the answer from another, and what happens when one is lost.
 
-Deciding is in `legs` and `membership`, the order of the legs in the transfer, giving back in `settling`; this is the
-shell that tries and falls back.
+Deciding is the routing policy's, the order of the legs the transfer's, giving back `settling`'s; this is the shell that
+carries decisions out and falls back.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.handoff.deadline import LocalRate
-from disagg.gateway.handoff.legs import decode_body, is_server_fault, route_for
-from disagg.gateway.handoff.local_prefill import LocalPrefill
+from disagg.gateway.handoff.legs import decode_body, is_server_fault
+from disagg.gateway.handoff.local_prefill import LocalPrefill, no_replica
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.prefilling import Prefilling, Prompt
 from disagg.gateway.handoff.sending import Answer, Call, Sender
 from disagg.gateway.handoff.settling import Ledger, NoLedger, Settling, UnderWay
 from disagg.gateway.handoff.transfer import Transfer
-from disagg.gateway.replicas.membership import Member, Membership, Pair
+from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.membership import Member, Membership
+from disagg.gateway.replicas.reservation import Hold, Reservation
 from disagg.observability.metrics import Metrics
+from disagg.routing.candidates import OTHER_KV_FIT
+from disagg.routing.constraints import alone, resumed, view_of
+from disagg.routing.views import RequestView
 from pools.client.http1 import Upstreams
-from pools.errors import NoReplicaError, ReplicaLostError
+from pools.errors import ReplicaLostError
 
 __all__ = ["Answer", "Call", "Handoff", "is_server_fault"]
-
-
-_STRANGERS = "every decode replica that is ready has another model or other engine arguments"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Handoff:
         model_id: str,
         config: GatewayConfig,
         membership: Membership,
+        chooser: Chooser,
         upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
@@ -61,7 +64,8 @@ class Handoff:
     ) -> None:
         self._model_id = model_id
         self._config = config
-        self._membership = membership
+        self._chooser = chooser
+        self._max_model_len = max_model_len
         self._metrics = metrics
         self._sender = Sender(membership, upstreams, metrics)
         self._settling = Settling(upstreams, background, ledger or NoLedger())
@@ -70,15 +74,15 @@ class Handoff:
         self._local = LocalPrefill(
             config=config,
             membership=membership,
+            chooser=chooser,
             metrics=metrics,
             sender=self._sender,
             rate=self._local_rate,
-            max_model_len=max_model_len,
         )
         self._prefilling = Prefilling(
             model_id=model_id,
             config=config,
-            membership=membership,
+            chooser=chooser,
             metrics=metrics,
             background=background,
             transfer=transfer,
@@ -96,12 +100,14 @@ class Handoff:
         Args:
             losses: takes the decode replicas that are lost on the way.
         """
-        route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
-        if route.mode == "handoff":
-            return await self._handed_off(call, losses)
-        if route.mode == "primed":
-            return await self._primed(call, losses)
-        return await self._local.answer(call, route.reason, losses)
+        request = self._view(call)
+        with self._chooser.reserve(request) as reservation:
+            decision = reservation.decision
+            if decision.mode == "handoff":
+                return await self._handed_off(call, losses, request, reservation)
+            if decision.mode == "primed":
+                return await self._primed(call, losses, request, reservation)
+            return await self._local.answer(call, alone(request, decision.reason), losses, first=reservation)
 
     async def resume(self, call: Call, losses: Losses) -> Answer:
         """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
@@ -113,45 +119,44 @@ class Handoff:
             call: one prompt, which ends with the tokens that were sent.
             losses: of its stream and of all earlier tries to go on; those of this one are added.
         """
-        strangers = self._membership.decodes_unlike(losses.kv_fit)
-        without = strangers | losses.replica_ids
-        if not self._membership.has_decode(without=without):
-            without = strangers
-        if strangers and not self._membership.has_decode(without=without):
-            raise NoReplicaError(_STRANGERS)
-        route = route_for(call.endpoint, call.body, call.prompts, min_handoff_tokens=self._config.min_handoff_tokens)
-        if route.mode == "handoff" and self._membership.has_pair(without=without):
-            answer = await self._handed_off(call, losses, without, refuse=False)
-        else:
-            reason = route.reason or "no_warm_pair"
-            answer = await self._local.answer(call, reason, losses, without, refuse=False)
-        if answer.decode_fit != losses.kv_fit:
-            # It joined after the look above.
-            answer.close()
-            raise NoReplicaError(_STRANGERS)
-        return answer
+        request = self._chooser.sparing(resumed(self._view(call), losses.kv_fit), losses.replica_ids)
+        with self._chooser.reserve(request) as reservation:
+            decision = reservation.decision
+            if decision.refusal == OTHER_KV_FIT:
+                raise no_replica(decision.refusal)
+            if decision.mode == "handoff":
+                return await self._handed_off(call, losses, request, reservation)
+            return await self._local.answer(call, alone(request, decision.reason), losses, first=reservation)
 
     def settle(self, handoff_id: str) -> None:
         """Take a decode engine's word that it read nothing of a hand-off, and will not. Returns at once."""
         self._faults.unread(handoff_id)
         self._settling.settle(handoff_id)
 
+    def _view(self, call: Call) -> RequestView:
+        return view_of(
+            call.endpoint,
+            call.body,
+            call.prompts,
+            call.raw,
+            min_handoff_tokens=self._config.min_handoff_tokens,
+            max_model_len=self._max_model_len,
+        )
+
     # Modes
 
-    async def _handed_off(
-        self, call: Call, losses: Losses, without: Collection[str] = (), *, refuse: bool = True
-    ) -> Answer:
-        """Through a warm pair, else locally. `without`, `losses` and `refuse` are those of `LocalPrefill.answer`."""
+    async def _handed_off(self, call: Call, losses: Losses, request: RequestView, first: Reservation) -> Answer:
+        """Through a warm pair, the one that is reserved to begin with, else locally."""
         assert call.prompts is not None
         prompt = call.prompts[0]
 
-        async def take(under_way: UnderWay, params: dict[str, Any]) -> Answer | _Lost:
+        async def take(under_way: UnderWay, hold: Hold, params: dict[str, Any]) -> Answer | _Lost:
             """The answer, or the decode replica that was lost."""
             pair = under_way.pair
             body = decode_body(call.endpoint, call.body, prompt, params)
             try:
                 answer = await self._sender.decode(
-                    pair.decode,
+                    hold,
                     call,
                     body,
                     mode="handoff",
@@ -169,81 +174,84 @@ class Handoff:
             answer.under_way = under_way
             return answer
 
-        answer = await self._prefilling.tried(Prompt(call, prompt, take, _close, without=set(without)))
+        answer = await self._prefilling.tried(Prompt(call, request, prompt, take, _close), first=first)
         if isinstance(answer, str):
-            return await self._local.answer(call, answer, losses, without, refuse=refuse)
+            return await self._local.answer(call, alone(request, answer), losses)
         if isinstance(answer, _Lost):
             self._metrics.retries.labels("decode").inc()
             lost_id = answer.member.info.replica_id
             losses.lost(lost_id, had_it=answer.sent)
-            return await self._local.answer(call, "decode_lost", losses, {*without, lost_id}, refuse=refuse)
+            return await self._local.answer(call, alone(request, "decode_lost", (lost_id,)), losses)
         if answer.status < 500:
             return answer
-        found = await self._after_error(call, answer, losses, without, refuse=refuse)
+        found = await self._after_error(call, answer, losses, request)
         if found.status < 500 and answer.under_way is not None:
             self._faults.failed(answer.under_way)
         return found
 
-    async def _after_error(
-        self, call: Call, answer: Answer, losses: Losses, without: Collection[str] = (), *, refuse: bool = True
-    ) -> Answer:
+    async def _after_error(self, call: Call, answer: Answer, losses: Losses, request: RequestView) -> Answer:
         """Locally after a decode replica has answered 5xx, at another one while there is one."""
         answer.close()
         losses.lost(answer.decode_id)
-        others = {*without, answer.decode_id}
-        if not self._membership.has_decode(without=others):
-            others = set(without)
-        return await self._local.answer(call, "decode_error", losses, others, refuse=refuse)
+        request = self._chooser.sparing(alone(request, "decode_error"), (answer.decode_id,))
+        return await self._local.answer(call, request, losses)
 
-    async def _primed(self, call: Call, losses: Losses) -> Answer:
+    async def _primed(self, call: Call, losses: Losses, request: RequestView, first: Reservation) -> Answer:
         """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
         failed: list[UnderWay] = []
-        answer = await self._after_priming(call, losses, failed)
+        answer = await self._after_priming(call, losses, request, first, failed)
         if answer.status < 500:
             for under_way in failed:
                 self._faults.failed(under_way)
         return answer
 
-    async def _after_priming(self, call: Call, losses: Losses, failed: list[UnderWay]) -> Answer:
+    async def _after_priming(
+        self, call: Call, losses: Losses, request: RequestView, first: Reservation, failed: list[UnderWay]
+    ) -> Answer:
         """As `_primed`. Adds the hand-offs that decode answered 5xx to `failed`."""
         assert call.prompts is not None
-        pair = self._membership.pick_pair()
-        if pair is None:
-            return await self._local.answer(call, "no_warm_pair", losses)
+        decode = first.decode
+        settled = replace(request, decode_id=decode.info.replica_id)
         async with asyncio.TaskGroup() as group:
             # The first prompt goes to the chosen pair, the others where there is room for them.
             primed = [
-                group.create_task(self._prime(call, ids, pair.decode, None if i else pair, failed))
+                group.create_task(self._prime(call, settled, ids, None if i else first, failed))
                 for i, ids in enumerate(call.prompts)
             ]
         outcomes = [task.result() for task in primed]
         prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
         if not prefills:
-            return await self._local.answer(call, str(outcomes[0]), losses)
+            return await self._local.answer(call, alone(request, str(outcomes[0])), losses)
         call.progress.at_decode()
         try:
             answer = await self._sender.decode(
-                pair.decode, call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id
+                Hold(decode), call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id
             )
         except ReplicaLostError as exc:
-            self._sender.lost(pair.decode, exc)
+            self._sender.lost(decode, exc)
             self._metrics.retries.labels("decode").inc()
-            losses.lost(pair.decode.info.replica_id, had_it=exc.sent)
-            return await self._local.answer(call, "decode_lost", losses, losses.replica_ids)
-        return answer if answer.status < 500 else await self._after_error(call, answer, losses)
+            losses.lost(decode.info.replica_id, had_it=exc.sent)
+            return await self._local.answer(call, alone(request, "decode_lost", losses.replica_ids), losses)
+        return answer if answer.status < 500 else await self._after_error(call, answer, losses, request)
 
     async def _prime(
-        self, call: Call, prompt: Sequence[int], decode: Member, pair: Pair | None, failed: list[UnderWay]
+        self,
+        call: Call,
+        request: RequestView,
+        prompt: Sequence[int],
+        first: Reservation | None,
+        failed: list[UnderWay],
     ) -> Member | str:
-        """Make `decode` pull one prompt's KV. A failure there costs a recomputation and nothing else.
+        """Make the settled decode replica pull one prompt's KV. A failure there costs a recomputation, nothing else.
 
         Returns the prefill replica that computed it, or why none did.
         """
 
-        async def take(under_way: UnderWay, params: dict[str, Any]) -> Member:
+        async def take(under_way: UnderWay, hold: Hold, params: dict[str, Any]) -> Member:
+            decode = under_way.pair.decode
             try:
                 status, _ = await self._sender.probe(
-                    decode,
+                    hold,
                     prompt,
                     params,
                     timeout_s=self._config.prefill_timeout_s,
@@ -261,7 +269,7 @@ class Handoff:
                     failed.append(under_way)
             return under_way.pair.prefill
 
-        return await self._prefilling.tried(Prompt(call, prompt, take, decode=decode), first=pair)
+        return await self._prefilling.tried(Prompt(call, request, prompt, take), first=first)
 
 
 def _close(answer: Answer | _Lost) -> None:

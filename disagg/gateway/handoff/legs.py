@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two legs of a request send, and whether it is handed off at all. Pure.
+"""What the two legs of a request send. Pure.
 
 Source of the rules: vLLM 0.32, its transfer protocols and the OpenAI routes.
 """
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from disagg.gateway.front.fields import Endpoint, Store
 from transport.params import HANDOFF_ID, REMOTE_DECODE
-
-MAX_PRIMED_PROMPTS = 8
-"""A longer list of prompts is prefilled on decode: more legs at once would starve other requests."""
 
 WARM_PREFIX = "warm-"
 """Of the ids with which gateways warm pairs; no request's hand-off has it, and no ledger counts them."""
@@ -28,53 +25,6 @@ NOT_STORED = {_STORE: "never", _LMCACHE_LIMIT: 0}
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
-
-Mode = Literal["handoff", "primed", "local"]
-
-
-@dataclass(frozen=True)
-class Route:
-    """How the prompt gets its KV."""
-
-    mode: Mode
-    """`handoff`: the decode leg pulls it. `primed`: a probe pulls it into decode's prefix cache first, for requests
-    that fan out over it. `local`: the decode engine computes it."""
-    reason: str = ""
-    """Why not `handoff`; one of a few fixed words, used as a metric label."""
-
-
-def route_for(
-    endpoint: Endpoint, body: Mapping[str, Any], prompts: Sequence[Sequence[int]] | None, *, min_handoff_tokens: int
-) -> Route:
-    """Decide from the request alone.
-
-    Args:
-        prompts: token ids of each prompt, or None when the request could not be rendered (decode then says why).
-    """
-    if prompts is None:
-        return Route("local", "not_rendered")
-    if not prompts or any(not ids for ids in prompts):
-        return Route("local", "empty_prompt")
-    if body.get("prompt_logprobs") is not None:
-        return Route("local", "prompt_logprobs")
-    if endpoint == "completions" and body.get("echo") and body.get("logprobs") is not None:
-        return Route("local", "prompt_logprobs")
-    if body.get("use_beam_search"):
-        return Route("local", "beam_search")
-    if max(len(ids) for ids in prompts) < min_handoff_tokens:
-        return Route("local", "short")
-    if len(prompts) > 1:
-        return Route("primed", "prompt_list") if len(prompts) <= MAX_PRIMED_PROMPTS else Route("local", "prompt_list")
-    if _count(body.get("n")) > 1 or _count(body.get("best_of")) > 1:
-        return Route("primed", "n")
-    return Route("handoff")
-
-
-def _count(value: Any) -> int:
-    """A count as vLLM may take it: "2" and 2.0 become 2 there, so whatever is no whole number counts as several."""
-    if value is None:
-        return 1
-    return value if isinstance(value, int) else 2
 
 
 def offer_params(handoff_id: str, store: Store | None) -> dict[str, Any]:

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests without a hand-off: sent as they came, their prompts computed by decode replicas that have room for them.
-
-How much room there is is decided in `local_budget`.
-"""
+"""Requests without a hand-off: sent as they came, their prompts computed by decode replicas that have room for them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from typing import NoReturn
 
 from disagg.config import GatewayConfig
 from disagg.errors import RateLimitError
 from disagg.gateway.handoff.deadline import LocalRate
-from disagg.gateway.handoff.local_budget import computing, has_room, num_prompt_tokens
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.sending import Answer, Call, Sender
-from disagg.gateway.replicas.membership import DECODE, Member, Membership
+from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.membership import DECODE, Membership
+from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
+from disagg.routing.candidates import NO_ROOM, OTHER_KV_FIT
+from disagg.routing.constraints import alone
+from disagg.routing.views import RequestView
 from pools.errors import AttemptsExhaustedError, NoReplicaError, ReplicaLostError
+from transport.errors import DisaggError
 
 _UNKNOWN_PREFILL_S = 10.0
 """How long a prompt is taken to be computed whose answer does not show when that is over, while no rate is known."""
@@ -32,92 +32,83 @@ class LocalPrefill:
         *,
         config: GatewayConfig,
         membership: Membership,
+        chooser: Chooser,
         metrics: Metrics,
         sender: Sender,
         rate: LocalRate,
-        max_model_len: int | None,
     ) -> None:
         self._config = config
         self._membership = membership
+        self._chooser = chooser
         self._metrics = metrics
         self._sender = sender
         self._rate = rate
-        self._max_model_len = max_model_len
         metrics.on_render(self._show)
 
     async def answer(
-        self,
-        call: Call,
-        reason: str,
-        losses: Losses,
-        without: Collection[str] = (),
-        *,
-        refuse: bool = True,
+        self, call: Call, request: RequestView, losses: Losses, *, first: Reservation | None = None
     ) -> Answer:
         """The request as it came, on each decode replica in turn until one answers without a fault of its own.
 
         Raises NoReplicaError, RateLimitError and AttemptsExhaustedError.
 
         Args:
+            request: rules out all but `local`, and says why there is no hand-off.
             losses: of what was tried before; those of this are added.
-            without: decode replicas not to be tried.
-            refuse: whether it is refused when no replica has room for its prompt.
+            first: what is decided for it already; the caller's to release.
         """
-        tried = set(without)
-        num_tokens = num_prompt_tokens(call.prompts, call.raw, max_model_len=self._max_model_len)
+        reason = request.ruled_out["handoff"]
         failed: Answer | None = None
         self._metrics.local_prefill(reason)
         while True:
-            may_try = losses.count < self._config.max_attempts
-            member = self._roomy(num_tokens, tried, refuse=refuse) if may_try else None
-            if member is None:
+            if losses.count >= self._config.max_attempts:
                 if failed is not None:
                     return failed
-                self._give_up(tried, losses.count)
-            try:
-                answer = await self._computed(member, call, num_tokens)
-            except ReplicaLostError as exc:
-                self._sender.lost(member, exc)
-                losses.lost(member.info.replica_id, had_it=exc.sent)
-            else:
-                if answer.status < 500:
-                    return answer
-                failed = answer
-                losses.lost(member.info.replica_id)
+                raise AttemptsExhaustedError(
+                    f"the request was lost on {losses.count} decode replicas, and no more are tried for it "
+                    "(gateway.max_attempts)"
+                )
+            with first or self._chooser.reserve(request) as reservation:
+                first = None
+                if reservation.decision.refusal is not None:
+                    if failed is not None:
+                        return failed
+                    raise self._refused(reservation.decision.refusal)
+                member = reservation.decode
+                try:
+                    answer = await self._computed(reservation, call, request.num_tokens)
+                except ReplicaLostError as exc:
+                    self._sender.lost(member, exc)
+                    losses.lost(member.info.replica_id, had_it=exc.sent)
+                else:
+                    if answer.status < 500:
+                        return answer
+                    failed = answer
+                    losses.lost(member.info.replica_id)
             self._metrics.retries.labels("decode").inc()
-            tried.add(member.info.replica_id)
+            request = alone(request, reason, (member.info.replica_id,))
 
-    def _roomy(self, num_tokens: int, tried: set[str], *, refuse: bool) -> Member | None:
-        """The decode replica to compute a prompt, among those that have room for it."""
-        limit = self._config.local_prefill_tokens
-        return self._membership.pick_decode(
-            without=tried, fits=lambda member: not refuse or has_room(member, num_tokens, limit=limit)
-        )
-
-    def _give_up(self, tried: set[str], num_lost: int) -> NoReturn:
-        if num_lost >= self._config.max_attempts:
-            raise AttemptsExhaustedError(
-                f"the request was lost on {num_lost} decode replicas, and no more are tried for it "
-                "(gateway.max_attempts)"
-            )
-        if not self._membership.has_decode(without=tried):
-            raise NoReplicaError("no decode replica is ready")
+    def _refused(self, refusal: str) -> DisaggError:
+        if refusal != NO_ROOM:
+            return no_replica(refusal)
         self._metrics.local_prefills_refused.inc()
-        raise RateLimitError(
+        return RateLimitError(
             "every decode replica computes as many prompt tokens as it may for this gateway "
             f"({self._config.local_prefill_tokens}, gateway.local_prefill_tokens)"
         )
 
-    async def _computed(self, member: Member, call: Call, num_tokens: int) -> Answer:
-        """The request as it came, its prompt computed by `member`. Raises ReplicaLostError."""
+    async def _computed(self, reservation: Reservation, call: Call, num_tokens: int) -> Answer:
+        """The request as it came, its prompt computed by the decode replica. Raises ReplicaLostError."""
         call.progress.at_decode()
         now = asyncio.get_running_loop().time
         began = now()
-        at_most_s = None
+        hold = reservation.take_decode()
         if not call.body.get("stream"):
-            at_most_s = self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S
-        with computing(member, num_tokens, at_most_s=at_most_s):
-            answer = await self._sender.decode(member, call, call.raw, mode="local", prefill_id="local")
+            hold.expect_prompt_within(self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S)
+        try:
+            answer = await self._sender.decode(hold, call, call.raw, mode="local", prefill_id="local")
+        finally:
+            hold.prompt_computed()
         if answer.exchange is not None:
             # An answer that is not streamed has no first token.
             self._rate.measured(num_tokens, now() - began)
@@ -127,3 +118,10 @@ class LocalPrefill:
         self._metrics.local_prefill_tokens.clear()
         for member in self._membership.members(DECODE):
             self._metrics.local_prefill_tokens.labels(member.info.replica_id).set(member.local_prefill_tokens)
+
+
+def no_replica(refusal: str) -> NoReplicaError:
+    """The error of a decision for nobody, by the word for why."""
+    if refusal == OTHER_KV_FIT:
+        return NoReplicaError("every decode replica that is ready has another model or other engine arguments")
+    return NoReplicaError("no decode replica is ready")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prefill side of a request: which pairs are tried for one prompt, how long, and what ends it.
 
-How long is decided in `prefill_deadline`, the race of two attempts in `hedging`, the order of the legs in the transfer,
-giving back in `settling`.
+Which pair is the policy's to say. How long is decided in `deadline`, the race of two attempts in `hedging`, the order
+of the legs in the transfer, giving back in `settling`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from disagg.config import GatewayConfig
@@ -23,12 +23,16 @@ from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.sending import Call, Sender, spawn_kept
 from disagg.gateway.handoff.settling import CLEANUP_TIMEOUT_S, Settling, UnderWay
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
-from disagg.gateway.replicas.membership import Member, Membership, Pair
+from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.reservation import Hold, Reservation
 from disagg.observability.metrics import Metrics
+from disagg.routing.candidates import NO_WARM_PAIR
+from disagg.routing.constraints import pair_only
+from disagg.routing.views import RequestView
 from pools.errors import ReplicaLostError
 
 T = TypeVar("T")
-Take: TypeAlias = Callable[[UnderWay, dict[str, Any]], Awaitable[T]]
+Take: TypeAlias = Callable[[UnderWay, Hold, dict[str, Any]], Awaitable[T]]
 
 
 @dataclass
@@ -36,15 +40,13 @@ class Prompt(Generic[T]):
     """One prompt to be handed off, and what has been tried for it."""
 
     call: Call
+    request: RequestView
+    """Without the prefill replicas that failed."""
     token_ids: Sequence[int]
     take: Take[T]
-    """Sends the decode leg; a failure of its own is its to handle."""
+    """Sends the decode leg, whose hold it takes over; a failure of its own is its to handle."""
     drop: Callable[[T], None] = lambda _: None
     """Ends what `take` returned when nobody takes it any more."""
-    decode: Member | None = None
-    """The decode replica, when that is settled."""
-    without: set[str] = field(default_factory=set)
-    """Replica ids not to use. Prefill replicas that failed are added."""
     deadline: float = 0.0
     """Loop time by which the prefill side is over."""
 
@@ -57,7 +59,7 @@ class Prefilling:
         *,
         model_id: str,
         config: GatewayConfig,
-        membership: Membership,
+        chooser: Chooser,
         metrics: Metrics,
         background: Background,
         transfer: Transfer,
@@ -68,7 +70,7 @@ class Prefilling:
     ) -> None:
         self._model_id = model_id
         self._config = config
-        self._membership = membership
+        self._chooser = chooser
         self._metrics = metrics
         self._background = background
         self._transfer = transfer
@@ -79,10 +81,11 @@ class Prefilling:
         self._leg_ids = itertools.count(1)
         self._incarnation = uuid.uuid4().hex[:12]
 
-    async def tried(self, prompt: Prompt[T], *, first: Pair | None = None) -> T | str:
+    async def tried(self, prompt: Prompt[T], *, first: Reservation | None = None) -> T | str:
         """What `take` makes of the prompt's hand-off, or the reason why no prefill replica offered one.
 
-        `first` is the pair to try first.
+        Args:
+            first: the pair to try first, where that is decided already.
         """
         now = asyncio.get_running_loop().time
         prompt.deadline = now() + prefill_allowance_s(
@@ -91,17 +94,17 @@ class Prefilling:
             first_token_target_s=self._config.first_token_target_s,
             local_tokens_per_s=self._local_rate.tokens_per_s,
         )
-        reason = "no_warm_pair"
+        reason = NO_WARM_PAIR
         while True:
-            pair = first or self._pick(prompt)
+            reservation = first or self._other(prompt)
             first = None
-            if pair is None:
+            if reservation.pair is None:
                 return reason
-            until = self._until(prompt, pair)
+            until = self._until(prompt, reservation)
             try:
                 if self._config.hedge_after_s is None:
-                    return await self._attempted(prompt, pair, until)
-                return await self._hedged(prompt, pair, until, self._config.hedge_after_s)
+                    return await self._attempted(prompt, reservation, until)
+                return await self._hedged(prompt, reservation, until, self._config.hedge_after_s)
             except PrefillFailed as exc:
                 reason = exc.reason
                 if not exc.retry or (until >= prompt.deadline and reason == "prefill_timeout"):
@@ -110,29 +113,37 @@ class Prefilling:
                     return "prefill_timeout"
             self._metrics.retries.labels("prefill").inc()
 
-    def _pick(self, prompt: Prompt[T]) -> Pair | None:
-        return self._membership.pick_pair(without=prompt.without, decode=prompt.decode)
+    def _other(self, prompt: Prompt[T], without: tuple[str, ...] = ()) -> Reservation:
+        """A pair for the prompt, its decode replica the same where that is settled."""
+        return self._chooser.reserve(pair_only(prompt.request, without))
 
-    def _until(self, prompt: Prompt[T], pair: Pair) -> float:
+    def _until(self, prompt: Prompt[T], reservation: Reservation) -> float:
         """When an attempt with this pair ends."""
-        others: Collection[str] = prompt.without | {pair.prefill.info.replica_id}
-        another = self._membership.has_pair(without=others, decode=prompt.decode)
+        another = reservation.decision.has_other_prefill(decode_id=prompt.request.decode_id)
         return attempt_until(asyncio.get_running_loop().time(), prompt.deadline, another=another)
 
-    async def _hedged(self, prompt: Prompt[T], pair: Pair, until: float, after_s: float) -> T:
+    async def _hedged(self, prompt: Prompt[T], first: Reservation, until: float, after_s: float) -> T:
         """As `_attempted`, with a second pair when the first is slow."""
         race: Race[T] = Race(prompt.drop)
+        other: Reservation | None = None
 
-        def attempt(pair: Pair, until: float) -> Callable[[Runner], Coroutine[Any, Any, T]]:
-            return lambda runner: self._attempted(prompt, pair, until, race, runner)
+        def attempt(reservation: Reservation, until: float) -> Callable[[Runner], Coroutine[Any, Any, T]]:
+            return lambda runner: self._attempted(prompt, reservation, until, race, runner)
 
         def second() -> Callable[[Runner], Coroutine[Any, Any, T]] | None:
-            others = prompt.without | {pair.prefill.info.replica_id}
-            other = self._membership.pick_pair(without=others, decode=prompt.decode)
+            nonlocal other
+            assert first.pair is not None
+            other = self._other(prompt, (first.pair.prefill.info.replica_id,))
             # Each is tried for what is left of the whole: there is nothing to keep back for a retry.
-            return None if other is None else attempt(other, prompt.deadline)
+            return None if other.pair is None else attempt(other, prompt.deadline)
 
-        result, outcome = await race.run(attempt(pair, until), second, after_s=after_s)
+        try:
+            result, outcome = await race.run(attempt(first, until), second, after_s=after_s)
+        finally:
+            # An attempt that is cancelled before it begins releases nothing itself.
+            for reservation in (first, other):
+                if reservation is not None:
+                    reservation.release()
         if outcome is not None:
             self._metrics.hedges.labels(outcome).inc()
         return result
@@ -140,20 +151,24 @@ class Prefilling:
     async def _attempted(
         self,
         prompt: Prompt[T],
-        pair: Pair,
+        reservation: Reservation,
         until: float,
         race: Race[T] | None = None,
         runner: Runner | None = None,
     ) -> T:
-        """One hand-off. Raises PrefillFailed; its prefill replica is in `prompt.without` then."""
-        under_way = self._begin(prompt.call, pair, len(prompt.token_ids))
+        """One hand-off. Raises PrefillFailed; its prefill replica is left out of `prompt.request` then."""
+        pair = reservation.pair
+        assert pair is not None
+        handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"
+        call = prompt.call
+        under_way = self._settling.begin(handoff_id, pair, call.request_id, len(prompt.token_ids), call.tenant)
 
         def claim() -> None:
             if race is not None and runner is not None:
                 race.claim(runner)
 
         try:
-            result = await self._transfer.run(self._attempt(prompt, under_way, claim), deadline=until)
+            result = await self._transfer.run(self._attempt(prompt, under_way, reservation, claim), deadline=until)
         except asyncio.CancelledError:
             self._faults.over(under_way)
             if runner is not None and runner.beaten:
@@ -168,27 +183,24 @@ class Prefilling:
             self._settling.prefill_failed(under_way, exc.__cause__)
             if isinstance(exc.__cause__, ReplicaLostError):
                 self._sender.lost(pair.prefill, exc.__cause__)
-            prompt.without.add(pair.prefill.info.replica_id)
+            without = prompt.request.without | {pair.prefill.info.replica_id}
+            prompt.request = replace(prompt.request, without=without)
             raise
         else:
             if not under_way.leg_done:
                 self._background.spawn(self._stop_outlived(under_way))
             return result
         finally:
-            under_way.reserved.close()
+            reservation.release()
 
     async def _stop_outlived(self, under_way: UnderWay) -> None:
         if await self._settling.outlived(under_way):
             self._faults.over(under_way)
             self._metrics.local_prefill("decode_did_not_wait")
 
-    def _begin(self, call: Call, pair: Pair, num_tokens: int) -> UnderWay:
-        handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"
-        under_way = self._settling.begin(handoff_id, pair, call.request_id, num_tokens, call.tenant)
-        under_way.reserved.enter_context(self._sender.carried(pair.decode))
-        return under_way
-
-    def _attempt(self, prompt: Prompt[T], under_way: UnderWay, claim: Callable[[], None]) -> Attempt[T]:
+    def _attempt(
+        self, prompt: Prompt[T], under_way: UnderWay, reservation: Reservation, claim: Callable[[], None]
+    ) -> Attempt[T]:
         handoff_id, prefill = under_way.handoff_id, under_way.pair.prefill
         params = self._transfer.prefill_params(offer_params(handoff_id, prompt.call.store), handoff_id)
         salt = prompt.call.body.get("cache_salt")
@@ -196,7 +208,10 @@ class Prefilling:
 
         def send() -> asyncio.Task[PrefillReply]:
             timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
-            leg = self._background.spawn(self._sender.prefill(prefill, handoff_id, body, timeout_s=timeout_s))
+            hold = reservation.take_prefill()
+            leg = self._background.spawn(self._sender.prefill(hold, handoff_id, body, timeout_s=timeout_s))
+            # One that is cancelled before it begins releases nothing itself.
+            leg.add_done_callback(lambda _: hold.release())
             spawn_kept(leg)
             leg.add_done_callback(lambda _: self._faults.begin(under_way))
             under_way.leg = leg
@@ -204,7 +219,6 @@ class Prefilling:
 
         def taken(params: dict[str, Any]) -> Awaitable[T]:
             claim()
-            under_way.reserved.close()
-            return prompt.take(under_way, params)
+            return prompt.take(under_way, reservation.take_decode(), params)
 
         return Attempt(handoff_id, prefill, send, taken, prompt.drop)

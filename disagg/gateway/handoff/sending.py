@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from disagg.gateway.front.fields import PATHS, Endpoint, Store
 from disagg.gateway.handoff.legs import PrefillReply, is_server_fault, prefill_reply, probe_body
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.membership import Member, Membership
+from disagg.gateway.replicas.reservation import Hold
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Exchange, Upstreams
 from pools.engine.base import HANDOFF_HEADER
@@ -76,7 +76,7 @@ class Answer:
     """The whole body, or the first chunk of a stream."""
     exchange: Exchange | None
     """The rest of a stream; None when `content` is everything."""
-    _counted: contextlib.ExitStack
+    _hold: Hold
     under_way: UnderWay | None = None
     """The hand-off that it is made of, if the prompt's KV came by one."""
 
@@ -84,7 +84,7 @@ class Answer:
         """End the decode leg, finished or not. Idempotent."""
         if self.exchange is not None:
             self.exchange.close()
-        self._counted.close()
+        self._hold.release()
 
 
 def _nothing() -> None:
@@ -99,17 +99,17 @@ class Sender:
         self._upstreams = upstreams
         self._metrics = metrics
 
-    async def prefill(self, member: Member, leg_id: str, body: bytes, *, timeout_s: float) -> PrefillReply:
-        """The prefill leg. Raises ReplicaLostError."""
-        with self.carried(member), self._metrics.prefill_seconds.time():
-            status, payload = await self._upstreams.get(member.info.url).request(
+    async def prefill(self, hold: Hold, leg_id: str, body: bytes, *, timeout_s: float) -> PrefillReply:
+        """The prefill leg, which takes `hold` over. Raises ReplicaLostError."""
+        with hold, self._metrics.prefill_seconds.time():
+            status, payload = await self._upstreams.get(hold.member.info.url).request(
                 "POST", PATHS["completions"], body, {"x-request-id": leg_id}, timeout_s=timeout_s
             )
         return prefill_reply(status, payload)
 
     async def probe(
         self,
-        member: Member,
+        hold: Hold,
         prompt: Sequence[int],
         params: Mapping[str, Any],
         *,
@@ -117,16 +117,16 @@ class Sender:
         on_sent: Callable[[], None] = _nothing,
         cache_salt: str | None = None,
     ) -> tuple[int, bytes]:
-        """One token through an engine, for the KV's sake; status and body. Raises ReplicaLostError."""
+        """One token through an engine, for the KV's sake, which takes `hold` over. Raises ReplicaLostError."""
         body = probe_body(prompt, params, cache_salt)
-        with self.carried(member):
-            return await self._upstreams.get(member.info.url).request(
+        with hold:
+            return await self._upstreams.get(hold.member.info.url).request(
                 "POST", "/disagg/v1/probe", body, timeout_s=timeout_s, on_sent=on_sent
             )
 
     async def decode(
         self,
-        member: Member,
+        hold: Hold,
         call: Call,
         body: bytes,
         *,
@@ -138,14 +138,14 @@ class Sender:
         """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client.
 
         Args:
+            hold: taken over by the answer, which releases it at its end.
             handoff_id: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
         """
+        member = hold.member
         headers = {"x-request-id": call.request_id, **call.headers}
         if handoff_id is not None:
             headers[HANDOFF_HEADER] = handoff_id
         exchange: Exchange | None = None
-        counted = contextlib.ExitStack()
-        counted.enter_context(self.carried(member))
         try:
             exchange = await self._upstreams.get(member.info.url).open("POST", PATHS[call.endpoint], body, headers)
             on_sent()
@@ -160,10 +160,10 @@ class Sender:
         except BaseException:
             if exchange is not None:
                 exchange.close()
-            counted.close()
+            hold.release()
             raise
         if exchange.complete:
-            counted.close()
+            hold.release()
         content_type = exchange.header(b"content-type") or b"application/json"
         return Answer(
             status=status,
@@ -174,7 +174,7 @@ class Sender:
             decode_fit=member.info.kv_fit,
             content=content,
             exchange=exchange if streaming else None,
-            _counted=counted,
+            _hold=hold,
         )
 
     def lost(self, member: Member, error: ReplicaLostError) -> None:
@@ -182,15 +182,6 @@ class Sender:
         logger.warning("replica %s lost: %s", member.info.replica_id, error)
         if error.unreachable:
             self._membership.mark_unreachable(member)
-
-    @contextlib.contextmanager
-    def carried(self, member: Member) -> Iterator[None]:
-        """Count a leg on a replica."""
-        member.num_in_flight += 1
-        try:
-            yield
-        finally:
-            member.num_in_flight -= 1
 
 
 def spawn_kept(task: asyncio.Task[Any]) -> None:

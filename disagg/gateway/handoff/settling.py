@@ -8,10 +8,9 @@ no decode engine can still be reading it and go on with what it read.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -90,8 +89,6 @@ class UnderWay:
     """Whether the decode leg was sent. From then on its engine may be reading."""
     given_up: bool = False
     """Whether something has ended it before its time, and what there is to do about that is under way."""
-    reserved: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """Counts the request on the decode replica until the decode leg does so itself."""
 
     @property
     def leg_done(self) -> bool:

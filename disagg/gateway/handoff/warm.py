@@ -21,6 +21,7 @@ from disagg.gateway.handoff.sending import Sender, spawn_kept
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import Membership, Pair
+from disagg.gateway.replicas.reservation import Hold
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Upstreams
 from pools.errors import ReplicaLostError
@@ -125,7 +126,7 @@ class PairWarmer:
             return leg
 
         async def take(params: dict[str, Any]) -> tuple[int, bytes]:
-            return await self._sender.probe(pair.decode, prompt, params, timeout_s=_TIMEOUT_S)
+            return await self._sender.probe(Hold(pair.decode), prompt, params, timeout_s=_TIMEOUT_S)
 
         deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
         try:
@@ -140,7 +141,7 @@ class PairWarmer:
         return None if cached >= info.block_size else f"only {cached} of {len(prompt)} tokens arrived"
 
     async def _offer(self, pair: Pair, prompt: list[int], params: dict[str, Any]) -> PrefillReply:
-        status, payload = await self._sender.probe(pair.prefill, prompt, params, timeout_s=_TIMEOUT_S)
+        status, payload = await self._sender.probe(Hold(pair.prefill), prompt, params, timeout_s=_TIMEOUT_S)
         if status != 200:
             logger.warning("the prefill probe of %s answered %s: %r", pair.prefill.info.url, status, payload[:200])
         return prefill_reply(status, payload)

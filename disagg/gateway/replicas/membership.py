@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which replicas exist, which pairs of them have moved KV, and what this gateway has running on each.
+"""Which replicas exist, which pairs of them have moved KV, and what is known of each.
 
-Lives in the gateway's event loop; `disagg.routing.serve` hands it whole new lists as Serve learns of replicas. A
-replica is used once it is known, a pair only after `disagg.gateway.handoff.warm` has proved it.
+Lives in the gateway's event loop; `disagg.routing.serve` hands it whole new lists as Serve learns of replicas. What the
+facts mean is in `disagg.gateway.replicas.serving`, who is chosen in `disagg.gateway.replicas.choosing`. A pair is used
+only after `disagg.gateway.handoff.warm` has proved it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
-from disagg.routing.least_loaded import choose_decode, choose_pair
+from disagg.gateway.replicas.serving import (
+    Application,
+    Standing,
+    application,
+    is_well,
+    may_be_warmed,
+    may_finish,
+    may_serve,
+    num_serving,
+    pool_standing,
+    replica_standing,
+)
 from disagg.routing.pairs import misfit
-from disagg.routing.views import PairView, ReplicaInfo, ReplicaView
+from disagg.routing.views import ReplicaInfo, ReplicaView, Snapshot
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -22,10 +34,11 @@ POOLS = (PREFILL, DECODE)
 
 @dataclass
 class Member:
-    """A live replica and this gateway's own count on it."""
+    """A live replica, what is known of it, and this gateway's own counts on it."""
 
     info: ReplicaInfo
     num_in_flight: int = 0
+    """Legs of this gateway there; written by `disagg.gateway.replicas.reservation` alone."""
     last_chosen: int = 0
     reachable: bool = True
     """False after a failed connection, until it answers again."""
@@ -37,19 +50,27 @@ class Member:
     """It lives, but is chosen only where no other one can be."""
     on_probation: bool = False
     """Its pool loses one replica after the other; it has to stay well for a while before it is chosen."""
-    warm_peers: set[str] = field(default_factory=set)
+    warm_peers: frozenset[str] = frozenset()
     """Replica ids of the other pool that KV has moved with."""
     local_prefill_tokens: int = 0
-    """Prompt tokens that it computes for this gateway without a hand-off, see `disagg.gateway.handoff.local_budget`."""
+    """Prompt tokens that it computes for this gateway without a hand-off; written by
+    `disagg.gateway.replicas.reservation` alone."""
 
     @property
     def usable(self) -> bool:
-        """Whether requests may go there, as far as it is concerned alone."""
-        return self.reachable and self.quarantined is None and not self.draining
+        """Whether nothing is wrong with it; see `serving.is_well`."""
+        return is_well(self)
 
     def view(self) -> ReplicaView:
         return ReplicaView(
-            self.info.replica_id, self.num_in_flight, self.last_chosen, self.local_prefill_tokens, self.slow
+            self.info.replica_id,
+            self.num_in_flight,
+            self.last_chosen,
+            self.local_prefill_tokens,
+            self.slow,
+            self.draining,
+            self.info.kv_fit,
+            self.warm_peers,
         )
 
 
@@ -124,8 +145,7 @@ class Membership:
             for p in self.members(PREFILL)
             for d in self.members(DECODE)
             if d.info.replica_id not in p.warm_peers
-            and p.quarantined is d.quarantined is None
-            and not (p.draining or d.draining)
+            and may_be_warmed(p, d)
             and not self.is_resting(Pair(p, d))
             and misfit(p.info, d.info) is None
         ]
@@ -145,7 +165,7 @@ class Membership:
             return True
         if member.num_in_flight:
             return False
-        if carrying and member.info.pool == DECODE and not any(self._usable(DECODE, ())):
+        if carrying and member.info.pool == DECODE and not any(map(may_serve, self._members[DECODE].values())):
             return False
         self.forget(incarnation)
         return True
@@ -159,8 +179,8 @@ class Membership:
         """Make a pair routable; ignored when one of the two has gone meanwhile, or it or one of them was taken out."""
         well = pair.prefill.quarantined is pair.decode.quarantined is None
         if well and not self.is_resting(pair) and self._alive(pair.prefill) and self._alive(pair.decode):
-            pair.prefill.warm_peers.add(pair.decode.info.replica_id)
-            pair.decode.warm_peers.add(pair.prefill.info.replica_id)
+            pair.prefill.warm_peers |= {pair.decode.info.replica_id}
+            pair.decode.warm_peers |= {pair.prefill.info.replica_id}
             pair.prefill.reachable = pair.decode.reachable = True
             self._on_change()
 
@@ -172,8 +192,8 @@ class Membership:
         if rest_s > 0:
             until = self._clock() + rest_s
             self._resting[pair.key] = max(until, self._resting.get(pair.key, until))
-        pair.prefill.warm_peers.discard(pair.decode.info.replica_id)
-        pair.decode.warm_peers.discard(pair.prefill.info.replica_id)
+        pair.prefill.warm_peers -= {pair.decode.info.replica_id}
+        pair.decode.warm_peers -= {pair.prefill.info.replica_id}
         self._on_change()
 
     def is_resting(self, pair: Pair) -> bool:
@@ -206,9 +226,9 @@ class Membership:
         if member.quarantined is not None:
             return False
         member.quarantined = reason
-        member.warm_peers.clear()
+        member.warm_peers = frozenset()
         for other in self.members(DECODE if member.info.pool == PREFILL else PREFILL):
-            other.warm_peers.discard(member.info.replica_id)
+            other.warm_peers -= {member.info.replica_id}
         self._on_change()
         return True
 
@@ -240,90 +260,93 @@ class Membership:
         listed = (member.info.incarnation for pool in POOLS for member in self._members[pool].values())
         return frozenset([*listed, *self._leaving])
 
-    def pick_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
-        """The warm pair for the next hand-off, its replicas not in `without`; None when there is none.
+    def snapshot(self, *, max_local_prefill_tokens: int) -> Snapshot:
+        """Who may serve at this moment, for one decision."""
+        prefills, decodes = self._members[PREFILL].values(), self._members[DECODE].values()
+        return Snapshot(
+            tuple([m.view() for m in prefills if may_serve(m)]),
+            tuple([m.view() for m in decodes if may_serve(m)]),
+            tuple([m.view() for m in self._last_resort()]),
+            self._pair_chosen.copy(),
+            max_local_prefill_tokens,
+        )
 
-        `decode` fixes the decode replica, so that only the prefill replica is chosen.
-        """
-        views = []
-        by_ids: dict[tuple[str, str], Pair] = {}
-        for p in self._usable(PREFILL, without):
-            for d in self._usable(DECODE, without):
-                if d.info.replica_id in p.warm_peers and decode in (None, d):
-                    key = (p.info.replica_id, d.info.replica_id)
-                    by_ids[key] = Pair(p, d)
-                    views.append(PairView(p.view(), d.view(), self._pair_chosen.get(key, 0)))
-        chosen = choose_pair(views)
-        if chosen is None:
-            return None
-        key = (chosen.prefill.replica_id, chosen.decode.replica_id)
-        pair = by_ids[key]
+    def take_turn(self, prefill_id: str | None, decode_id: str | None) -> tuple[Member | None, Member | None]:
+        """The members of a decision on the last `snapshot`, which are the last ones chosen from here on."""
+        if decode_id is None:
+            return None, None
         self._sequence += 1
-        self._pair_chosen[key] = pair.prefill.last_chosen = pair.decode.last_chosen = self._sequence
-        return pair
+        decode = self._decode(decode_id)
+        decode.last_chosen = self._sequence
+        if prefill_id is None:
+            return None, decode
+        prefill = self._members[PREFILL][prefill_id]
+        self._pair_chosen[prefill_id, decode_id] = prefill.last_chosen = self._sequence
+        return prefill, decode
 
-    def has_pair(self, *, without: Collection[str] = (), decode: Member | None = None) -> bool:
-        """Whether `pick_pair` would choose one."""
-        decodes = [d.info.replica_id for d in self._usable(DECODE, without) if decode in (None, d)]
-        return any(not p.warm_peers.isdisjoint(decodes) for p in self._usable(PREFILL, without))
+    # States, see `serving`
 
-    def decodes_unlike(self, kv_fit: str) -> frozenset[str]:
-        """Ids of the decode replicas, those that leave included, of another `kv_fit`."""
-        members = [*self._members[DECODE].values(), *self._leaving.values()]
-        return frozenset(m.info.replica_id for m in members if m.info.pool == DECODE and m.info.kv_fit != kv_fit)
+    def standing(self, member: Member) -> Standing:
+        """The state of one replica."""
+        return replica_standing(member, warm=self.is_warm(member))
 
-    def has_decode(self, *, without: Collection[str] = ()) -> bool:
-        """Whether `pick_decode` would find a replica, were it to fit."""
-        return bool(self._decodes(without))
+    def pool_standing(self, pool: str) -> Standing:
+        """The state of one pool."""
+        return pool_standing(map(self.standing, self.members(pool)))
 
-    def pick_decode(
-        self, *, without: Collection[str] = (), fits: Callable[[Member], bool] = lambda _: True
-    ) -> Member | None:
-        """The decode replica for a request that it prefills itself; None when there is none that `fits`."""
-        usable = {m.info.replica_id: m for m in self._decodes(without) if fits(m)}
-        chosen = choose_decode(m.view() for m in usable.values())
-        if chosen is None:
-            return None
-        member = usable[chosen.replica_id]
-        self._sequence += 1
-        member.last_chosen = self._sequence
-        return member
+    def application(self) -> Application:
+        """The state of the application."""
+        return application(
+            prefill=self.pool_standing(PREFILL),
+            decode=self.pool_standing(DECODE),
+            any_pair=any(
+                d.info.replica_id in p.warm_peers
+                for p in self.members(PREFILL)
+                if may_serve(p)
+                for d in self.members(DECODE)
+                if may_serve(d)
+            ),
+            any_decode=self._any_decode() and not self.finishes_only,
+        )
 
     def num_routable(self, pool: str) -> int:
-        """Replicas that requests can go to: usable, and with at least one warm peer when the other pool has any."""
-        return sum(1 for m in self.members(pool) if m.usable and not m.on_probation and self.is_warm(m))
+        """Replicas that count as serving in their pool."""
+        return num_serving(map(self.standing, self.members(pool)))
 
     def num_warm_pairs(self) -> int:
         return sum(len(m.warm_peers) for m in self.members(PREFILL))
 
-    def _usable(self, pool: str, without: Collection[str]) -> Iterable[Member]:
-        members = self._members[pool].values()
-        return (m for m in members if m.usable and not m.on_probation and m.info.replica_id not in without)
+    @property
+    def finishes_only(self) -> bool:
+        """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when
+        the drain is over: what was accepted before goes there, and nothing new."""
+        if any(map(may_serve, self._members[DECODE].values())):
+            return False
+        last = self._last_resort()
+        return bool(last) and all(member.draining for member in last)
+
+    def _any_decode(self) -> bool:
+        return any(map(may_serve, self._members[DECODE].values())) or bool(self._last_resort())
+
+    def _last_resort(self) -> list[Member]:
+        """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
+        leaving = [m for m in self._leaving.values() if m.info.pool == DECODE and may_finish(m)]
+        return leaving + [m for m in self._members[DECODE].values() if m.on_probation and is_well(m)]
+
+    def _decode(self, replica_id: str) -> Member:
+        """A decode replica of a snapshot: Serve's own, else one that leaves."""
+        listed = self._members[DECODE].get(replica_id)
+        if listed is not None and is_well(listed):
+            return listed
+        return next(m for m in self._last_resort() if m.info.replica_id == replica_id)
 
     def _back(self, info: ReplicaInfo) -> Member:
         """A new member, or one that was out of Serve's list for a while, as around a restart of its controller."""
         left = self._leaving.get(info.incarnation)
         if left is None or left.info != info:
             return Member(info)
-        left.warm_peers.clear()
+        left.warm_peers = frozenset()
         return left
-
-    @property
-    def finishes_only(self) -> bool:
-        """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when
-        the drain is over: what was accepted before goes there, and nothing new."""
-        decodes = self._decodes(())
-        return bool(decodes) and all(member.draining for member in decodes)
-
-    def _decodes(self, without: Collection[str]) -> list[Member]:
-        return list(self._usable(DECODE, without)) or list(self._last_resort(without))
-
-    def _last_resort(self, without: Collection[str]) -> Iterable[Member]:
-        """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
-        leaving = [m for m in self._leaving.values() if m.info.pool == DECODE and m.reachable and not m.quarantined]
-        on_probation = [m for m in self._members[DECODE].values() if m.usable and m.on_probation]
-        found = [m for m in [*leaving, *on_probation] if m.info.replica_id not in without]
-        return [m for m in found if not m.draining] or found
 
     def _alive(self, member: Member) -> bool:
         return self._members[member.info.pool].get(member.info.replica_id) is member

@@ -20,16 +20,18 @@ from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.front.fields import PATHS
 from disagg.gateway.front.in_flight import InFlight
-from disagg.gateway.handoff.local_budget import computing, has_room
 from disagg.gateway.handoff.pair_faults import rest
-from disagg.gateway.handoff.sending import Answer, Call, Sender
+from disagg.gateway.handoff.sending import Answer, Call
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids, without_ids
 from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.choosing import Chooser
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
+from disagg.gateway.replicas.reservation import Hold
 from disagg.gateway.shadow.rules import Computed, Difference, computed, difference, may_check, shadow_body
 from disagg.observability.metrics import Metrics
+from disagg.routing.constraints import errand
 from pools.client.http1 import Upstreams
 from pools.errors import ReplicaLostError
 
@@ -68,6 +70,7 @@ class Shadow:
         model_id: str,
         config: GatewayConfig,
         membership: Membership,
+        chooser: Chooser,
         upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
@@ -79,8 +82,8 @@ class Shadow:
         self._model_id = model_id
         self._config = config
         self._membership = membership
+        self._chooser = chooser
         self._upstreams = upstreams
-        self._sender = Sender(membership, upstreams, metrics)
         self._metrics = metrics
         self._background = background
         self._paths = paths
@@ -139,15 +142,14 @@ class Shadow:
         if not await self._consumed(under_way.handoff_id):
             # Its KV was computed or cached on decode: that proves nothing of the pair.
             return None
-        if not (member.usable and self._membership.is_listed(member)):
-            return None
-        if not has_room(member, len(prompt), limit=self._config.local_prefill_tokens):
+        request = errand(num_tokens=len(prompt), decode_id=member.info.replica_id)
+        if not self._membership.is_listed(member) or self._chooser.decide(request).refusal is not None:
             return None
         salt = f"shadow-{uuid.uuid4().hex}"
         body = shadow_body(self._model_id, prompt, num_tokens, asked=call.body, cache_salt=salt)
         headers = {"x-request-id": f"shadow-{uuid.uuid4().hex}"}
         try:
-            with self._sender.carried(member), computing(member, len(prompt)):
+            with Hold(member, len(prompt)):
                 status, payload = await self._upstreams.get(member.info.url).request(
                     "POST", PATHS["completions"], body, headers, timeout_s=_TIMEOUT_S
                 )

@@ -14,7 +14,6 @@ import pytest
 
 from disagg.gateway.front.fields import Endpoint, Store
 from disagg.gateway.handoff.hedging import Outcome
-from disagg.gateway.handoff.legs import Mode
 from disagg.gateway.handoff.sending import Phase
 from disagg.gateway.replicas.membership import POOLS
 from disagg.observability.engine_metrics import ENGINE_METRICS, SERVER_METRICS
@@ -22,6 +21,8 @@ from disagg.observability.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
 from disagg.observability.outcomes import TOTALS
 from disagg.pages import generate as docs
 from disagg.pages.metrics import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo, metrics
+from disagg.routing.candidates import NO_WARM_PAIR
+from disagg.routing.views import Mode
 from pools.engine.base import EngineStats
 
 ROOT = Path(__file__).parents[4]
@@ -104,17 +105,16 @@ def test_check_says_which_page_is_stale(
 
 
 def reasons_in_code() -> set[str]:
-    """Words of local routes in `legs`, of `PrefillFailed`, and those that `handoff` passes on and `prefilling`
-    returns or counts."""
-    found: set[str] = set()
-    for call in calls(parsed("legs.py"), "Route"):
-        mode, *reason = call.args
-        if words(mode) == {"local"}:
-            found |= words(*reason)
+    """Words of what requests rule out, of pairs that are missing, of `PrefillFailed`, and those with which `handoff`
+    sends a request to decode alone and `prefilling` returns or counts."""
+    found: set[str] = {NO_WARM_PAIR}
+    constraints = ast.parse((ROOT / "disagg" / "routing" / "constraints.py").read_text(encoding="utf-8"))
+    for call in calls(constraints, "_alone"):
+        found |= words(*call.args[:1])
     for path in GATEWAY.rglob("transfer*.py"):
         for call in calls(parsed(path.name), "PrefillFailed"):
             found |= words(*call.args[:1])
-    for call in calls(parsed("handoff.py"), "answer"):
+    for call in calls(parsed("handoff.py"), "alone"):
         found |= words(*call.args[1:2])
     tree = parsed("prefilling.py")
     for call in calls(tree, "local_prefill"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each leg sends, and which requests are handed off."""
+"""What each leg sends."""
 
 from __future__ import annotations
 
@@ -8,65 +8,18 @@ from typing import Any
 
 import pytest
 
-from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.handoff.legs import (
-    MAX_PRIMED_PROMPTS,
     REMOTE_DECODE,
-    Route,
     decode_body,
     offer_params,
     prefill_body,
     prefill_reply,
     probe_body,
-    route_for,
     transfer_params,
 )
 
 ONE = [[1, 2, 3]]
 PARAMS = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[4]], "remote_engine_id": "e"}
-
-ROUTES: dict[str, tuple[Endpoint, dict[str, Any], list[list[int]] | None, Route]] = {
-    "plain completion": ("completions", {}, ONE, Route("handoff")),
-    "plain chat": ("chat", {}, ONE, Route("handoff")),
-    "streamed, stopped, sampled": ("chat", {"stream": True, "stop": ["x"], "temperature": 1}, ONE, Route("handoff")),
-    "logprobs of the answer": ("completions", {"logprobs": 3}, ONE, Route("handoff")),
-    "chat logprobs": ("chat", {"logprobs": True, "top_logprobs": 2}, ONE, Route("handoff")),
-    "echo": ("completions", {"echo": True}, ONE, Route("handoff")),
-    "tools": ("chat", {"tools": [{}], "tool_choice": "auto"}, ONE, Route("handoff")),
-    "min_tokens": ("completions", {"min_tokens": 5}, ONE, Route("handoff")),
-    "n is one": ("chat", {"n": 1, "best_of": 1}, ONE, Route("handoff")),
-    "n is null": ("chat", {"n": None, "best_of": None}, ONE, Route("handoff")),
-    "not rendered": ("completions", {}, None, Route("local", "not_rendered")),
-    "no prompts": ("completions", {}, [], Route("local", "empty_prompt")),
-    "empty prompt": ("completions", {}, [[]], Route("local", "empty_prompt")),
-    "one of two empty": ("completions", {}, [[1], []], Route("local", "empty_prompt")),
-    "prompt logprobs": ("chat", {"prompt_logprobs": 0}, ONE, Route("local", "prompt_logprobs")),
-    "echo with logprobs": ("completions", {"echo": True, "logprobs": 0}, ONE, Route("local", "prompt_logprobs")),
-    "echo in chat is no echo": ("chat", {"echo": True, "logprobs": True}, ONE, Route("handoff")),
-    "beam search": ("completions", {"use_beam_search": True, "n": 4}, ONE, Route("local", "beam_search")),
-    "several choices": ("completions", {"n": 2}, ONE, Route("primed", "n")),
-    "best of several": ("completions", {"best_of": 3}, ONE, Route("primed", "n")),
-    "n as text": ("completions", {"n": "2"}, ONE, Route("primed", "n")),
-    "n as a float": ("completions", {"n": 2.0}, ONE, Route("primed", "n")),
-    "two prompts": ("completions", {}, [[1], [2]], Route("primed", "prompt_list")),
-    "many prompts": ("completions", {}, [[1]] * MAX_PRIMED_PROMPTS, Route("primed", "prompt_list")),
-    "too many prompts": ("completions", {}, [[1]] * (MAX_PRIMED_PROMPTS + 1), Route("local", "prompt_list")),
-}
-
-
-@pytest.mark.parametrize("case", ROUTES.values(), ids=ROUTES.keys())
-def test_route(case: tuple[Endpoint, dict[str, Any], list[list[int]] | None, Route]) -> None:
-    """Each kind of request gets its KV the way it can."""
-    endpoint, body, prompts, expected = case
-    assert route_for(endpoint, body, prompts, min_handoff_tokens=1) == expected
-
-
-def test_short_prompts_stay_on_decode() -> None:
-    """Below the limit the decode engine prefills itself, at the limit it does not; the longest prompt counts."""
-    assert route_for("chat", {}, [[1] * 9], min_handoff_tokens=10) == Route("local", "short")
-    assert route_for("chat", {}, [[1] * 10], min_handoff_tokens=10) == Route("handoff")
-    assert route_for("completions", {}, [[1], [1] * 10], min_handoff_tokens=10) == Route("primed", "prompt_list")
-    assert route_for("chat", {}, ONE, min_handoff_tokens=0) == Route("handoff")
 
 
 def test_prefill_leg_holds_only_what_it_needs() -> None:

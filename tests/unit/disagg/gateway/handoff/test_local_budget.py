@@ -10,8 +10,10 @@ import pytest
 
 from disagg.config import GatewayConfig
 from disagg.gateway.handoff import local_prefill
-from disagg.gateway.handoff.local_budget import computing, has_room, num_prompt_tokens
 from disagg.gateway.replicas.membership import DECODE, Member
+from disagg.gateway.replicas.reservation import Hold
+from disagg.routing.candidates import has_room
+from disagg.routing.constraints import num_prompt_tokens
 from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake.text import encode
 from tests.support.gateway_stack import MAX_MODEL_LEN, Replica, Stack, respond, running_stack, until
@@ -49,12 +51,12 @@ def taken(stack: Stack) -> list[int]:
 def test_any_prompt_fits_an_idle_replica() -> None:
     """The bound is for what runs beside each other."""
     member = Member(info("d0"))
-    assert has_room(member, 1000, limit=10)
-    with computing(member, 6):
-        assert has_room(member, 4, limit=10) and not has_room(member, 5, limit=10)
-        with computing(member, 4):
-            assert not has_room(member, 1, limit=10)
-    assert member.local_prefill_tokens == 0
+    assert has_room(member.view(), 1000, limit=10)
+    with Hold(member, 6):
+        assert has_room(member.view(), 4, limit=10) and not has_room(member.view(), 5, limit=10)
+        with Hold(member, 4):
+            assert not has_room(member.view(), 1, limit=10)
+    assert member.local_prefill_tokens == member.num_in_flight == 0
 
 
 def test_tokens_of_a_request() -> None:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
 
-from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL, Membership, Pair
-from disagg.routing.views import ReplicaInfo
+from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL, Member, Membership, Pair
+from disagg.routing.least_loaded import LeastLoaded
+from disagg.routing.views import Mode, ReplicaInfo, RequestView
 
 
 def info(replica_id: str, incarnation: str = "1") -> ReplicaInfo:
@@ -32,14 +35,52 @@ def ids(pairs: list[Pair]) -> set[str]:
     return {f"{pair.prefill.info.replica_id}-{pair.decode.info.replica_id}" for pair in pairs}
 
 
+LIMIT = 100
+"""Prompt tokens that a decode replica may compute at a time."""
+
+
+def chooser(members: Membership) -> Chooser:
+    return Chooser(members, LeastLoaded(), max_local_prefill_tokens=LIMIT)
+
+
+def pick_pair(members: Membership, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
+    """The pair of the next hand-off, over at once; its replicas not in `without`, its decode replica `decode`."""
+    decode_id = None if decode is None else decode.info.replica_id
+    view = RequestView("chat", [[1]], 1, {"local": "test"}, without=frozenset(without), decode_id=decode_id)
+    with chooser(members).reserve(view) as reservation:
+        return reservation.pair
+
+
+def has_pair(members: Membership, *, without: Collection[str] = (), decode: Member | None = None) -> bool:
+    decode_id = None if decode is None else decode.info.replica_id
+    view = RequestView("chat", [[1]], 1, {"local": "test"}, without=frozenset(without), decode_id=decode_id)
+    return chooser(members).decide(view).mode == "handoff"
+
+
+def pick_decode(members: Membership, *, without: Collection[str] = (), num_tokens: int = 0) -> Member | None:
+    """The decode replica of the next request without a hand-off, over at once; None when there is none with room."""
+    with chooser(members).reserve(alone(without, num_tokens)) as reservation:
+        return None if reservation.decision.refusal else reservation.decode
+
+
+def has_decode(members: Membership, *, without: Collection[str] = ()) -> bool:
+    """Whether there is a decode replica, with room or without."""
+    return chooser(members).decide(alone(without, LIMIT)).refusal in (None, "no_room")
+
+
+def alone(without: Collection[str], num_tokens: int) -> RequestView:
+    ruled_out: dict[Mode, str] = {"handoff": "test", "primed": "test"}
+    return RequestView("chat", [[1]], num_tokens, ruled_out, without=frozenset(without))
+
+
 def test_new_pairs_are_cold() -> None:
     """Replicas are usable at once, pairs only after they were warmed."""
     membership = Membership()
     membership.replace(DECODE, [info("d0")])
-    assert membership.pick_decode() is not None and membership.num_routable(DECODE) == 1
+    assert pick_decode(membership) is not None and membership.num_routable(DECODE) == 1
     membership.replace(PREFILL, [info("p0"), info("p1")])
     assert ids(membership.cold_pairs()) == {"p0-d0", "p1-d0"}
-    assert membership.pick_pair() is None
+    assert pick_pair(membership) is None
     assert [membership.num_routable(pool) for pool in POOLS] == [0, 0]
     membership.mark_warm(membership.cold_pairs()[0])
     assert ids(membership.cold_pairs()) == {"p1-d0"}
@@ -49,7 +90,7 @@ def test_new_pairs_are_cold() -> None:
 
 def test_four_pairs_in_turn(members: Membership) -> None:
     """Idle replicas share hand-offs over all four pairs."""
-    chosen = Counter(next(iter(ids([pair]))) for _ in range(8) if (pair := members.pick_pair()))
+    chosen = Counter(next(iter(ids([pair]))) for _ in range(8) if (pair := pick_pair(members)))
     assert chosen == {"p0-d0": 2, "p0-d1": 2, "p1-d0": 2, "p1-d1": 2}
 
 
@@ -57,16 +98,16 @@ def test_load_decides_before_turns(members: Membership) -> None:
     """What this gateway has running somewhere steers the next request away from there."""
     members.members(PREFILL)[0].num_in_flight = 1
     members.members(DECODE)[1].num_in_flight = 1
-    assert [ids([pair]) for _ in range(2) if (pair := members.pick_pair())] == [{"p1-d0"}, {"p1-d0"}]
-    decode = members.pick_decode()
+    assert [ids([pair]) for _ in range(2) if (pair := pick_pair(members))] == [{"p1-d0"}, {"p1-d0"}]
+    decode = pick_decode(members)
     assert decode is not None and decode.info.replica_id == "d0"
 
 
 def test_without_leaves_replicas_out(members: Membership) -> None:
     """Replicas that were tried are not chosen again, on either side."""
-    assert all(members.pick_pair(without={"p0", "d1"}).prefill.info.replica_id == "p1" for _ in range(4))  # type: ignore[union-attr]
-    assert members.pick_pair(without={"p0", "p1"}) is None
-    assert members.pick_decode(without={"d0", "d1"}) is None
+    assert all(pick_pair(members, without={"p0", "d1"}).prefill.info.replica_id == "p1" for _ in range(4))  # type: ignore[union-attr]
+    assert pick_pair(members, without={"p0", "p1"}) is None
+    assert pick_decode(members, without={"d0", "d1"}) is None
 
 
 def test_new_incarnation_is_a_new_replica(members: Membership) -> None:
@@ -99,7 +140,7 @@ def test_removal(members: Membership) -> None:
     assert members.num_warm_pairs() == 2 and members.urls() == {"http://p0:1", "http://p1:1", "http://d1:1"}
     assert all(m.warm_peers == {"d1"} for m in members.members(PREFILL))
     members.replace(PREFILL, [])
-    assert members.pick_pair() is None
+    assert pick_pair(members) is None
     assert members.num_routable(DECODE) == 1
 
 
@@ -107,15 +148,15 @@ def test_unreachable_until_it_answers(members: Membership) -> None:
     """A replica that refuses connections is left out and comes back warm."""
     p0 = members.members(PREFILL)[0]
     members.mark_unreachable(p0)
-    assert all(members.pick_pair().prefill is not p0 for _ in range(4))  # type: ignore[union-attr]
+    assert all(pick_pair(members).prefill is not p0 for _ in range(4))  # type: ignore[union-attr]
     assert members.num_routable(PREFILL) == 1
     members.mark_reachable(p0)
-    assert p0 in [members.pick_pair().prefill for _ in range(4)]  # type: ignore[union-attr]
+    assert p0 in [pick_pair(members).prefill for _ in range(4)]  # type: ignore[union-attr]
 
 
 def test_warming_makes_reachable(members: Membership) -> None:
     """KV that moved proves both replicas."""
-    pair = members.pick_pair()
+    pair = pick_pair(members)
     assert pair is not None
     members.mark_unreachable(pair.decode)
     members.mark_warm(pair)
@@ -124,7 +165,7 @@ def test_warming_makes_reachable(members: Membership) -> None:
 
 def test_mark_cold(members: Membership) -> None:
     """A pair taken out of routing is cold again, its replicas stay warm with others."""
-    pair = members.pick_pair()
+    pair = pick_pair(members)
     assert pair is not None
     members.mark_cold(pair)
     assert ids(members.cold_pairs()) == ids([pair])
@@ -162,9 +203,9 @@ def test_a_replica_that_leaves_is_let_go_when_nothing_runs_there(members: Member
     leaving = members.members(DECODE)[0]
     leaving.num_in_flight = 1
     members.replace(DECODE, [info("d1", "8")])
-    pairs = [members.pick_pair() for _ in range(4)]
+    pairs = [pick_pair(members) for _ in range(4)]
     assert ids([pair for pair in pairs if pair]) == {"p0-d1", "p1-d1"}
-    chosen = [members.pick_decode() for _ in range(3)]
+    chosen = [pick_decode(members) for _ in range(3)]
     assert [member and member.info.replica_id for member in chosen] == ["d1"] * 3
     assert leaving.info.url in members.urls() and not members.let_go("7", carrying=False)
     leaving.num_in_flight = 0
@@ -178,23 +219,28 @@ def test_the_last_decode_replica_serves_what_is_carried_although_it_leaves(membe
     members.let_go("1", carrying=False)
     members.replace(DECODE, [])
     assert not members.let_go("7", carrying=True)
-    chosen = members.pick_decode()
+    chosen = pick_decode(members)
     assert chosen is not None and chosen.info.replica_id == "d0"
-    assert members.pick_decode(without={"d0"}) is None
+    assert pick_decode(members, without={"d0"}) is None
     assert members.let_go("7", carrying=False)
-    assert members.pick_decode() is None
+    assert pick_decode(members) is None
 
 
 def test_replicas_that_leave_are_not_for_want_of_room(members: Membership) -> None:
     """They are chosen only when no other one can be, room or none, and have to have room themselves."""
     members.replace(DECODE, [info("d0", "7"), info("d1", "8")])
+    members.let_go("1", carrying=False)
+    d0, d1 = members.members(DECODE)
     members.replace(DECODE, [info("d1", "8")])
-    assert members.pick_decode(fits=lambda member: member.info.replica_id != "d1") is None and members.has_decode()
+    d1.local_prefill_tokens = 1
+    assert pick_decode(members, num_tokens=LIMIT) is None and has_decode(members)
+    d0.local_prefill_tokens = 1
     members.replace(DECODE, [])
-    chosen = members.pick_decode(without={"d0"}, fits=lambda member: member.info.replica_id == "d1")
+    assert pick_decode(members, num_tokens=LIMIT) is None and has_decode(members)
+    d1.local_prefill_tokens = 0
+    chosen = pick_decode(members, without={"d0"}, num_tokens=LIMIT)
     assert chosen is not None and chosen.info.replica_id == "d1"
-    assert members.pick_decode(fits=lambda _: False) is None and members.has_decode()
-    assert not members.has_decode(without={"d0", "d1"})
+    assert not has_decode(members, without={"d0", "d1"})
 
 
 def test_a_replica_that_comes_back_keeps_its_count(members: Membership) -> None:
@@ -206,7 +252,7 @@ def test_a_replica_that_comes_back_keeps_its_count(members: Membership) -> None:
     members.replace(DECODE, [])
     members.replace(DECODE, replicas)
     assert members.members(DECODE) == [member] and member.num_in_flight == 3
-    assert members.pick_decode() is member
+    assert pick_decode(members) is member
 
 
 def test_replicas_that_do_not_fit_are_no_pair() -> None:
@@ -260,13 +306,13 @@ def test_the_longest_rest_counts() -> None:
 def test_has_pair_says_what_pick_pair_would_find(members: Membership) -> None:
     """With replicas left out, a settled decode replica, and none that is warm."""
     d0, d1 = members.members(DECODE)
-    assert members.has_pair() and members.has_pair(without={"p0", "d1"}) and members.has_pair(decode=d0)
-    assert not members.has_pair(without={"p0", "p1"}) and not members.has_pair(without={"d0"}, decode=d0)
+    assert has_pair(members) and has_pair(members, without={"p0", "d1"}) and has_pair(members, decode=d0)
+    assert not has_pair(members, without={"p0", "p1"}) and not has_pair(members, without={"d0"}, decode=d0)
     for pair in [Pair(p, d1) for p in members.members(PREFILL)]:
         members.mark_cold(pair)
-    assert not members.has_pair(decode=d1) and members.has_pair()
+    assert not has_pair(members, decode=d1) and has_pair(members)
     members.mark_unreachable(d0)
-    assert not members.has_pair()
+    assert not has_pair(members)
 
 
 def test_quarantine_takes_the_replica_and_its_pairs_out(members: Membership) -> None:
@@ -276,12 +322,12 @@ def test_quarantine_takes_the_replica_and_its_pairs_out(members: Membership) -> 
     assert members.quarantine(d0, "hang") and not members.quarantine(d0, "unanswered")
     assert d0.quarantined == "hang" and members.num_warm_pairs() == 2
     members.mark_warm(pairs[0])
-    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p0-d1", "p1-d1"}
-    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    assert {ids([pair]).pop() for _ in range(4) if (pair := pick_pair(members))} == {"p0-d1", "p1-d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := pick_decode(members))} == {"d1"}
     assert not members.cold_pairs() and members.num_routable(DECODE) == 1
     members.release(d0)
     assert ids(members.cold_pairs()) == {"p0-d0", "p1-d0"}
-    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d0", "d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := pick_decode(members))} == {"d0", "d1"}
 
 
 def test_quarantine_ends_with_the_incarnation(members: Membership) -> None:
@@ -299,9 +345,9 @@ def test_slow_replicas_come_last(members: Membership) -> None:
     p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
     p0.slow = d0.slow = True
     members.members(PREFILL)[1].num_in_flight = members.members(DECODE)[1].num_in_flight = 9
-    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p1-d1"}
-    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
-    chosen = members.pick_decode(without={"d1"})
+    assert {ids([pair]).pop() for _ in range(4) if (pair := pick_pair(members))} == {"p1-d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := pick_decode(members))} == {"d1"}
+    chosen = pick_decode(members, without={"d1"})
     assert chosen is d0
 
 
@@ -309,9 +355,9 @@ def test_probation(members: Membership) -> None:
     """A replica on probation is warmed and not chosen; a decode replica is, where there is no other."""
     p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
     p0.on_probation = d0.on_probation = True
-    assert {ids([pair]).pop() for _ in range(4) if (pair := members.pick_pair())} == {"p1-d1"}
+    assert {ids([pair]).pop() for _ in range(4) if (pair := pick_pair(members))} == {"p1-d1"}
     assert members.num_routable(DECODE) == 1
-    assert members.pick_decode(without={"d1"}) is d0 and members.pick_pair(without={"d1"}) is None
+    assert pick_decode(members, without={"d1"}) is d0 and pick_pair(members, without={"d1"}) is None
     members.end_probation(d0)
     assert members.num_routable(DECODE) == 2
 
@@ -337,9 +383,9 @@ def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
     members.let_go("1", carrying=False)
     d0 = members.members(DECODE)[0]
     members.replace(DECODE, [])
-    assert members.pick_decode() is d0 and not members.finishes_only
+    assert pick_decode(members) is d0 and not members.finishes_only
     members.release(d0, draining=True)
-    assert members.pick_decode() is d0 and members.finishes_only
+    assert pick_decode(members) is d0 and members.finishes_only
     members.replace(DECODE, [info("d1", "8")])
     assert not members.finishes_only
     members.members(DECODE)[0].on_probation = True
@@ -350,5 +396,5 @@ def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
 def test_draining_replicas_are_not_chosen(members: Membership) -> None:
     """A replica that says it leaves gets nothing more."""
     members.release(members.members(DECODE)[0], draining=True)
-    assert {m.info.replica_id for _ in range(2) if (m := members.pick_decode())} == {"d1"}
+    assert {m.info.replica_id for _ in range(2) if (m := pick_decode(members))} == {"d1"}
     assert members.num_routable(DECODE) == 1

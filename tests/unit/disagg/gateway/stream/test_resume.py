@@ -370,14 +370,34 @@ async def test_another_model_does_not_go_on(path: str) -> None:
 async def test_only_another_model_is_left(path: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is none of them left the stream says so; nothing of the other model reaches the client."""
     async with running_stack(num_decode=2, itl_ms=1, config=GatewayConfig(resume_wait_s=0.3)) as stack:
-        if late:
-            monkeypatch.setattr(stack.gateway.membership, "decodes_unlike", lambda kv_fit: frozenset())
         whole = (await streamed(stack, path, **GREEDY)).text
-        armed(stack, after(5), how=updated(stack, Replica.kill))
+        how = updated(stack, Replica.kill)
+        armed(stack, after(5), how=joining_after_the_look(stack, monkeypatch) if late else how)
         reply = await streamed(stack, path, **GREEDY)
         assert "has another model" in error_of(reply)["message"]
         text = Reply(200, {}, b"".join(f"data: {event}\n\n".encode() for event in reply.events[:-2])).text
         assert text and whole.startswith(text) and text != whole
+
+
+def joining_after_the_look(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Callable[[Replica], None]:
+    """Lose a replica, the last one of its model; the others join when the gateway looks for who could go on."""
+    sparing = stack.gateway.chooser.sparing
+
+    def lose(lost: Replica) -> None:
+        lost.kill()
+        others = [replica for replica in stack.decode if replica is not lost]
+        stack.gateway.membership.replace("decode", [lost.info])
+
+        def looked(*args: Any) -> Any:
+            found = sparing(*args)
+            for replica in others:
+                replica.kv_fit = "another"
+            stack.announce()
+            return found
+
+        monkeypatch.setattr(stack.gateway.chooser, "sparing", looked)
+
+    return lose
 
 
 @PATHS
