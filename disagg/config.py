@@ -131,6 +131,7 @@ class GatewayConfig(Config):
     num_cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Ray CPUs that one gateway replica reserves. Unset means 1 on cuda and 0.1 on cpu, where cores are few."""
     routing: RoutingConfig = RoutingConfig()
+    """Which policy chooses replicas."""
     admin: AdminConfig = AdminConfig()
     """Who may read and scale the pools over HTTP."""
     api_keys: ApiKeysConfig | None = None

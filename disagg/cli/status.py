@@ -56,7 +56,7 @@ def table(pools: Sequence[Pool]) -> str:
     lines = []
     for pool in pools:
         target = "?" if pool.target_num_replicas is None else pool.target_num_replicas
-        lines.append(f"{pool.name}: target {target}, routable {pool.num_routable}")
+        lines.append(f"{pool.name}: target {target}, routable {pool.num_routable}{_trouble(pool)}")
         if pool.replicas:
             lines.append(_line(_HEADER, widths))
             lines += [_line(_row(replica), widths) for replica in pool.replicas]
@@ -84,6 +84,13 @@ def _row(replica: Replica) -> tuple[str, ...]:
         "-" if replica.kv_cache_usage is None else f"{replica.kv_cache_usage:.0%}",
         "-" if replica.uptime_s is None else duration(replica.uptime_s),
     )
+
+
+def _trouble(pool: Pool) -> str:
+    """What keeps a whole pool from serving as it should; empty when nothing does."""
+    if pool.state in (None, "routable"):
+        return ""
+    return f", {pool.state}" if pool.reason is None else f", {pool.state} ({pool.reason})"
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +29,9 @@ from pools.errors import ReplicaLostError
 
 MAX_REPLICAS = 1024
 _STATS_TIMEOUT_S = 2.0
-ROUTABLE = ("routable", "slow")
-"""States in which a replica gets requests."""
+
+
+_Stats = dict[str, Any]
 
 
 class Scaler(Protocol):
@@ -83,8 +84,17 @@ class Admin:
         self._foreign = foreign
 
     async def pools(self) -> dict[str, Any]:
+        """Sizes, states and load, told after each replica was asked for its load: what that shows of it is in."""
         targets = await self._scaler.targets()
-        return {"pools": [await self._pool(name, targets.get(name)) for name in POOLS]}
+        members = {name: self._membership.members(name) for name in POOLS}
+        asked = await asyncio.gather(*(self._stats(member) for name in POOLS for member in members[name]))
+        stats = iter(asked)
+        return {
+            "pools": [
+                self._pool(name, targets.get(name), [(member, next(stats)) for member in members[name]])
+                for name in POOLS
+            ]
+        }
 
     def handoffs(self, query: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """The books of this gateway replica, or of all others, and the records that `query` asks for."""
@@ -113,48 +123,38 @@ class Admin:
         await self._scaler.scale(pool, wanted)
         return {"name": pool, "target_num_replicas": wanted}
 
-    async def _pool(self, name: str, target: int | None) -> dict[str, Any]:
-        members = self._membership.members(name)
-        replicas = await asyncio.gather(*(self._replica(member) for member in members))
+    def _pool(self, name: str, target: int | None, members: Sequence[tuple[Member, _Stats]]) -> dict[str, Any]:
+        standing = self._membership.pool_standing(name)
         return {
             "name": name,
             "target_num_replicas": target,
-            "num_routable": sum(1 for replica in replicas if replica["state"] in ROUTABLE),
-            "replicas": replicas,
+            "num_routable": self._membership.num_routable(name),
+            "state": standing.state,
+            "reason": standing.reason,
+            "replicas": [self._replica(member, stats) for member, stats in members],
         }
 
-    async def _replica(self, member: Member) -> dict[str, Any]:
-        stats: dict[str, Any] = {}
+    async def _stats(self, member: Member) -> _Stats:
+        """The load that a replica tells of itself; empty when it does not."""
         try:
             status, payload = await self._upstreams.get(member.info.url).request(
                 "GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S
             )
-            if status == 200:
-                stats = msgspec.json.decode(payload)
-        except ReplicaLostError:
-            pass
-        others_exist = any(self._membership.members(pool) for pool in POOLS if pool != member.info.pool)
-        reason: str | None = None
-        if member.quarantined is not None:
-            state, reason = "quarantined", member.quarantined
-        elif not stats or not member.reachable:
-            state = "unreachable"
-        elif member.draining:
-            state = "draining"
-        elif others_exist and not member.warm_peers:
-            state = "warming"
-        elif member.on_probation:
-            state, reason = "warming", "crash_loop"
-        elif member.slow:
-            state = "slow"
-        else:
-            state = "routable"
+        except ReplicaLostError as exc:
+            if exc.unreachable:
+                self._membership.mark_unreachable(member)
+            return {}
+        found: _Stats = msgspec.json.decode(payload) if status == 200 else {}
+        return found
+
+    def _replica(self, member: Member, stats: _Stats) -> dict[str, Any]:
+        standing = self._membership.standing(member)
         return {
             "replica_id": member.info.replica_id,
             "engine_id": member.info.engine_id,
             "incarnation": member.info.incarnation,
-            "state": state,
-            "reason": reason,
+            "state": standing.state,
+            "reason": standing.reason,
             "url": member.info.url,
             "pid": stats.get("pid"),
             "warm_peers": sorted(member.warm_peers),

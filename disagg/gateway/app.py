@@ -59,6 +59,7 @@ from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.choosing import Chooser
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import POOLS, Membership
+from disagg.gateway.replicas.serving import SERVING
 from disagg.gateway.replicas.watch import Watch
 from disagg.gateway.shadow.shadow import Shadow, show_paths
 from disagg.gateway.stream.answering import Answering
@@ -238,24 +239,28 @@ class Gateway:
 
     def _refresh_gauges(self) -> None:
         for pool in POOLS:
-            routable = self.membership.num_routable(pool)
+            states = [self.membership.standing(member).state for member in self.membership.members(pool)]
+            routable = sum(1 for state in states if state in SERVING)
+            quarantined = states.count("quarantined")
             self.metrics.replicas.labels(pool, "routable").set(routable)
-            quarantined = sum(1 for member in self.membership.members(pool) if member.quarantined)
             self.metrics.replicas.labels(pool, "quarantined").set(quarantined)
-            self.metrics.replicas.labels(pool, "other").set(len(self.membership.members(pool)) - routable - quarantined)
+            self.metrics.replicas.labels(pool, "other").set(len(states) - routable - quarantined)
         self.metrics.in_flight.set(self.in_flight.num)
         self.metrics.warm_pairs.set(self.membership.num_warm_pairs())
         show_paths(self.kv_paths, self.membership, self.metrics)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of `/health`: 200 exactly when a request could be served."""
-        pools = {pool: self.membership.num_routable(pool) for pool in POOLS}
-        pairs = self.membership.num_warm_pairs()
-        cold = len(self.membership.cold_pairs())
-        if not any(member.usable for member in self.membership.members("decode")):
-            return 503, {"status": "unavailable", "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
-        status = "ok" if pairs else "degraded"
-        return 200, {"status": status, "pools": pools, "num_warm_pairs": pairs, "num_cold_pairs": cold}
+        application = self.membership.application()
+        states = {pool: self.membership.pool_standing(pool) for pool in POOLS}
+        return (503 if application.status == "unavailable" else 200), {
+            "status": application.status,
+            "reason": application.reason,
+            "pools": {pool: self.membership.num_routable(pool) for pool in POOLS},
+            "states": {pool: {"state": found.state, "reason": found.reason} for pool, found in states.items()},
+            "num_warm_pairs": self.membership.num_warm_pairs(),
+            "num_cold_pairs": len(self.membership.cold_pairs()),
+        }
 
     def answered(
         self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes, store: Store | None

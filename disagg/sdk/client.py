@@ -160,10 +160,12 @@ class ScaleOperation:
     def wait(self, timeout_s: float = 300.0, poll_s: float = 0.5, on_progress: OnProgress | None = None) -> Pool:
         """Block until exactly the wanted replicas exist and all get requests; removed ones are gone by then.
 
-        Connection trouble and 503 are waited out. `on_progress` is called with every snapshot.
+        Connection trouble and 503 are waited out, and so are replicas that are quarantined: the application replaces
+        them. `on_progress` is called with every snapshot.
 
         Raises:
-            ScaleTimeoutError: not reached in `timeout_s` seconds. The server goes on.
+            ScaleTimeoutError: not reached in `timeout_s` seconds; says which replicas are missing and why. The server
+                goes on.
             ClientError: the server refuses to say how the pool stands.
         """
         deadline = time.monotonic() + timeout_s

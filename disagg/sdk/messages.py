@@ -195,7 +195,8 @@ def missing(pool: Pool | None, num_replicas: int) -> str:
     states: dict[str, int] = {}
     for replica in pool.replicas:
         if replica.state != "routable":
-            states[replica.state] = states.get(replica.state, 0) + 1
+            state = replica.state if replica.reason is None else f"{replica.state} ({replica.reason})"
+            states[state] = states.get(state, 0) + 1
     parts += [f"{count} {state}" for state, count in sorted(states.items())]
     if len(pool.replicas) < num_replicas:
         parts.append(f"{num_replicas - len(pool.replicas)} not started yet")

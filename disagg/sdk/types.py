@@ -25,7 +25,8 @@ class Replica(_Answer):
     incarnation: int | str | None = None
     """Changes when the engine behind the same name is a new one."""
     state: Literal["warming", "routable", "slow", "quarantined", "draining", "unreachable"] | str
-    """Only `routable` replicas get requests, and `slow` ones where there is no other. `quarantined` ones hang."""
+    """`routable` replicas get requests, and `slow` ones where there is no other. `warming` ones have moved no KV
+    yet and get no hand-offs. `quarantined` ones hang and are replaced, unless they work again before that."""
     reason: str | None = None
     """Why it is in that state, in a word: `hang`, `probe_failed`, `listener` or `unanswered` when quarantined,
     `crash_loop` when its pool lost several replicas and it has to stay well for a while first."""
@@ -59,6 +60,10 @@ class Pool(_Answer):
     """The size it is meant to have; None when the gateway does not know it."""
     num_routable: int
     """Replicas that get requests."""
+    state: Literal["routable", "slow", "warming", "quarantined", "draining", "unreachable", "empty"] | str | None = None
+    """That of its best replica. Without a prefill pool that is `routable` or `slow`, decode replicas serve alone."""
+    reason: str | None = None
+    """Why it is in that state, in a word, as in `Replica`."""
     replicas: tuple[Replica, ...] = ()
     """Every replica that exists, ready or not."""
 
@@ -137,15 +142,32 @@ class Handoffs(_Answer):
     """The newest first."""
 
 
+class PoolState(_Answer):
+    """The state of one pool, and why it is in it; as in `Pool`."""
+
+    state: str
+    reason: str | None = None
+
+
 class Health(_Answer):
     """Whether the application answers requests."""
 
-    status: str
-    """`ok` when requests are served."""
+    status: Literal["ok", "degraded", "unavailable"] | str
+    """`ok`: requests are served, by both pools. `degraded`: they are served by decode replicas alone. `unavailable`:
+    they are not."""
+    reason: str | None = None
+    """What keeps it from being `ok`, in words."""
     pools: dict[str, int] = {}
     """Routable replicas by pool."""
+    states: dict[str, PoolState] = {}
+    """The state of each pool."""
 
     @property
     def ok(self) -> bool:
-        """Requests are served."""
+        """Both pools serve requests."""
         return self.status == "ok"
+
+    @property
+    def serves(self) -> bool:
+        """Requests are served, be it by decode replicas alone."""
+        return self.status in ("ok", "degraded")

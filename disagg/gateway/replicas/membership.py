@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from disagg.gateway.replicas.serving import (
     Application,
@@ -56,22 +56,33 @@ class Member:
     """Prompt tokens that it computes for this gateway without a hand-off; written by
     `disagg.gateway.replicas.reservation` alone."""
 
+    _view: ReplicaView | None = field(default=None, init=False, repr=False, compare=False)
+
     @property
     def usable(self) -> bool:
         """Whether nothing is wrong with it; see `serving.is_well`."""
         return is_well(self)
 
     def view(self) -> ReplicaView:
-        return ReplicaView(
-            self.info.replica_id,
-            self.num_in_flight,
-            self.last_chosen,
-            self.local_prefill_tokens,
-            self.slow,
-            self.draining,
-            self.info.kv_fit,
-            self.warm_peers,
-        )
+        """The member as a policy sees it. Kept until something is written: each request writes to a few of them."""
+        if self._view is None:
+            view = ReplicaView(
+                self.info.replica_id,
+                self.num_in_flight,
+                self.last_chosen,
+                self.local_prefill_tokens,
+                self.slow,
+                self.draining,
+                self.info.kv_fit,
+                self.warm_peers,
+            )
+            object.__setattr__(self, "_view", view)
+            return view
+        return self._view
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "_view", None)
 
 
 @dataclass(frozen=True)
