@@ -178,6 +178,11 @@ BAD: dict[str, Case] = {
     "duration as text": (args(gateway__connect_timeout_s="2s"), f"{A}.gateway.connect_timeout_s", "expected a number"),
     "zero duration": (args(decode__drain_timeout_s=0), f"{A}.decode.drain_timeout_s", "more than 0"),
     "backends as text": (args(transport={"type": "nixl", "backends": "UCX"}), f"{A}.transport.backends", "a list"),
+    "unknown routing policy": (
+        args(gateway__routing={"policy": "fastest"}),
+        f"{A}.gateway.routing.policy",
+        "'least_loaded' or 'round_robin'",
+    ),
     "short lease": (args(gateway__connect_timeout_s=40), A, "kv_lease_duration_s"),
     "cpu settings on cuda": (args(platform="cuda", cpu={"omp_threads": 2}), A, "no effect"),
     "worker extension on cpu": (args(decode__engine_kwargs={"worker_extension_cls": "a.B"}), A, "worker_extension_cls"),
