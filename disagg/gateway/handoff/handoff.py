@@ -150,13 +150,13 @@ class Handoff:
         assert call.prompts is not None
         prompt = call.prompts[0]
 
-        async def take(under_way: UnderWay, hold: Hold, params: dict[str, Any]) -> Answer | _Lost:
+        async def take(under_way: UnderWay, reserved: Reservation, params: dict[str, Any]) -> Answer | _Lost:
             """The answer, or the decode replica that was lost."""
             pair = under_way.pair
             body = decode_body(call.endpoint, call.body, prompt, params)
             try:
                 answer = await self._sender.decode(
-                    hold,
+                    reserved.take_decode(),
                     call,
                     body,
                     mode="handoff",
@@ -247,11 +247,11 @@ class Handoff:
         Returns the prefill replica that computed it, or why none did.
         """
 
-        async def take(under_way: UnderWay, hold: Hold, params: dict[str, Any]) -> Member:
+        async def take(under_way: UnderWay, reserved: Reservation, params: dict[str, Any]) -> Member:
             decode = under_way.pair.decode
             try:
                 status, _ = await self._sender.probe(
-                    hold,
+                    reserved.take_decode(),
                     prompt,
                     params,
                     timeout_s=self._config.prefill_timeout_s,

@@ -24,7 +24,7 @@ from disagg.gateway.handoff.sending import Call, Sender, spawn_kept
 from disagg.gateway.handoff.settling import CLEANUP_TIMEOUT_S, Settling, UnderWay
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
 from disagg.gateway.replicas.choosing import Chooser
-from disagg.gateway.replicas.reservation import Hold, Reservation
+from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.constraints import pair_only
@@ -32,7 +32,7 @@ from disagg.routing.views import RequestView
 from pools.errors import ReplicaLostError
 
 T = TypeVar("T")
-Take: TypeAlias = Callable[[UnderWay, Hold, dict[str, Any]], Awaitable[T]]
+Take: TypeAlias = Callable[[UnderWay, Reservation, dict[str, Any]], Awaitable[T]]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Prompt(Generic[T]):
     """Without the prefill replicas that failed."""
     token_ids: Sequence[int]
     take: Take[T]
-    """Sends the decode leg, whose hold it takes over; a failure of its own is its to handle."""
+    """Sends the decode leg, which takes its hold over; a failure of its own is its to handle."""
     drop: Callable[[T], None] = lambda _: None
     """Ends what `take` returned when nobody takes it any more."""
     deadline: float = 0.0
@@ -219,6 +219,6 @@ class Prefilling:
 
         def taken(params: dict[str, Any]) -> Awaitable[T]:
             claim()
-            return prompt.take(under_way, reservation.take_decode(), params)
+            return prompt.take(under_way, reservation, params)
 
         return Attempt(handoff_id, prefill, send, taken, prompt.drop)
