@@ -38,6 +38,7 @@ from tests.support.engines import transfer_launch
 from tests.support.gateway_stack import JSON_HEADERS, QuietServer, StubScaler, connected, request_bytes, until
 from tests.support.stack import ENGINE_KWARGS, engine_process, free_port, tiny_model
 from transport.config import NixlConfig
+from transport.transports import describe
 
 PACKAGES = tuple(str(ROOT / name) + "/" for name in ("disagg", "pools", "transport"))
 LOOPS = frozenset(("_follow", "_sweep", "sweep", "watch"))
@@ -147,6 +148,7 @@ async def served(prefill: Engine, decode: Engine) -> AsyncIterator[str]:
         renderer=renderer,
         scaler=StubScaler(),
         max_model_len=renderer.max_model_len,
+        transport=describe(NixlConfig()),
     )
     config = uvicorn.Config(create_app(gateway), log_level="warning", access_log=False, http=SplicingProtocol)
     server = QuietServer(config)
