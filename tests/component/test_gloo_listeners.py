@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
+
+from tests.support import preloaded
 
 
 def member(rank: int, size: int, path: str) -> None:
@@ -30,7 +31,7 @@ def member(rank: int, size: int, path: str) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_groups_need_no_port_once_they_are_made(size: int, tmp_path: Path) -> None:
     """Ranks of one group and of a later one add up their numbers while none of their processes listens."""
-    context = multiprocessing.get_context("spawn")
+    context = preloaded.context()
     ranks = [context.Process(target=member, args=(rank, size, str(tmp_path / "store"))) for rank in range(size)]
     for rank in ranks:
         rank.start()
@@ -41,7 +42,7 @@ def test_groups_need_no_port_once_they_are_made(size: int, tmp_path: Path) -> No
 
 def test_without_it_they_listen(tmp_path: Path) -> None:
     """The ports are there otherwise, so that the test above can fail."""
-    context = multiprocessing.get_context("spawn")
+    context = preloaded.context()
     rank = context.Process(target=listener, args=(str(tmp_path / "store"),))
     rank.start()
     rank.join(120)

@@ -3,25 +3,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 import pytest
 
+from tests.support import preloaded
 from tests.support.garbage import silence, throw_all
 from tests.support.stack import wait_until
 from transport.in_engine.patches.nixl_ports import without_name
 
 START_S = 300.0
-"""Two imports of vLLM; some seconds on a machine that does nothing else."""
+"""An import of vLLM; some seconds on a machine that does nothing else."""
 NUM_BLOCKS, BLOCK = 3000, 4096
 """More than the 1,024 from which NIXL splits a transfer over its threads."""
 
 
-def agent(name: str, peer: Connection, report: Connection) -> None:
+def agent(name: str, peer: Connection, report: Connection, env: Mapping[str, str]) -> None:
     """An agent like vLLM's, without the ports of its threads: `reader` reads all of `owner`'s memory, twice."""
+    os.environ.update(env)
     import torch
     from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 
@@ -72,15 +74,14 @@ def _name(descriptor: int) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("tls", [None, "tcp,self"])
-def test_agents_need_only_the_ports_that_peers_are_told(tls: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agents_need_only_the_ports_that_peers_are_told(tls: str | None) -> None:
     """Over shared memory and over TCP alone, while garbage and silence come in at the ports that are left."""
-    if tls is not None:
-        monkeypatch.setenv("UCX_TLS", tls)
-    context = multiprocessing.get_context("spawn")
+    env = {} if tls is None else {"UCX_TLS": tls}
+    context = preloaded.context()
     ends = context.Pipe()
     reports = {name: context.Pipe() for name in ("owner", "reader")}
     agents = [
-        context.Process(target=agent, args=(name, end, reports[name][1]), daemon=True)
+        context.Process(target=agent, args=(name, end, reports[name][1], env), daemon=True)
         for name, end in zip(reports, ends, strict=True)
     ]
     for process in agents:

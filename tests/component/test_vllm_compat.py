@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
+import traceback
+from multiprocessing.connection import Connection
+
+from tests.support import preloaded
 
 
 def test_private_names_are_there() -> None:
@@ -83,8 +85,22 @@ def test_unknown_arguments_are_refused() -> None:
 
 def _runs(script: str) -> None:
     """In a process of its own: what it patches stays there."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    context = preloaded.context()
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(script, writer), daemon=True)
+    process.start()
+    assert reader.poll(300), "the script does not end"
+    problem = reader.recv()
+    process.join(30)
+    assert problem is None, problem
+
+
+def _run(script: str, writer: Connection) -> None:
+    try:
+        exec(script, {})
+        writer.send(None)
+    except BaseException:
+        writer.send(traceback.format_exc()[-2000:])
 
 
 def test_host_platform_fixes_fit() -> None:
