@@ -33,7 +33,8 @@ def clone() -> Iterator[Path]:
         shutil.rmtree(parent, ignore_errors=True)
 
 
-def _env() -> dict[str, str]:
+def clean_env() -> dict[str, str]:
+    """This environment without what names an environment of Python or a run of make."""
     return {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "MAKEFLAGS")}
 
 
@@ -60,7 +61,7 @@ def _serve_once(where: Path, bound_s: float, what: str) -> list[Row]:
     serving = subprocess.Popen(
         ["make", "serve"],
         cwd=where,
-        env=_env(),
+        env=clean_env(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -123,7 +124,7 @@ def clean_clone() -> list[Row]:
 def clean_clone_test() -> list[Row]:
     with clone() as where:
         started = time.monotonic()
-        tests = subprocess.run(["make", "test"], cwd=where, env=_env(), check=False)
+        tests = subprocess.run(["make", "test"], cwd=where, env=clean_env(), check=False)
         took = time.monotonic() - started
     return [
         Row(
