@@ -25,8 +25,9 @@ from typing import Any, Protocol
 from benchmarks.connection import BrokenAnswerError, Client
 from benchmarks.load import percentiles
 from disagg.gateway.front.fields import PATHS
-from disagg.gateway.handoff.legs import REMOTE_DECODE, transfer_params
+from disagg.gateway.handoff.legs import transfer_params
 from tests.support.stack import engine_headers, running, tiny_model
+from transport.handoff_params import REMOTE_DECODE
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"haproxy": ROOT / "configs/quickstart-haproxy.yaml", "proxy": ROOT / "configs/quickstart.yaml"}

@@ -33,7 +33,7 @@ from disagg.gateway.background import Background
 from disagg.gateway.front import openapi
 from disagg.gateway.front.api_keys import keys_of
 from disagg.gateway.front.edge import Edge, key_for, tenant_of
-from disagg.gateway.front.fields import Endpoint, Store
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.intake import (
     ClientDisconnect,
@@ -71,6 +71,7 @@ from pools.client.http1 import Upstreams
 from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.descriptor import Transport
 from transport.errors import DisaggError
+from transport.handoff_params import Store
 
 logger = logging.getLogger(__name__)
 

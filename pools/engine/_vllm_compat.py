@@ -26,6 +26,8 @@ from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDe
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from transport.handoff_params import settle_params
+
 __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
@@ -102,7 +104,7 @@ def settle_request(request_id: str, handoff_ids: list[str]) -> EngineCoreRequest
         prompt_token_ids=[0],
         mm_features=None,
         sampling_params=SamplingParams(
-            max_tokens=1, extra_args={"kv_transfer_params": {"disagg.settle": handoff_ids}}, watermarking=False
+            max_tokens=1, extra_args={"kv_transfer_params": settle_params(handoff_ids)}, watermarking=False
         ),
         pooling_params=None,
         arrival_time=time.time(),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pools.engine.base import HANDOFF_HEADER, ASGIApp, KVTransferParams, Receive, Scope, Send
 from pools.engine.events import EventLog
 from pools.errors import HandoffRefusedError
+from transport.handoff_params import DO_REMOTE_PREFILL, handoff_id_of
 
 _MAX_REMEMBERED = 65_536
 """Hand-offs kept so that none is admitted twice; far beyond what a lease lets live at once."""
@@ -33,11 +34,11 @@ class Handoff:
 
 def consumed_by(params: KVTransferParams | None) -> Handoff | None:
     """The hand-off that a request with these parameters reads, None for one that reads nothing."""
-    if not isinstance(params, dict) or not params.get("do_remote_prefill"):
+    if not isinstance(params, dict) or not params.get(DO_REMOTE_PREFILL):
         return None
     # Mooncake names a hand-off by `transfer_id` alone.
     name = params.get("remote_request_id") or params.get("transfer_id")
-    return Handoff(f"{params.get('remote_engine_id')}/{name}", str(params.get("disagg.handoff_id") or name))
+    return Handoff(f"{params.get('remote_engine_id')}/{name}", handoff_id_of(params, name))
 
 
 class Handoffs:

@@ -12,7 +12,6 @@ from typing import Any
 from pools.engine.base import HANDOFF_HEADER
 from pools.testing.client import request
 from pools.testing.tools import (
-    HANDOFF_ID,
     SETTLE_S,
     STREAM,
     Engines,
@@ -39,6 +38,7 @@ from pools.testing.tools import (
     streamed_ids,
     tokens_of,
 )
+from transport.handoff_params import DO_REMOTE_PREFILL, HANDOFF_ID, REMOTE_DECODE
 
 
 async def prefill_leg_names_the_handoff(engines: Engines) -> None:
@@ -243,9 +243,9 @@ async def probe_runs_a_token(engines: Engines) -> None:
 async def probe_follows_a_handoff(engines: Engines) -> None:
     """Two probes make a hand-off: the decode engine then computes no more than the last block."""
     ids = await fresh_prompt(engines)
-    asked = {"prompt_token_ids": ids, "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+    asked = {"prompt_token_ids": ids, "kv_transfer_params": REMOTE_DECODE}
     params = (await post_json(engines.prefill, "/disagg/v1/probe", asked))["kv_transfer_params"]
-    expect(bool(params and params["do_remote_prefill"]), f"no hand-off: {params}")
+    expect(bool(params and params[DO_REMOTE_PREFILL]), f"no hand-off: {params}")
     body = {"prompt_token_ids": ids, "kv_transfer_params": params}
     found = await post_json(engines.decode, "/disagg/v1/probe", body)
     expect(found["num_cached_tokens"] > 0, "nothing came over")

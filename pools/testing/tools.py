@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pools.testing.client import OpenReply, Reply, open_request, request
+from transport.handoff_params import DO_REMOTE_PREFILL, HANDOFF_ID, offer_params
 
-HANDOFF_ID = "disagg.handoff_id"
 NUM_TOKENS = 8
 SETTLE_S = 10.0
 """How long counters and gauges may lag behind answers."""
@@ -111,16 +111,16 @@ async def prefill_leg(
     engines: Engines, ids: Sequence[int], salt: str | None = None, *, handoff_id: str | None = None
 ) -> dict[str, Any]:
     """Parameters for the decode leg, with the id under which the prefill engine's events speak of them."""
-    named = {HANDOFF_ID: handoff_id or new_id()}
+    offer = offer_params(handoff_id or new_id())
     body = completion_body(engines, ids) | {"max_tokens": 1, "stream": False}
-    body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False, **named}
+    body["kv_transfer_params"] = offer
     if salt:
         body["cache_salt"] = salt
     answer = await post_json(engines.prefill, "/v1/completions", body)
     expect(answer["usage"]["completion_tokens"] == 1, "a prefill leg is one token")
     params = answer["kv_transfer_params"]
-    expect(isinstance(params, dict) and params["do_remote_prefill"] is True, f"no hand-off: {params}")
-    return {**params, **named}
+    expect(isinstance(params, dict) and params[DO_REMOTE_PREFILL] is True, f"no hand-off: {params}")
+    return {**params, HANDOFF_ID: offer[HANDOFF_ID]}
 
 
 async def newest_event(url: str) -> int:

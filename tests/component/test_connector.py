@@ -24,6 +24,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from transport.config import NixlConfig
 from transport.digests import chunk_digests
+from transport.handoff_params import HANDOFF_ID, SETTLE, STORE
 from transport.in_engine.outer.connector import MultiConnector
 from transport.in_engine.outer.metadata import HandoffWorkerMetadata
 from transport.launch import EngineFacts, launch
@@ -196,7 +197,7 @@ def test_a_hand_off_is_told_from_start_to_end(make: Any) -> None:
     transfer, shared = connector.sub_connectors
     transfer.delays = True
     shared.adopts = True
-    leg = request("r-1", **{"disagg.handoff_id": "h-1", "disagg.store": "always"})
+    leg = request("r-1", **{HANDOFF_ID: "h-1", STORE: "always"})
     assert connector.request_finished_all_groups(leg, ([3, 0, 4],)) == (True, None)
     assert [call for call, _ in shared.calls] == ["hold", "finished"]
     assert shared.calls[0] == ("hold", ("h-1", "always"))
@@ -224,10 +225,10 @@ def test_settle_stays_out_of_the_childrens_sight(make: Any) -> None:
     """A settle request reaches no child, not even as a finished id, and names the request of its hand-off to ranks."""
     connector = make(Transfer, SharedTier)
     connector.sub_connectors[0].delays = True
-    connector.request_finished(request("r-1", **{"disagg.handoff_id": "h-1"}), [1])
+    connector.request_finished(request("r-1", **{HANDOFF_ID: "h-1"}), [1])
     for child in connector.sub_connectors:
         child.calls.clear()
-    settle = request("settle-1", **{"disagg.settle": ["h-1", "h-2"]})
+    settle = request("settle-1", **{SETTLE: ["h-1", "h-2"]})
     connector.on_new_request(settle)
     assert connector.request_finished_all_groups(settle, ([],)) == (False, None)
     output = step("settle-1", "r-7")
@@ -243,7 +244,7 @@ def test_ranks_are_told_and_agree(make: Any) -> None:
     scheduler = make(Transfer, Tier)
     scheduler.sub_connectors[0].delays = True
     scheduler.request_finished(request("r-1"), [1])
-    scheduler.request_finished(request("settle-1", **{"disagg.settle": ["r-1"]}), [])
+    scheduler.request_finished(request("settle-1", **{SETTLE: ["r-1"]}), [])
     meta = pickle.loads(pickle.dumps(scheduler.build_connector_meta(step())))
     aggregator = KVOutputAggregator(2)
     outputs = []

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.request import RequestStatus
 
 from tests.support.block_pool import Pool
+from transport.handoff_params import NOT_STORED
 from transport.in_engine.lmcache.connector import LMCacheMPConnector
 from transport.in_engine.lmcache.lookups import AbandonedLookups
 
@@ -160,7 +161,7 @@ def test_write_through_stores_what_vllm_says_the_request_has() -> None:
 def test_write_through_keeps_to_the_clients_wish() -> None:
     """`never` is LMCache's own limit; `always` adds nothing, for nothing is left to rescue."""
     made = connector("write_through")
-    admit(made, request("r", **{"disagg.store": "never", "lmcache.max_offload_tokens": 0}), 1, 2, 3, 4, 5, 6)
+    admit(made, request("r", **NOT_STORED), 1, 2, 3, 4, 5, 6)
     assert made.build_connector_meta(step({"r": 12}, {"r": [1, 2, 3, 4, 5, 6]})).requests == []
     made.hold(request("r"), "h", "always")
     assert not made.decide("r", "released")

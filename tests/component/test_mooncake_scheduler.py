@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
+from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, HANDOFF_ID, REMOTE_DECODE
 from transport.in_engine.mooncake import upstream as mooncake_fit
 from transport.in_engine.mooncake.scheduler import Scheduler
 
 CONSUME = {
-    "do_remote_prefill": True,
+    DO_REMOTE_PREFILL: True,
     "transfer_id": "t",
     "remote_engine_id": "p",
     "remote_bootstrap_addr": "http://10.0.0.5:8998",
 }
-PRODUCE = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": "t"}
+PRODUCE = {**REMOTE_DECODE, "transfer_id": "t"}
 
 
 def scheduler(role: str) -> Any:
@@ -63,7 +64,7 @@ def test_only_usable_parameters_are_acted_on(role: str, params: dict[str, Any], 
     """A request with parameters that cannot work is computed where it is, instead of waiting or ending EngineCore."""
     new = request(dict(params))
     scheduler(role).on_new_request(new)
-    assert new.kv_transfer_params["do_remote_prefill"] is acts
+    assert new.kv_transfer_params[DO_REMOTE_PREFILL] is acts
 
 
 def test_a_consumer_produces_nothing() -> None:
@@ -71,7 +72,7 @@ def test_a_consumer_produces_nothing() -> None:
     new = request(dict(PRODUCE))
     scheduler("consumer").on_new_request(new)
     scheduler("consumer").on_new_request(request(None))
-    assert new.kv_transfer_params["do_remote_decode"] is False
+    assert new.kv_transfer_params[DO_REMOTE_DECODE] is False
 
 
 @pytest.mark.parametrize("status", [RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED])
@@ -89,7 +90,7 @@ def test_an_aborted_prompt_is_given_up() -> None:
     assert half._reqs_not_processed == {"t"} and half._reqs_need_send == {}
 
 
-@pytest.mark.parametrize(("more", "named"), [({}, "t"), ({"disagg.handoff_id": "h"}, "h")])
+@pytest.mark.parametrize(("more", "named"), [({}, "t"), ({HANDOFF_ID: "h"}, "h")])
 def test_an_unread_hand_off_is_reported(more: dict[str, str], named: str) -> None:
     """A request that ends before it asked is reported once by its hand-off id, and its producer is not asked."""
     half, _, (held, _) = finished("consumer", {**CONSUME, **more}, RequestStatus.FINISHED_ABORTED, [])
@@ -101,7 +102,7 @@ def test_an_unread_hand_off_is_reported(more: dict[str, str], named: str) -> Non
 def test_a_consumed_hand_off_is_not_unread() -> None:
     """A request that had asked for its KV ends without a report."""
     half, _, (held, _) = finished(
-        "consumer", {**CONSUME, "do_remote_prefill": False}, RequestStatus.FINISHED_STOPPED, [4]
+        "consumer", {**CONSUME, DO_REMOTE_PREFILL: False}, RequestStatus.FINISHED_STOPPED, [4]
     )
     assert not held and half.take_unread() == []
 

@@ -17,6 +17,7 @@ import pytest
 from tests.support.engines import transfer_engine
 from tests.support.stack import free_port, kill_family, side_by_side
 from transport.config import MooncakeConfig
+from transport.handoff_params import HANDOFF_ID, REMOTE_DECODE, REMOTE_PREFILL
 
 LEASE_S = 8
 SOON_S = 4.0
@@ -62,15 +63,14 @@ class Handoff:
         self.prompt = [20 + (first >> (i % 90) ^ i * 7) % 1400 for i in range(num_tokens)]
 
     async def prefill(self, **changes: Any) -> httpx.Response:
-        params = {"do_remote_decode": True, "do_remote_prefill": False, **self._ids()}
+        params = {**REMOTE_DECODE, **self._ids()}
         body = {"model": "tiny", "prompt": self.prompt, "max_tokens": 1, "ignore_eos": True, **changes}
         headers = {"x-request-id": self.id}
         return await self._post(self.pair.prefill, {**body, "kv_transfer_params": params}, headers)
 
     async def decode(self, *, name: str = "", max_tokens: int = 24, **params: Any) -> httpx.Response:
         asked = {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
+            **REMOTE_PREFILL,
             "remote_engine_id": self.pair.engine_id,
             "remote_bootstrap_addr": self.pair.bootstrap,
             **self._ids(),
@@ -100,7 +100,7 @@ class Handoff:
         raise AssertionError(f"after {within_s} s the hold of {self.id} has not ended")
 
     def _ids(self) -> dict[str, Any]:
-        return {"transfer_id": self.id, "disagg.handoff_id": self.id}
+        return {"transfer_id": self.id, HANDOFF_ID: self.id}
 
     def _answer(self, max_tokens: int) -> dict[str, Any]:
         body = {"model": "tiny", "prompt": self.prompt, "max_tokens": max_tokens, "temperature": 0.0}

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.sink_stack import CHUNK, TOKEN_BYTES, Engine, Server, engine, lmcache_server, prompt
 from tests.support.stack import side_by_side
+from transport.handoff_params import HANDOFF_ID, NOT_STORED, STORE
 
 
 @dataclass
@@ -35,7 +36,7 @@ def tier() -> Iterator[Tier]:
 
 def _consume(tier: Tier, tokens: list[int], handoff_id: str, **params: str) -> None:
     given = tier.prefill.prefill(tokens, handoff_id, **params)
-    tier.decode.tokens(tokens, kv_transfer_params={**given, "disagg.handoff_id": handoff_id})
+    tier.decode.tokens(tokens, kv_transfer_params={**given, HANDOFF_ID: handoff_id})
 
 
 def test_consumed_hand_offs_store_nothing(tier: Tier) -> None:
@@ -81,12 +82,11 @@ def test_an_expired_hand_off_is_rescued(tier: Tier) -> None:
 def test_the_client_may_decide(tier: Tier) -> None:
     """`never` is not stored though unused, `always` is stored though consumed."""
     before = tier.server.stored_bytes()
-    params = {"disagg.store": "never", "lmcache.max_offload_tokens": 0}
-    tier.prefill.prefill(prompt(3, 700), "never-1", **params)
+    tier.prefill.prefill(prompt(3, 700), "never-1", **NOT_STORED)
     tier.prefill.settle("never-1")
     assert tier.prefill.end_of("never-1")["outcome"] == "released"
     assert tier.server.stored_bytes() == before
-    _consume(tier, prompt(4, 700), "always-1", **{"disagg.store": "always"})
+    _consume(tier, prompt(4, 700), "always-1", **{STORE: "always"})
     assert tier.prefill.end_of("always-1")["kind"] == "rescued"
     assert tier.prefill.event(kind="ended", id="always-1")["outcome"] == "consumed"
 
@@ -187,11 +187,10 @@ def test_the_other_sinks(sink: str) -> None:
     steps = {"enable_chunked_prefill": True, "max_num_batched_tokens": CHUNK} if sink == "write_through" else None
     with lmcache_server() as server, engine("prefill", server, sink, engine_kwargs=steps) as prefill:  # type: ignore[arg-type]
         full = 700 // CHUNK * CHUNK * TOKEN_BYTES
-        never = {"disagg.store": "never", "lmcache.max_offload_tokens": 0}
         for name, params, stored in (
-            ("never", never, 0),
+            ("never", NOT_STORED, 0),
             ("plain", {}, full if sink == "write_through" else 0),
-            ("always", {"disagg.store": "always"}, 0 if sink == "off" else full),
+            ("always", {STORE: "always"}, 0 if sink == "off" else full),
         ):
             before = server.stored_bytes()
             prefill.prefill(prompt(sum(map(ord, name)), 700), name, **params)

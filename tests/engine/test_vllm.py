@@ -13,12 +13,11 @@ import httpx
 import pytest
 
 from pools.testing.contract import CHECKS, Check, Engines
-from pools.testing.tools import HANDOFF_ID
 from tests.support.engines import transfer_engine
 from tests.support.stack import side_by_side
 from transport.config import NixlConfig
+from transport.handoff_params import HANDOFF_ID, REMOTE_DECODE
 
-REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 PROMPTS = (
     "The river runs past the old mill and the stone bridge, and the letters arrive in the morning. " * 4,
     "Seven copper lamps hang in the quiet window of the paper house beside the northern garden. " * 4,

@@ -20,6 +20,7 @@ from pools.engine.base import HANDOFF_HEADER
 from tests.support.engines import transfer_engine
 from tests.support.stack import side_by_side
 from transport.config import NixlConfig
+from transport.handoff_params import HANDOFF_ID, REMOTE_DECODE
 
 LEASE_S = 6
 MAX_NUM_SEQS = 4
@@ -38,8 +39,8 @@ class Pair:
         """A prefill leg of a new prompt: its tokens, and the parameters for the decode leg."""
         salt = uuid.uuid4().int
         ids = [20 + (salt // (i + 1) + i * 7) % 1400 for i in range(TOKENS)]
-        ours = {} if handoff_id is None else {"disagg.handoff_id": handoff_id}
-        asked = {"do_remote_decode": True, "do_remote_prefill": False, **ours}
+        ours = {} if handoff_id is None else {HANDOFF_ID: handoff_id}
+        asked = {**REMOTE_DECODE, **ours}
         body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "kv_transfer_params": asked}
         answer = await self._client.post(f"{self.prefill}/v1/completions", json=body)
         return ids, answer.json()["kv_transfer_params"] | ours
@@ -47,7 +48,7 @@ class Pair:
     async def answer(self, ids: list[int], params: dict[str, Any] | None, **more: Any) -> httpx.Response:
         """A decode leg, with the header that names its hand-off."""
         body = {"model": "tiny", "prompt": ids, "max_tokens": 4, "kv_transfer_params": params, **more}
-        named = str((params or {}).get("disagg.handoff_id", ""))
+        named = str((params or {}).get(HANDOFF_ID, ""))
         headers = {HANDOFF_HEADER: named} if named else {}
         return await self._client.post(f"{self.decode}/v1/completions", json=body, headers=headers)
 

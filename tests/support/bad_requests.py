@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transport.handoff_params import DO_REMOTE_PREFILL
+
 JSON_HEADERS = (("content-type", "application/json"),)
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -134,7 +136,7 @@ def _fields(model: str) -> list[BadRequest]:
             cases.append(_post(f"{field} in a {name}", path, good | {field: {"a": 1}}, param=field))
             nested = good | {"vllm_xargs": {field: "x"}}
             cases.append(_post(f"{field} in vllm_xargs of a {name}", path, nested, param=f"vllm_xargs.{field}"))
-        attack = {"do_remote_prefill": True, "remote_host": "10.0.0.1", "remote_port": 1, "remote_block_ids": [[1]]}
+        attack = {DO_REMOTE_PREFILL: True, "remote_host": "10.0.0.1", "remote_port": 1, "remote_block_ids": [[1]]}
         cases += [
             _post(f"hand-off to another host in a {name}", path, good | {"kv_transfer_params": attack}),
             _post(f"null kv_transfer_params in a {name}", path, good | {"kv_transfer_params": None}),

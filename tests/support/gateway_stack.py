@@ -36,6 +36,7 @@ from pools.replica.server import EngineServer
 from transport.config import MooncakeConfig, NixlConfig
 from transport.descriptor import Transport
 from transport.errors import DisaggError
+from transport.handoff_params import is_warm_up
 from transport.transports import describe
 
 MODEL = "tiny"
@@ -128,7 +129,7 @@ class WatchedEngine(FakeEngine):
     def happened(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind so far, but for warm-ups."""
         events = self.events._events
-        return [e for e in events if e["kind"] == kind and not str(e.get("id")).startswith("warm-")]
+        return [e for e in events if e["kind"] == kind and not is_warm_up(str(e.get("id")))]
 
     @property
     def outcomes(self) -> list[str]:

@@ -22,6 +22,7 @@ from pools.plan.placement import placement
 from tests.support.engines import SMALL
 from tests.support.stack import BUILD, ENGINE_KWARGS, engine_process, free_port, note_start, tiny_model, wait_until
 from transport.config import NixlConfig
+from transport.handoff_params import offer_params
 from transport.launch import EngineFacts, launch
 from transport.lmcache_server import new_shm_name, server_argv, server_env, shm_stem
 from transport.tiers import ManagedServerConfig, SharedCacheConfig, Sink
@@ -177,7 +178,7 @@ class Engine:
 
     def prefill(self, prompt: list[int], handoff_id: str, **params: Any) -> dict[str, Any]:
         """A prefill leg, as the gateway sends it; the hand-off parameters."""
-        given = {"do_remote_decode": True, "do_remote_prefill": False, "disagg.handoff_id": handoff_id, **params}
+        given = {**offer_params(handoff_id), **params}
         return dict(self.complete(prompt, max_tokens=1, kv_transfer_params=given)["kv_transfer_params"])
 
     def settle(self, *handoff_ids: str) -> None:

@@ -14,6 +14,7 @@ import httpx
 
 from tests.support.answers import Answer, Case, ask_all, difference
 from tests.support.stack import BUILD, Stack, aggregated_engine, engine_headers, wait_until
+from transport.handoff_params import offer_params
 
 CHUNK = 256
 """Tokens of an LMCache chunk, and two KV blocks of the CPU engine."""
@@ -200,7 +201,7 @@ def orphan(stack: Stack, chosen: Sequence[Sequence[int]], transport: str = "nixl
     [url] = replica_urls(stack, "prefill")
     ids = [f"orphan-{time.monotonic_ns()}-{i}" for i in range(len(chosen))]
     for handoff_id, prompt in zip(ids, chosen, strict=True):
-        params = {"do_remote_decode": True, "do_remote_prefill": False, "disagg.handoff_id": handoff_id}
+        params = offer_params(handoff_id)
         if transport == "mooncake":
             params["transfer_id"] = handoff_id
         body = {"model": "tiny", "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "ignore_eos": True}

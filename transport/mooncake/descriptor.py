@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from transport.config import MooncakeConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
-from transport.params import HANDOFF_ID, REMOTE_PREFILL
+from transport.handoff_params import HANDOFF_ID, REMOTE_PREFILL
 
 _PIPELINE = Limit("Mooncake hand-off with an engine in pipeline stages is untested", refused=False)
 

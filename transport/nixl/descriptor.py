@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from transport.config import NixlConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
-from transport.params import HANDOFF_ID
+from transport.handoff_params import HANDOFF_ID
 
 
 @dataclass(frozen=True)

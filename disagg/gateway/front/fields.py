@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from disagg.routing.views import Endpoint as Endpoint
 
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -12,8 +10,5 @@ PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v
 FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
 """Body fields that only the gateway may send: they can crash an engine, leak other prompts' KV or name other hosts."""
 
-Store = Literal["never", "always"]
-"""What a client may say about KV that no decode engine consumes; unsaid, the shared tier's `sink` decides."""
-
 STORE_FIELD = "disagg_store"
-"""Body field in which a client says so. No engine sees it."""
+"""Body field in which a client says what becomes of KV that nobody consumes: a `Store`. No engine sees it."""

@@ -19,7 +19,8 @@ from disagg.errors import (
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
-from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD, Store
+from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD
+from transport.handoff_params import Store
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_HEADERS = ("traceparent", "tracestate")

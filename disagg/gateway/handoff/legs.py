@@ -12,29 +12,11 @@ from typing import Any
 
 import msgspec
 
-from disagg.gateway.front.fields import Endpoint, Store
-from transport.params import HANDOFF_ID, REMOTE_DECODE
-
-WARM_PREFIX = "warm-"
-"""Of the ids with which gateways warm pairs; no request's hand-off has it, and no ledger counts them."""
-_STORE = "disagg.store"
-_LMCACHE_LIMIT = "lmcache.max_offload_tokens"
-"""LMCache's own key; 0 keeps it from storing anything of the request."""
-NOT_STORED = {_STORE: "never", _LMCACHE_LIMIT: 0}
-"""`kv_transfer_params` of a request whose KV the shared cache leaves alone."""
+from disagg.gateway.front.fields import Endpoint
+from transport.handoff_params import DO_REMOTE_PREFILL
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
-
-
-def offer_params(handoff_id: str, store: Store | None) -> dict[str, Any]:
-    """`kv_transfer_params` of a prefill leg, whatever the transport."""
-    params: dict[str, Any] = {**REMOTE_DECODE, HANDOFF_ID: handoff_id}
-    if store is not None:
-        params[_STORE] = store
-    if store == "never":
-        params[_LMCACHE_LIMIT] = 0
-    return params
 
 
 def prefill_body(
@@ -134,6 +116,6 @@ def is_server_fault(event: bytes) -> bool:
 def transfer_params(response: Mapping[str, Any]) -> dict[str, Any] | None:
     """The hand-off parameters of a prefill leg's response, or None when it offers none."""
     params = response.get("kv_transfer_params")
-    if not isinstance(params, dict) or not params.get("do_remote_prefill") or not params.get("remote_block_ids"):
+    if not isinstance(params, dict) or not params.get(DO_REMOTE_PREFILL) or not params.get("remote_block_ids"):
         return None
     return params

@@ -18,7 +18,7 @@ from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.handoff.deadline import LocalRate, attempt_until, prefill_allowance_s
 from disagg.gateway.handoff.hedging import Race, Runner
-from disagg.gateway.handoff.legs import PrefillReply, offer_params, prefill_body
+from disagg.gateway.handoff.legs import PrefillReply, prefill_body
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.sending import Call, Sender, spawn_kept
 from disagg.gateway.handoff.settling import CLEANUP_TIMEOUT_S, Settling, UnderWay
@@ -30,6 +30,7 @@ from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.constraints import pair_only
 from disagg.routing.views import RequestView
 from pools.errors import ReplicaLostError
+from transport.handoff_params import offer_params
 
 T = TypeVar("T")
 Take: TypeAlias = Callable[[UnderWay, Reservation, dict[str, Any]], Awaitable[T]]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from disagg.gateway.front.fields import PATHS, Endpoint, Store
+from disagg.gateway.front.fields import PATHS, Endpoint
 from disagg.gateway.handoff.legs import PrefillReply, is_server_fault, prefill_reply, probe_body
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.membership import Member, Membership
@@ -18,6 +18,7 @@ from disagg.observability.metrics import Metrics
 from pools.client.http1 import Exchange, Upstreams
 from pools.engine.base import HANDOFF_HEADER
 from pools.errors import ReplicaLostError
+from transport.handoff_params import Store
 
 logger = logging.getLogger(__name__)
 

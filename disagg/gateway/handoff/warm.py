@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from disagg.gateway.background import Background
-from disagg.gateway.handoff.legs import WARM_PREFIX, PrefillReply, offer_params, prefill_reply
+from disagg.gateway.handoff.legs import PrefillReply, prefill_reply
 from disagg.gateway.handoff.sending import Sender, spawn_kept
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
 from disagg.gateway.replicas.kv_paths import KvPaths
@@ -25,6 +25,7 @@ from disagg.gateway.replicas.reservation import Hold
 from disagg.observability.metrics import Metrics
 from pools.client.http1 import Upstreams
 from pools.errors import ReplicaLostError
+from transport.handoff_params import offer_params, warm_up_id
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class PairWarmer:
         info = pair.prefill.info
         prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
         # Not an id of the gateway's requests, so that no ledger counts it; and no tier keeps random tokens.
-        warm_id = f"{WARM_PREFIX}{uuid.uuid4().hex}"
+        warm_id = warm_up_id(uuid.uuid4().hex)
         offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id)
 
         def send() -> asyncio.Task[PrefillReply]:

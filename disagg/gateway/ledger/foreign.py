@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from disagg.gateway.handoff.legs import WARM_PREFIX
 from disagg.gateway.ledger.ledger import Ledger
+from transport.handoff_params import is_warm_up
 
 _MAX_OPEN = 16_384
 
@@ -21,7 +21,7 @@ def foreign_ledger(
     """A ledger of all hand-offs that are not in `own`, warm-ups of pairs excepted. Arguments are those of `Ledger`."""
 
     def owns(handoff_id: str) -> bool:
-        return not own.is_own(handoff_id) and not handoff_id.startswith(WARM_PREFIX)
+        return not own.is_own(handoff_id) and not is_warm_up(handoff_id)
 
     return Ledger(
         num_records=num_records, unknown_after_s=unknown_after_s, max_open=_MAX_OPEN, on_count=on_count, owns=owns

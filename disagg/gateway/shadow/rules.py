@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from disagg.gateway.handoff.legs import NOT_STORED
+from transport.handoff_params import NOT_STORED
 
 NEAR_TIE = 0.5
 """Nats between the two best tokens below which either may win: the order in which an engine adds up numbers depends on

@@ -32,6 +32,7 @@ from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 from transport.config import NixlConfig
 from transport.descriptor import Transport
 from transport.facts import EngineFacts
+from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, REMOTE_PREFILL, STORE, handoff_id_of
 from transport.transports import describe
 
 _STEP_S = 0.02
@@ -276,7 +277,7 @@ class FakeEngine:
     async def _local_and_remote_hits(self, generation: Generation, running: _Running) -> int:
         hits = [self._kv.cached_tokens(prompt, generation.cache_salt) for prompt in generation.prompts]
         params = generation.kv_transfer_params
-        if params and params.get("do_remote_prefill") and self._role == "decode":
+        if params and params.get(DO_REMOTE_PREFILL) and self._role == "decode":
             hits[0] = await self._fetch(params, generation.prompts[0], hits[0], running)
         elif self._shared_cache is not None:
             salt = generation.cache_salt
@@ -318,22 +319,19 @@ class FakeEngine:
         """Hold a finished prompt for a decode engine; what that engine needs to read it. With both legs at once it
         knows."""
         params = generation.kv_transfer_params
-        if self._role != "prefill" or not params or not params.get("do_remote_decode") or self._over(running):
+        if self._role != "prefill" or not params or not params.get(DO_REMOTE_DECODE) or self._over(running):
             return None
         prompt = generation.prompts[0]
-        handoff_id = str(params.get("disagg.handoff_id") or running.internal_id)
+        handoff_id = handoff_id_of(params, running.internal_id)
         at_once = self._transport.legs == "both_at_once"
         key = str(params.get("transfer_id") or handoff_id) if at_once else running.internal_id
-        block_ids = self._kv.pin(
-            handoff_id, prompt, keys=[key], salt=generation.cache_salt, store=params.get("disagg.store")
-        )
+        block_ids = self._kv.pin(handoff_id, prompt, keys=[key], salt=generation.cache_salt, store=params.get(STORE))
         # Leases end by themselves, also when nobody looks.
         asyncio.get_running_loop().call_later(self._kv.lease_s + _STEP_S, self._kv.expire)
         if at_once:
             return None
         return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
+            **REMOTE_PREFILL,
             "remote_block_ids": [block_ids],
             "remote_engine_id": self._engine_id,
             "remote_request_id": running.internal_id,

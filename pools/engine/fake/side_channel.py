@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from pools.engine.base import KVTransferParams
 from pools.engine.fake.kv import FakeKV, Held
+from transport.handoff_params import DO_REMOTE_PREFILL
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class SideChannel:
 
 def named(params: KVTransferParams | None) -> tuple[str, str] | None:
     """(engine id, request or transfer id) that a decode leg's parameters name; None when they name none."""
-    if not params or not params.get("do_remote_prefill"):
+    if not params or not params.get(DO_REMOTE_PREFILL):
         return None
     engine_id = params.get("remote_engine_id")
     name = params.get("transfer_id") or params.get("remote_request_id")

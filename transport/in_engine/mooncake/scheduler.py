@@ -10,6 +10,8 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import MooncakeConnectorScheduler
 from vllm.v1.request import RequestStatus
 
+from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, handoff_id_of
+
 logger = logging.getLogger(__name__)
 
 _OF_A_CONSUMER = ("transfer_id", "remote_engine_id", "remote_bootstrap_addr")
@@ -30,12 +32,12 @@ class Scheduler(MooncakeConnectorScheduler):
         """
         params = request.kv_transfer_params
         if params:
-            if params.get("do_remote_prefill") and (self.is_kv_producer or not _is_complete(params)):
+            if params.get(DO_REMOTE_PREFILL) and (self.is_kv_producer or not _is_complete(params)):
                 logger.warning("request %s: unusable Mooncake parameters are ignored", request.request_id)
-                params["do_remote_prefill"] = False
-            if params.get("do_remote_decode") and self.is_kv_consumer:
+                params[DO_REMOTE_PREFILL] = False
+            if params.get(DO_REMOTE_DECODE) and self.is_kv_consumer:
                 logger.warning("request %s: a decode engine hands no KV over", request.request_id)
-                params["do_remote_decode"] = False
+                params[DO_REMOTE_DECODE] = False
         super().on_new_request(request)
 
     def request_finished(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
@@ -44,11 +46,11 @@ class Scheduler(MooncakeConnectorScheduler):
         vLLM would ask the producer for nothing, to free its blocks; there that looks like a hand-off that was used.
         """
         params = request.kv_transfer_params or {}
-        if params.get("do_remote_prefill"):
-            params["do_remote_prefill"] = False
-            self._unread.append(str(params.get("disagg.handoff_id") or params["transfer_id"]))
+        if params.get(DO_REMOTE_PREFILL):
+            params[DO_REMOTE_PREFILL] = False
+            self._unread.append(handoff_id_of(params, params["transfer_id"]))
             return False, None
-        if not params.get("do_remote_decode") or not params.get("transfer_id"):
+        if not params.get(DO_REMOTE_DECODE) or not params.get("transfer_id"):
             return self._finished(request, block_ids)
         status = request.status
         if status == RequestStatus.FINISHED_STOPPED:

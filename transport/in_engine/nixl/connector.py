@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPull
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
+from transport.handoff_params import DO_REMOTE_PREFILL, handoff_id_of
 from transport.in_engine.nixl import listener as nixl_listener
 from transport.in_engine.patches.gloo_listeners import listening
 from transport.in_engine.patches.nixl_ports import close_unnamed
@@ -141,15 +142,15 @@ class NixlScheduler(NixlPullConnectorScheduler):
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         params = request.kv_transfer_params
-        if not params or not params.get("do_remote_prefill"):
+        if not params or not params.get(DO_REMOTE_PREFILL):
             result: tuple[bool, dict[str, Any] | None] = super().request_finished(request, block_ids)
             return result
         self._stop_heartbeat(request.request_id)
-        params["do_remote_prefill"] = False
+        params[DO_REMOTE_PREFILL] = False
         self._unread.append(_id_at_producer(params))
         return False, None
 
 
 def _id_at_producer(params: dict[str, Any]) -> str:
     """The id under which the prefill engine tracks this hand-off."""
-    return str(params.get("disagg.handoff_id") or params.get("remote_request_id"))
+    return handoff_id_of(params, params.get("remote_request_id"))

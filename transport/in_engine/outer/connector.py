@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiCo
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorStats
 
 from transport.digests import chunk_digests
+from transport.handoff_params import SETTLE, STORE, handoff_id_of
 from transport.in_engine.block_bytes import block_bytes
 from transport.in_engine.outer.holds import Holds
 from transport.in_engine.outer.metadata import HandoffMetadata, HandoffWorkerMetadata
@@ -38,9 +39,6 @@ from transport.in_engine.protocols import (
     TransferWorker,
 )
 
-HANDOFF_ID = "disagg.handoff_id"
-SETTLE = "disagg.settle"
-STORE = "disagg.store"
 _BLOCKS_OF_STEP = "_current_batch_allocated_block_ids"
 _SOURCES = {"OffloadingConnector": "offload", "LMCacheMPConnector": "lmcache"}
 
@@ -171,7 +169,7 @@ class MultiConnector(VllmMultiConnector):
         self, request: Any, num_blocks: int, finish_child: Callable[[Any], tuple[bool, dict[str, Any] | None]]
     ) -> tuple[bool, dict[str, Any] | None]:
         params = request.kv_transfer_params or {}
-        handoff_id = str(params.get(HANDOFF_ID) or request.request_id)
+        handoff_id = handoff_id_of(params, request.request_id)
         held = False
 
         def finish(child: Any) -> tuple[bool, dict[str, Any] | None]:

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from disagg.gateway.front.fields import Endpoint, Store
+from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.handoff.hedging import Outcome
 from disagg.gateway.handoff.sending import Phase
 from disagg.gateway.replicas.membership import POOLS
@@ -24,6 +24,7 @@ from disagg.pages.metrics import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.views import Mode
 from pools.engine.base import EngineStats
+from transport.handoff_params import Store
 
 ROOT = Path(__file__).parents[4]
 GATEWAY = ROOT / "disagg" / "gateway"

@@ -12,6 +12,7 @@ from pools.engine.base import HANDOFF_HEADER, ASGIApp, Receive, Scope, Send
 from pools.engine.events import EventLog
 from pools.engine.handoffs import Handoff, Handoffs, consumed_by
 from pools.errors import HandoffRefusedError
+from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, HANDOFF_ID
 
 ONE = Handoff("e-1/r-1", "h-1")
 SCOPE = {"type": "http", "headers": [(b"host", b"x"), (HANDOFF_HEADER.encode(), b"h-1")]}
@@ -21,11 +22,11 @@ SCOPE = {"type": "http", "headers": [(b"host", b"x"), (HANDOFF_HEADER.encode(), 
     ("params", "expected"),
     [
         (None, None),
-        ({"do_remote_decode": True, "remote_request_id": "r"}, None),
-        ({"do_remote_prefill": True, "remote_engine_id": "e", "remote_request_id": "r"}, Handoff("e/r", "r")),
-        ({"do_remote_prefill": True, "remote_engine_id": "e", "transfer_id": "t"}, Handoff("e/t", "t")),
+        ({DO_REMOTE_DECODE: True, "remote_request_id": "r"}, None),
+        ({DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "remote_request_id": "r"}, Handoff("e/r", "r")),
+        ({DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "transfer_id": "t"}, Handoff("e/t", "t")),
         (
-            {"do_remote_prefill": True, "remote_engine_id": "e", "remote_request_id": "r", "disagg.handoff_id": "h"},
+            {DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "remote_request_id": "r", HANDOFF_ID: "h"},
             Handoff("e/r", "h"),
         ),
     ],

@@ -16,6 +16,7 @@ from pools.engine.base import HANDOFF_HEADER
 from pools.replica.engine_key import ENGINE_KEY_HEADER
 from tests.support.bad_requests import COMPLETIONS, BadRequest, bad_requests, error_fault
 from tests.support.gateway_stack import JSON_HEADERS, MODEL, Stack, connected, request_bytes, running_stack
+from transport.handoff_params import HANDOFF_ID
 
 KEY = "the admin key"
 CASES = bad_requests(MODEL)
@@ -141,7 +142,7 @@ async def test_client_headers_stay_outside(stack: Stack) -> None:
     assert prefill.headers["x-request-id"] != "mine-1.2:3_4"
     assert decode.headers.keys() == own | {"traceparent", "tracestate", HANDOFF_HEADER}
     assert decode.headers[HANDOFF_HEADER] == prefill.headers["x-request-id"]
-    assert decode.headers[HANDOFF_HEADER] == decode.body["kv_transfer_params"]["disagg.handoff_id"]
+    assert decode.headers[HANDOFF_HEADER] == decode.body["kv_transfer_params"][HANDOFF_ID]
     assert decode.headers["x-request-id"] == "mine-1.2:3_4"
 
 

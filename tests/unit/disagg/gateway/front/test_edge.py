@@ -18,6 +18,7 @@ from pools.engine.base import Receive, Scope, Send
 from pools.replica.engine_key import ENGINE_KEY_HEADER
 from pools.testing.client import request
 from tests.support.gateway_stack import JSON_HEADERS, MODEL, Hook, Reply, Stack, running_stack, until
+from transport.handoff_params import DO_REMOTE_DECODE
 
 KEYS = {"alice": "alice-0123456789abcdef", "bob": "bob-0123456789abcdefgh"}
 ADMIN = "admin-0123456789"
@@ -350,7 +351,7 @@ async def test_loss_in_mid_event(spliced: bool) -> None:
 async def test_engines_answer_nobody_else(stack: Stack) -> None:
     """An engine's own address answers only who has its key, also on routes that vLLM leaves open."""
     for replica in stack.replicas:
-        body = {**COMPLETION, "kv_transfer_params": {"do_remote_decode": True}}
+        body = {**COMPLETION, "kv_transfer_params": {DO_REMOTE_DECODE: True}}
         for method, path, sent in (
             ("POST", "/v1/completions", body),
             ("POST", "/v1/chat/completions", CHAT),

@@ -27,6 +27,7 @@ from disagg.gateway.front.intake import (
     request_id_of,
     take_store,
 )
+from transport.handoff_params import DO_REMOTE_PREFILL
 
 
 def request(headers: dict[str, str] | None = None, parts: Sequence[bytes | None] = ()) -> Request:
@@ -107,7 +108,7 @@ def test_no_json_object(raw: bytes) -> None:
 @pytest.mark.parametrize("field", FORBIDDEN_FIELDS)
 def test_forbidden_fields(field: str) -> None:
     """Fields of the gateway are refused with any value, in the body and where vLLM merges extra arguments."""
-    for value in (None, {}, "x", {"do_remote_prefill": True}):
+    for value in (None, {}, "x", {DO_REMOTE_PREFILL: True}):
         with pytest.raises(InvalidRequestError) as caught:
             check_fields({"model": "m", field: value}, model_id="m")
         assert caught.value.param == field

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 
 from disagg.gateway.handoff.legs import (
-    REMOTE_DECODE,
     decode_body,
-    offer_params,
     prefill_body,
     prefill_reply,
     probe_body,
     transfer_params,
 )
+from transport.handoff_params import DO_REMOTE_PREFILL, REMOTE_DECODE, REMOTE_PREFILL
 
 ONE = [[1, 2, 3]]
-PARAMS = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[4]], "remote_engine_id": "e"}
+PARAMS = {**REMOTE_PREFILL, "remote_block_ids": [[4]], "remote_engine_id": "e"}
 
 
 def test_prefill_leg_holds_only_what_it_needs() -> None:
@@ -33,14 +32,6 @@ def test_prefill_leg_holds_only_what_it_needs() -> None:
         "kv_transfer_params": REMOTE_DECODE,
     }
     assert json.loads(prefill_body("m", (5, 6), {}, cache_salt="tenant"))["cache_salt"] == "tenant"
-
-
-def test_offer_names_the_handoff_and_what_the_client_said() -> None:
-    """Every offer carries its id; only a client that said something changes what is stored."""
-    assert offer_params("g-1", None) == {**REMOTE_DECODE, "disagg.handoff_id": "g-1"}
-    assert offer_params("g-1", "always") == {**offer_params("g-1", None), "disagg.store": "always"}
-    never = {"disagg.store": "never", "lmcache.max_offload_tokens": 0}
-    assert offer_params("g-1", "never") == {**offer_params("g-1", None), **never}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +94,7 @@ def test_probe_carries_parameters_or_none() -> None:
         {"kv_transfer_params": None},
         {"kv_transfer_params": "text"},
         {"kv_transfer_params": []},
-        {"kv_transfer_params": {**PARAMS, "do_remote_prefill": False}},
+        {"kv_transfer_params": {**PARAMS, DO_REMOTE_PREFILL: False}},
         {"kv_transfer_params": {**PARAMS, "remote_block_ids": []}},
         {"kv_transfer_params": {**PARAMS, "remote_block_ids": None}},
     ],

@@ -22,6 +22,7 @@ from pools.engine.fake.tiers import FakeSharedCache
 from pools.errors import ReplicaLostError
 from tests.support.gateway_stack import Hook, Replica, Stack, respond, running_stack, until
 from tests.unit.disagg.gateway.replicas.test_membership import info
+from transport.handoff_params import HANDOFF_ID, MAX_OFFLOAD_TOKENS, REMOTE_DECODE, REMOTE_PREFILL, STORE
 
 PROMPT = "a prompt longer than one block of KV"
 EXPECTED = decode(answer(encode(PROMPT), 8))
@@ -357,18 +358,16 @@ async def test_both_legs_run_at_once() -> None:
         leg_id = prefill.headers["x-request-id"]
         offered, taken = prefill.body["kv_transfer_params"], decode_leg.body["kv_transfer_params"]
         assert offered == {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
+            **REMOTE_DECODE,
             "transfer_id": leg_id,
-            "disagg.handoff_id": leg_id,
+            HANDOFF_ID: leg_id,
         }
         assert taken == {
-            "do_remote_decode": False,
-            "do_remote_prefill": True,
+            **REMOTE_PREFILL,
             "remote_engine_id": stack.prefill[0].engine.engine_id,
             "remote_bootstrap_addr": stack.prefill[0].engine.kv_source["remote_bootstrap_addr"],
             "transfer_id": leg_id,
-            "disagg.handoff_id": leg_id,
+            HANDOFF_ID: leg_id,
         }
         await until(lambda: outcomes(stack) == ["consumed"])
 
@@ -424,8 +423,8 @@ async def test_disagg_store_reaches_prefill_only(transport: Any) -> None:
             assert (await stack.complete(PROMPT, disagg_store=store, n=2)).text == EXPECTED
             assert (await stack.chat(disagg_store=store)).status == 200
         offers = [seen.body["kv_transfer_params"] for seen in stack.prefill[0].engine.seen]
-        assert [offer.get("disagg.store") for offer in offers] == ["never"] * 3 + ["always"] * 3
-        assert [offer.get("lmcache.max_offload_tokens") for offer in offers] == [0] * 3 + [None] * 3
+        assert [offer.get(STORE) for offer in offers] == ["never"] * 3 + ["always"] * 3
+        assert [offer.get(MAX_OFFLOAD_TOKENS) for offer in offers] == [0] * 3 + [None] * 3
         stack.gateway.membership.replace("prefill", [])
         assert is_local(await stack.complete(PROMPT, disagg_store="never"))
         for seen in stack.prefill[0].engine.seen + stack.decode[0].engine.seen:

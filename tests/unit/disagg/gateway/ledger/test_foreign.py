@@ -9,6 +9,7 @@ from typing import Any
 from disagg.gateway.ledger.foreign import foreign_ledger
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.routing.views import ReplicaInfo
+from transport.handoff_params import warm_up_id
 
 P0 = ReplicaInfo("p0", "prefill", "http://p0", "e", "p0-1", 16, 1000)
 D0 = ReplicaInfo("d0", "decode", "http://d0", "e", "d0-1", 16, 1000)
@@ -56,7 +57,7 @@ def test_what_a_killed_gateway_leaves_behind() -> None:
 def test_own_handoffs_and_warm_ups_are_not_foreign() -> None:
     """Each hand-off is in one of the two books, a warm-up in none."""
     _, foreign, counted = books()
-    for handoff_id in ("mine-1", "mine-2", "warm-0123"):
+    for handoff_id in ("mine-1", "mine-2", warm_up_id("0123")):
         tell(foreign, handoff_id, ended("released"))
     assert not counted and not list(foreign.records())
 

@@ -22,6 +22,7 @@ from pools.engine.base import ProbeResult, Receive, Scope, Send
 from pools.engine.fake import openai_shapes as fake_wire
 from pools.engine.fake.text import answer, next_token, word
 from tests.support.gateway_stack import MODEL, Replica, Reply, Seen, Stack, respond, run, running_stack, until
+from transport.handoff_params import DO_REMOTE_PREFILL
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 WATCHING = GatewayConfig(shadow_check_every=1)
@@ -40,7 +41,7 @@ def corrupt(replica: Replica, *, at: int = 2) -> Callable[[], None]:
 
     def answers(generation: fake_wire.Generation) -> list[fake_wire.Answer]:
         found = right(generation)
-        if not (generation.kv_transfer_params or {}).get("do_remote_prefill"):
+        if not (generation.kv_transfer_params or {}).get(DO_REMOTE_PREFILL):
             return found
         return [_other(right_answer, at) for right_answer in found]
 
@@ -102,7 +103,7 @@ def test_a_right_answer_is_the_same_when_it_is_computed_again(kind: str, transpo
             replica = next(r for r in stack.decode if r.replica_id == reply.headers["x-disagg-decode"])
             (second,) = shadows(replica)
             assert second.body["max_tokens"] == 8
-            assert "do_remote_prefill" not in second.body["kv_transfer_params"]
+            assert DO_REMOTE_PREFILL not in second.body["kv_transfer_params"]
             assert stack.metric("disagg_local_prefills_total", reason="short") == 0
             await stack.settled()
 

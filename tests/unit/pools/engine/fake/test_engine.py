@@ -15,9 +15,9 @@ from pools.engine.fake.engine import FakeEngine
 from pools.engine.fake.kv import FakeKV
 from pools.engine.fake.text import answer, decode, encode, render_chat, token_at, word
 from pools.errors import EngineDeadError, HandoffRefusedError
+from transport.handoff_params import DO_REMOTE_PREFILL, REMOTE_DECODE
 
 PROMPT = encode("a prompt of more than one block of sixteen tokens")
-DECODE_LEG = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 def engine(role: Any = "decode", **fields: Any) -> FakeEngine:
@@ -134,9 +134,9 @@ def test_a_prefill_leg_pins_until_the_lease_ends() -> None:
     now = [0.0]
     config = FakeEngineConfig(type="fake", itl_ms=0, prefill_ms_per_1k_tokens=0)
     target = FakeEngine("e", "prefill", config, model_id="tiny", kv_lease_duration_s=30, clock=lambda: now[0])
-    _, writes = complete(target, max_tokens=1, kv_transfer_params=DECODE_LEG)
+    _, writes = complete(target, max_tokens=1, kv_transfer_params=REMOTE_DECODE)
     params = json.loads(writes[0])["kv_transfer_params"]
-    assert (params["remote_engine_id"], params["do_remote_prefill"]) == ("e", True)
+    assert (params["remote_engine_id"], params[DO_REMOTE_PREFILL]) == ("e", True)
     assert target.stats().kv_cache_usage > 0
     now[0] = 30.0
     assert target.stats().kv_cache_usage == 0
@@ -146,7 +146,7 @@ def test_a_prefill_leg_pins_until_the_lease_ends() -> None:
 def test_unreachable_parameters_are_recomputed_and_counted() -> None:
     """Parameters without an address give the same answer and one failed transfer."""
     target = engine()
-    gone = {"do_remote_prefill": True, "remote_engine_id": "x", "remote_request_id": "y"}
+    gone = {DO_REMOTE_PREFILL: True, "remote_engine_id": "x", "remote_request_id": "y"}
     _, handed = complete(target, kv_transfer_params=gone)
     _, alone = complete(engine())
     assert json.loads(handed[0])["choices"] == json.loads(alone[0])["choices"]
@@ -156,7 +156,7 @@ def test_unreachable_parameters_are_recomputed_and_counted() -> None:
 def test_parameters_are_used_once() -> None:
     """What was admitted before is refused, by requests and probes."""
     target = engine()
-    params = {"do_remote_prefill": True, "remote_engine_id": "x", "remote_request_id": "y"}
+    params = {DO_REMOTE_PREFILL: True, "remote_engine_id": "x", "remote_request_id": "y"}
     assert complete(target, kv_transfer_params=params)[0] == 200
     assert complete(target, kv_transfer_params=params)[0] == 409
     with pytest.raises(HandoffRefusedError):

@@ -16,12 +16,13 @@ from pools.engine.fake.text import encode
 from pools.engine.fake.tiers import FakeSharedCache
 from transport.config import MooncakeConfig, NixlConfig
 from transport.digests import chunk_digests
+from transport.handoff_params import DO_REMOTE_PREFILL, offer_params
 from transport.transports import describe
 
 TRANSPORTS = {"nixl": describe(NixlConfig()), "mooncake": describe(MooncakeConfig(type="mooncake"))}
 PROMPT = encode("a prompt of more than two blocks of sixteen tokens each")
 FAST = {"itl_ms": 0, "prefill_ms_per_1k_tokens": 0, "transfer_ms_per_1k_tokens": 0}
-OFFER = {"do_remote_decode": True, "do_remote_prefill": False, "disagg.handoff_id": "g-1"}
+OFFER = offer_params("g-1")
 
 
 def held(lease_s: float = 30.0, cache: FakeSharedCache | None = None) -> tuple[FakeKV, list[float], EventLog]:
@@ -93,7 +94,7 @@ async def test_a_transfer_id_may_be_asked_for_first() -> None:
             assert prefill.kv_source and not decode.kv_source
             offer = {**OFFER, "transfer_id": "g-1"}
             taken = {
-                "do_remote_prefill": True,
+                DO_REMOTE_PREFILL: True,
                 **prefill.kv_source,
                 "transfer_id": "g-1",
             }
@@ -110,7 +111,7 @@ async def test_a_transfer_that_never_comes_is_given_up() -> None:
     """Mooncake: decode waits as long as a lease, then computes the prompt itself."""
     async with pair("mooncake", kv_lease_duration_s=0.1) as (prefill, decode):
         taken = {
-            "do_remote_prefill": True,
+            DO_REMOTE_PREFILL: True,
             **prefill.kv_source,
             "transfer_id": "g-1",
         }
