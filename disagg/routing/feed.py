@@ -7,16 +7,53 @@ handed to them.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from disagg.routing.views import ReplicaInfo
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[str, list[ReplicaInfo]], None]
 
 _lock = threading.Lock()
 _latest: dict[str, list[ReplicaInfo]] = {}
 _listeners: list[Listener] = []
+_told: set[str] = set()
+"""What the log says already: names of fields, and replicas that cannot be used."""
+_MAX_TOLD = 1024
+
+
+def report(pool: str, published: Mapping[str, Mapping[str, Any]]) -> None:
+    """Publish a pool's list as Serve has it: replica id to what the replica published about itself.
+
+    Replicas of several versions are together in it during a rolling update. One that cannot be understood is left out,
+    and says so in the log; it costs no other one anything.
+    """
+    replicas: list[ReplicaInfo] = []
+    for replica_id, metadata in published.items():
+        for name in sorted(ReplicaInfo.unknown_fields(metadata)):
+            _tell_once(logging.INFO, f"replicas publish {name!r}, which this version of the gateway does not know")
+        try:
+            replicas.append(ReplicaInfo.from_metadata(replica_id, metadata))
+        except ValueError as exc:
+            _tell_once(
+                logging.ERROR,
+                f"replica {replica_id} of pool {pool} is not used, for what it published cannot be understood: {exc}",
+            )
+    publish(pool, replicas)
+
+
+def _tell_once(level: int, message: str) -> None:
+    with _lock:
+        told = message in _told
+        if len(_told) >= _MAX_TOLD:
+            _told.clear()
+        _told.add(message)
+    if not told:
+        logger.log(level, message)
 
 
 def publish(pool: str, replicas: list[ReplicaInfo]) -> None:

@@ -8,11 +8,8 @@ published. Requests do not go through this router; the gateway talks HTTP to the
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
-
-from disagg.routing.views import ReplicaInfo
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +30,8 @@ class ReplicaRouter(RequestRouter):
         from disagg.routing import feed
 
         try:
-            feed.publish(self._deployment_id.name, [_info(r) for r in replicas if r.replica_metadata])
+            published = {r.replica_id.unique_id: r.replica_metadata for r in replicas if r.replica_metadata}
+            feed.report(self._deployment_id.name, published)
         except Exception:
             # An exception here would stop Serve's router for good.
             logger.exception("a change of replicas could not be taken over")
-
-
-def _info(replica: Any) -> ReplicaInfo:
-    metadata = replica.replica_metadata
-    return ReplicaInfo(replica_id=replica.replica_id.unique_id, **metadata)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
+
+import msgspec
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class ReplicaInfo:
     """Equal for replicas whose engines compute and lay out KV alike; see `pools.replica.kv_digest`."""
     secret: str | None = field(default=None, repr=False)
     """Key that its private HTTP asks for. In no log and in no answer of the gateway."""
+
+    @classmethod
+    def from_metadata(cls, replica_id: str, metadata: Mapping[str, Any]) -> Self:
+        """From what a replica published (`record_replica_metadata`); what this version does not know is left out.
+
+        Raises ValueError, which names the field and none of the values, when a field is missing or has another type.
+        """
+        return msgspec.convert({**metadata, "replica_id": replica_id}, cls)
+
+    @classmethod
+    def unknown_fields(cls, metadata: Mapping[str, Any]) -> frozenset[str]:
+        """What a replica published and this version does not know."""
+        return frozenset(metadata) - {known.name for known in fields(cls)}
 
 
 Endpoint = Literal["chat", "completions"]

@@ -12,6 +12,7 @@ from pools.engine.base import EngineStats
 from transport.config import MooncakeConfig, NixlConfig, TransportConfig
 from transport.descriptor import Transport
 from transport.facts import EngineFacts, Role
+from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, HANDOFF_ID, REMOTE_PREFILL
 from transport.transports import STATISTICS, describe
 
 CONFIGS: list[TransportConfig] = [NixlConfig(), MooncakeConfig(type="mooncake")]
@@ -53,11 +54,11 @@ def test_what_is_counted_has_a_field(transport: Transport) -> None:
 def test_the_legs_name_the_handoff(transport: Transport) -> None:
     """The decode leg says that the KV is elsewhere, where, and the hand-off's id; what it was given is in it."""
     at_once = transport.legs == "both_at_once"
-    answered = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[1]]}
+    answered = {**REMOTE_PREFILL, "remote_block_ids": [[1]]}
     found = transport.source(facts("prefill")) if at_once else answered
     params = transport.decode_params("g-1", found)
-    assert params["do_remote_prefill"] is True and params["do_remote_decode"] is False
-    assert params["disagg.handoff_id"] == "g-1"
+    assert params[DO_REMOTE_PREFILL] is True and params[DO_REMOTE_DECODE] is False
+    assert params[HANDOFF_ID] == "g-1"
     assert params.items() >= found.items()
 
 

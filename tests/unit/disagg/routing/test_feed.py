@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ def _empty_feed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A feed that nobody else of this process uses."""
     monkeypatch.setattr(feed, "_latest", {})
     monkeypatch.setattr(feed, "_listeners", [])
+    monkeypatch.setattr(feed, "_told", set())
 
 
 def info(replica_id: str, pool: str = "decode") -> ReplicaInfo:
@@ -30,6 +34,45 @@ def test_late_subscriber_hears_what_is_known() -> None:
     heard: dict[str, list[ReplicaInfo]] = {}
     feed.subscribe(lambda pool, replicas: heard.update({pool: replicas}))
     assert heard == {"prefill": [info("p0", "prefill")], "decode": [info("d1")]}
+
+
+METADATA = {
+    "pool": "decode",
+    "url": "http://127.0.0.1:1",
+    "engine_id": "e-d0",
+    "incarnation": "i-d0",
+    "block_size": 16,
+    "vocab_size": 1000,
+    "secret": "hunter-2",
+}
+"""What a replica publishes at the least, and its key."""
+
+
+def test_an_unknown_field_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A replica that publishes a field of a later version is reported without it, and the log names the field once."""
+    with caplog.at_level(logging.INFO, logger="disagg.routing.feed"):
+        for _ in range(2):
+            feed.report("decode", {"d0": {**METADATA, "colour": "blue"}, "d1": {**METADATA, "colour": "red"}})
+    (d0, d1) = feed._latest["decode"]
+    assert d0 == dataclasses.replace(info("d0"), secret="hunter-2")
+    assert d1.replica_id == "d1"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'colour'" in said
+
+
+@pytest.mark.parametrize("broken", [{"url": None}, {"block_size": "16"}, {"vocab_size": ...}])
+def test_a_replica_that_cannot_be_understood_is_left_out_alone(
+    broken: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing or strange field costs that replica; the others are reported, and the log names replica and field."""
+    metadata = {name: value for name, value in {**METADATA, **broken}.items() if value is not ...}
+    for _ in range(2):
+        feed.report("decode", {"d0": METADATA, "d1": metadata, "d2": METADATA})
+    assert [replica.replica_id for replica in feed._latest["decode"]] == ["d0", "d2"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "replica d1 of pool decode is not used" in said
+    assert next(iter(broken)) in said
+    assert "hunter-2" not in said
 
 
 def test_every_subscriber_hears_every_list() -> None:
