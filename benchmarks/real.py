@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from benchmarks.connection import BrokenAnswerError, Client
 from benchmarks.load import percentiles
 from disagg.gateway.front.fields import PATHS
-from disagg.gateway.handoff.legs import transfer_params
+from pools.client.messages import offered
 from tests.support.stack import engine_headers, running, tiny_model
 from transport.handoff_params import REMOTE_DECODE
 
@@ -138,7 +138,7 @@ class ByHand:
         answer = bytearray()
         sample.started_at = time.perf_counter()
         status = await self._prefill.send(payload, lambda piece, _: answer.extend(piece))
-        params = transfer_params(json.loads(answer)) if status == 200 else None
+        params = offered(json.loads(answer).get("kv_transfer_params")) if status == 200 else None
         if params is None:
             raise BrokenAnswerError(f"prefill leg: status {status}, {bytes(answer[:300])!r}")
         sample.prefilled_at = time.perf_counter()

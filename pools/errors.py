@@ -48,6 +48,18 @@ class ReplicaLostError(PoolError):
         return not self.sent and not self.own
 
 
+class UnusableAnswerError(PoolError):
+    """A replica answered, but not with what was asked for, or in words that this version cannot read.
+
+    Attributes:
+        status: HTTP status of the answer.
+    """
+
+    def __init__(self, message: str, *, status: int = 200) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class NoReplicaError(PoolError):
     """No replica of the pool is ready. Ask again after a few seconds; the pools may be starting.
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 from starlette.requests import Request
 
 from disagg.errors import (
@@ -24,14 +23,10 @@ from disagg.errors import (
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Member, Membership
-from pools.client.http1 import Upstreams
-from pools.errors import ReplicaLostError
+from pools.client.messages import ReplicaStats
+from pools.errors import ReplicaLostError, UnusableAnswerError
 
 MAX_REPLICAS = 1024
-_STATS_TIMEOUT_S = 2.0
-
-
-_Stats = dict[str, Any]
 
 
 class Scaler(Protocol):
@@ -73,12 +68,9 @@ class AdminKey:
 class Admin:
     """Answers of the admin API as JSON-able values."""
 
-    def __init__(
-        self, membership: Membership, upstreams: Upstreams, scaler: Scaler, ledger: Ledger, foreign: Ledger
-    ) -> None:
+    def __init__(self, membership: Membership, scaler: Scaler, ledger: Ledger, foreign: Ledger) -> None:
         """`foreign`: the books of other gateways' hand-offs."""
         self._membership = membership
-        self._upstreams = upstreams
         self._scaler = scaler
         self._ledger = ledger
         self._foreign = foreign
@@ -123,7 +115,9 @@ class Admin:
         await self._scaler.scale(pool, wanted)
         return {"name": pool, "target_num_replicas": wanted}
 
-    def _pool(self, name: str, target: int | None, members: Sequence[tuple[Member, _Stats]]) -> dict[str, Any]:
+    def _pool(
+        self, name: str, target: int | None, members: Sequence[tuple[Member, ReplicaStats | None]]
+    ) -> dict[str, Any]:
         standing = self._membership.pool_standing(name)
         return {
             "name": name,
@@ -134,20 +128,18 @@ class Admin:
             "replicas": [self._replica(member, stats) for member, stats in members],
         }
 
-    async def _stats(self, member: Member) -> _Stats:
-        """The load that a replica tells of itself; empty when it does not."""
+    async def _stats(self, member: Member) -> ReplicaStats | None:
+        """The load that a replica tells of itself; None when it does not."""
         try:
-            status, payload = await self._upstreams.get(member.info.url).request(
-                "GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S
-            )
+            return await member.client.stats()
+        except UnusableAnswerError:
+            return None
         except ReplicaLostError as exc:
             if exc.unreachable:
                 self._membership.mark_unreachable(member)
-            return {}
-        found: _Stats = msgspec.json.decode(payload) if status == 200 else {}
-        return found
+            return None
 
-    def _replica(self, member: Member, stats: _Stats) -> dict[str, Any]:
+    def _replica(self, member: Member, stats: ReplicaStats | None) -> dict[str, Any]:
         standing = self._membership.standing(member)
         return {
             "replica_id": member.info.replica_id,
@@ -156,12 +148,12 @@ class Admin:
             "state": standing.state,
             "reason": standing.reason,
             "url": member.info.url,
-            "pid": stats.get("pid"),
+            "pid": stats and stats.pid,
             "warm_peers": sorted(member.warm_peers),
             "lmcache_http_url": member.info.lmcache_http_url,
-            "num_requests_running": stats.get("num_requests_running"),
-            "num_requests_waiting": stats.get("num_requests_waiting"),
-            "num_requests_in_flight": stats.get("num_requests_in_flight"),
-            "kv_cache_usage": stats.get("kv_cache_usage"),
-            "uptime_s": stats.get("uptime_s"),
+            "num_requests_running": stats and stats.num_requests_running,
+            "num_requests_waiting": stats and stats.num_requests_waiting,
+            "num_requests_in_flight": stats and stats.num_requests_in_flight,
+            "kv_cache_usage": stats and stats.kv_cache_usage,
+            "uptime_s": stats and stats.uptime_s,
         }

@@ -48,7 +48,8 @@ from disagg.gateway.front.limits import check_prompt_tokens, check_prompts
 from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_response, shape_of
 from disagg.gateway.front.tenants import check_media_ids, salted
-from disagg.gateway.handoff.handoff import Call, Handoff
+from disagg.gateway.handoff.call import Call
+from disagg.gateway.handoff.handoff import Handoff
 from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.handoff.transfers import transfer_for
 from disagg.gateway.handoff.warm import PairWarmer
@@ -67,7 +68,8 @@ from disagg.gateway.stream.resuming import Resumer
 from disagg.observability.metrics import Metrics
 from disagg.routing.constraints import errand
 from disagg.routing.policies import policy_for
-from pools.client.http1 import Upstreams
+from pools.client.registry import ReplicaClients
+from pools.client.replica import Limits
 from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.descriptor import Transport
 from transport.errors import DisaggError
@@ -131,13 +133,19 @@ class Gateway:
         )
         self.background = Background()
         self.in_flight = InFlight()
-        self.upstreams = Upstreams(
+        self.clients = ReplicaClients(
             connect_timeout_s=config.connect_timeout_s,
-            first_byte_timeout_s=config.first_byte_timeout_s,
-            idle_timeout_s=config.idle_timeout_s,
-            stall_timeout_s=config.client_stall_timeout_s,
+            limits=Limits(
+                first_byte_timeout_s=config.first_byte_timeout_s,
+                idle_timeout_s=config.idle_timeout_s,
+                stall_timeout_s=config.client_stall_timeout_s,
+            ),
+            observer=self.metrics,
         )
-        self.membership = Membership(self._members_changed)
+        self.membership = Membership(
+            lambda info: self.clients.of(info.url, key=info.secret),
+            self._members_changed,
+        )
         self.chooser = Chooser(
             self.membership,
             policy_for(config.routing.policy),
@@ -145,15 +153,12 @@ class Gateway:
         )
         transfer = transfer_for(transport)
         self.kv_paths = KvPaths()
-        self.warmer = PairWarmer(
-            self.membership, self.upstreams, self.metrics, self.background, transfer, self.kv_paths
-        )
+        self.warmer = PairWarmer(self.membership, self.metrics, self.background, transfer, self.kv_paths)
         self.handoff = Handoff(
             model_id=model_id,
             config=config,
             membership=self.membership,
             chooser=self.chooser,
-            upstreams=self.upstreams,
             metrics=self.metrics,
             background=self.background,
             transfer=transfer,
@@ -173,14 +178,13 @@ class Gateway:
         )
         self.watch = Watch(
             self.membership,
-            self.upstreams,
             self.metrics,
             self.background,
             interval_s=config.watch_interval_s,
             probation_s=config.probation_s,
         )
         self.admin_key = AdminKey(config.admin.key_file)
-        self.admin = Admin(self.membership, self.upstreams, scaler, self.ledger, self.foreign)
+        self.admin = Admin(self.membership, scaler, self.ledger, self.foreign)
         self.answering = Answering(
             handoff=self.handoff,
             resumer=Resumer(self.handoff, renderer, self.metrics, config),
@@ -202,7 +206,6 @@ class Gateway:
             config=self.config,
             membership=self.membership,
             chooser=self.chooser,
-            upstreams=self.upstreams,
             metrics=self.metrics,
             background=self.background,
             paths=self.kv_paths,
@@ -223,17 +226,14 @@ class Gateway:
         for loop in self._loops:
             loop.cancel()
         await self.background.close(_CLOSE_TIMEOUT_S)
-        self.upstreams.close()
+        self.clients.close()
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self.upstreams.sweep(asyncio.get_running_loop().time())
+            self.clients.sweep(asyncio.get_running_loop().time())
 
     def _members_changed(self) -> None:
-        for info in (member.info for pool in POOLS for member in self.membership.members(pool)):
-            self.upstreams.set_key(info.url, info.secret)
-        self.upstreams.retain(self.membership.urls())
         self.warmer.start_missing()
         self.feed.members_changed()
         self.watch.members_changed()
@@ -316,9 +316,7 @@ class Gateway:
                     )
                 member = reservation.decode
                 try:
-                    status, payload = await self.upstreams.get(member.info.url).request(
-                        method, path, raw, timeout_s=_PASSED_TIMEOUT_S
-                    )
+                    answer = await member.client.forward(method, path, raw, timeout_s=_PASSED_TIMEOUT_S)
                 except ReplicaLostError as exc:
                     logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
                     if exc.unreachable:
@@ -326,7 +324,7 @@ class Gateway:
                     tried |= {member.info.replica_id}
                     continue
             headers = {"x-request-id": request_id} if self.echo_request_id else {}
-            return Response(payload, status, headers, media_type="application/json")
+            return Response(answer.payload, answer.status, headers, media_type="application/json")
 
 
 def create_app(gateway: Gateway) -> FastAPI:

@@ -27,6 +27,12 @@ class Background:
         task.add_done_callback(self._done)
         return task
 
+    def spawn_kept(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """As `spawn`, for a task that may fail unseen: whoever needs its outcome has it already."""
+        task = self.spawn(coroutine)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
 

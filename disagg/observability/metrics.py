@@ -250,6 +250,11 @@ class Metrics:
         self._before_render: list[Callable[[], None]] = []
         self._said: set[str] = set()
 
+    def leg_over(self, kind: str, outcome: str, seconds: float) -> None:
+        """A leg to an engine has its answer, or the first bytes of a stream, or will have none."""
+        if kind == "prefill":
+            self.prefill_seconds.observe(seconds)
+
     def on_render(self, refresh: Callable[[], None]) -> None:
         """Call `refresh` before each exposition, to set gauges."""
         self._before_render.append(refresh)

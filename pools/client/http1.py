@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from pools.client.routes import ENGINE_KEY_HEADER
 from pools.errors import ReplicaLostError
 from pools.process.descriptors import OWN_ERRORS
-from pools.replica.engine_key import ENGINE_KEY_HEADER
 
 _HIGH_WATER_BYTES = 256 * 1024
 _IDLE_CONNECTION_S = 60.0
 """Shorter than the engine's keep-alive, so that a pooled connection is never closed under a request."""
-_MAX_KEYS = 4096
 
 Chunk = bytes
 
@@ -271,19 +270,14 @@ class Upstream:
         self._host = parts.hostname
         self._port = parts.port
         self._authority = parts.netloc.encode()
-        self._fixed = b""
-        self.set_key(key)
+        self._fixed = b"host: %b\r\n" % self._authority
+        if key is not None:
+            self._fixed += b"%b: %b\r\n" % (ENGINE_KEY_HEADER.encode(), key.encode("ascii"))
         self._connect_timeout_s = connect_timeout_s
         self._idle: list[_Connection] = []
         self._active: set[Exchange] = set()
         self._connections: set[_Connection] = set()
         self._closed = False
-
-    def set_key(self, key: str | None) -> None:
-        """Send this key with every further request."""
-        self._fixed = b"host: %b\r\n" % self._authority
-        if key is not None:
-            self._fixed += b"%b: %b\r\n" % (ENGINE_KEY_HEADER.encode(), key.encode("ascii"))
 
     async def open(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -349,6 +343,11 @@ class Upstream:
             self._idle.remove(connection)
             connection.abandon()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no exchange is under way."""
+        return all(exchange.over for exchange in self._active)
+
     def fail(self, error: ReplicaLostError) -> None:
         """Fail every exchange that is not over."""
         for exchange in list(self._active):
@@ -392,62 +391,3 @@ class Upstream:
         self._connections.discard(connection)
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
-
-
-class Upstreams:
-    """All engines' connections, and the one timer that watches them."""
-
-    def __init__(
-        self,
-        *,
-        connect_timeout_s: float,
-        first_byte_timeout_s: float,
-        idle_timeout_s: float,
-        stall_timeout_s: float,
-    ) -> None:
-        self._connect_timeout_s = connect_timeout_s
-        self._limits: dict[str, Any] = {
-            "first_byte_timeout_s": first_byte_timeout_s,
-            "idle_timeout_s": idle_timeout_s,
-            "stall_timeout_s": stall_timeout_s,
-        }
-        self._by_url: dict[str, Upstream] = {}
-        # Also of engines that are not in use any more: one that drains is still told what to give up.
-        self._keys: OrderedDict[str, str] = OrderedDict()
-
-    def set_key(self, url: str, key: str | None) -> None:
-        """Send this key to the engine at `url`."""
-        if self._keys.get(url) == key:
-            return
-        self._keys.pop(url, None)
-        if key is not None:
-            self._keys[url] = key
-            if len(self._keys) > _MAX_KEYS:
-                self._keys.popitem(last=False)
-        if (upstream := self._by_url.get(url)) is not None:
-            upstream.set_key(key)
-
-    def get(self, url: str) -> Upstream:
-        upstream = self._by_url.get(url)
-        if upstream is None:
-            upstream = self._by_url[url] = Upstream(
-                url, connect_timeout_s=self._connect_timeout_s, key=self._keys.get(url)
-            )
-        return upstream
-
-    def fail(self, url: str, error: ReplicaLostError) -> None:
-        """Fail what is under way with one engine, so that it can go on elsewhere; a later request is tried again."""
-        if (upstream := self._by_url.get(url)) is not None:
-            upstream.fail(error)
-
-    def retain(self, urls: set[str]) -> None:
-        """Forget engines that are not in `urls`; running exchanges finish."""
-        for url in self._by_url.keys() - urls:
-            self._by_url.pop(url).close()
-
-    def sweep(self, now: float) -> None:
-        for upstream in self._by_url.values():
-            upstream.sweep(now, **self._limits)
-
-    def close(self) -> None:
-        self.retain(set())

@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from pools.client.routes import ENGINE_KEY_HEADER
 from transport.errors import ConfigError
 
-ENGINE_KEY_HEADER = "x-disagg-engine-key"
 _NAME = ENGINE_KEY_HEADER.encode()
 _OPEN = frozenset(("/health", "/metrics"))
 """Routes that scrapers and operators may ask without it."""

@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
+import msgspec
 import uvicorn
 
+from pools.client import routes
+from pools.client.messages import (
+    Abort,
+    Aborted,
+    Error,
+    ErrorAnswer,
+    Events,
+    PrefixCacheReset,
+    Probe,
+    Probed,
+    ReplicaHealth,
+    ReplicaStats,
+    Settle,
+    Settled,
+)
 from pools.engine.base import Engine, Message, Receive, Role, Scope, Send
 from pools.engine.events import Batch
 from pools.errors import EngineDeadError, HandoffRefusedError
@@ -30,8 +45,8 @@ from pools.replica.readers import Readers
 from transport.bounded_http import HttpLimits, bounded_protocol, closed_by
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-PREFIX = "/disagg/v1/"
 _MAX_BODY_BYTES = 64 * 2**20
 _MAX_WAIT_S = 30.0
 """Longest wait of one read of events."""
@@ -160,7 +175,7 @@ class EngineServer:
         if scope["type"] == "http" and not self._key.admits(scope["method"], scope["path"], scope["headers"]):
             await _respond(send, 401, _error("missing or wrong engine key", "AuthenticationError", 401))
             return
-        if scope["type"] == "http" and scope["path"].startswith(PREFIX):
+        if scope["type"] == "http" and scope["path"].startswith(routes.CONTROL):
             await self._control(scope, receive, send)
             return
         if scope["type"] != "http" or scope["method"] == "GET":
@@ -176,22 +191,22 @@ class EngineServer:
                 self._idle.set()
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handlers: dict[tuple[str, str], Callable[[Any], Awaitable[dict[str, Any]]]] = {
-            ("POST", "abort"): self._abort,
-            ("POST", "settle"): self._settle,
-            ("POST", "probe"): self._probe,
-            ("POST", "reset_prefix_cache"): self._reset_prefix_cache,
-            ("GET", "events"): self._events,
-            ("GET", "stats"): self._stats,
-            ("GET", "health"): self._tell_health,
+        handlers: dict[tuple[str, str], Callable[[Any], Awaitable[Any]]] = {
+            ("POST", routes.ABORT): self._abort,
+            ("POST", routes.SETTLE): self._settle,
+            ("POST", routes.PROBE): self._probe,
+            ("POST", routes.RESET_PREFIX_CACHE): self._reset_prefix_cache,
+            ("GET", routes.EVENTS): self._events,
+            ("GET", routes.STATS): self._stats,
+            ("GET", routes.HEALTH): self._tell_health,
         }
-        handler = handlers.get((scope["method"], scope["path"].removeprefix(PREFIX)))
+        handler = handlers.get((scope["method"], scope["path"]))
         if handler is None:
             await _respond(send, 404, _error("no such control route", "NotFoundError", 404))
             return
         try:
             given = await _read(receive) if scope["method"] == "POST" else _query(scope)
-            if handler in (self._probe, self._events):
+            if scope["path"] in (routes.PROBE, routes.EVENTS):
                 # They may wait long, and a probe has an engine work for it.
                 answer = await _while_connected(receive, handler(given))
             else:
@@ -207,21 +222,21 @@ class EngineServer:
         else:
             await _respond(send, 200, answer)
 
-    async def _abort(self, body: Any) -> dict[str, Any]:
-        return {"aborted": await self._engine.abort(str(body["request_id"]))}
+    async def _abort(self, body: bytes) -> Aborted:
+        return Aborted(await self._engine.abort(_read_abort(body).request_id))
 
-    async def _settle(self, body: Any) -> dict[str, Any]:
-        ids = body["handoff_ids"]
-        if not isinstance(ids, list) or not all(isinstance(item, str) and item for item in ids):
+    async def _settle(self, body: bytes) -> Settled:
+        ids = _read_settle(body).handoff_ids
+        if not all(ids):
             raise ValueError("handoff_ids must be a list of ids")
         if ids:
             await self._engine.settle(ids)
-        return {"settled": len(ids)}
+        return Settled(len(ids))
 
-    async def _reset_prefix_cache(self, body: Any) -> dict[str, Any]:
-        return {"reset": await self._engine.reset_prefix_cache()}
+    async def _reset_prefix_cache(self, body: bytes) -> PrefixCacheReset:
+        return PrefixCacheReset(await self._engine.reset_prefix_cache())
 
-    async def _events(self, query: dict[str, str]) -> dict[str, Any]:
+    async def _events(self, query: dict[str, str]) -> Events:
         """A long poll: answers at once when there is something after `after`, else when `wait_s` is over or the server
         begins to drain or stops. `reader` names the gateway; with `done` it has no more requests to send here."""
         after, wait_s = int(query.get("after", "0")), float(query.get("wait_s", "0"))
@@ -246,40 +261,35 @@ class EngineServer:
             finally:
                 reading.cancel()
         batch = await self._engine.events.read(after, 0)
-        answer = {"incarnation": self._incarnation, "next": batch.next, "lost": batch.lost, "events": batch.events}
-        return answer | ({"draining": True} if self._draining else {})
+        return Events(self._incarnation, batch.next, batch.lost, batch.events, self._draining)
 
-    async def _probe(self, body: Any) -> dict[str, Any]:
-        ids = [int(token) for token in body["prompt_token_ids"]]
-        salt = body.get("cache_salt")
-        if salt is not None and (not isinstance(salt, str) or not salt):
+    async def _probe(self, body: bytes) -> Probed:
+        asked = _read_probe(body)
+        if asked.cache_salt == "":
             raise ValueError("cache_salt must be a non-empty string")
-        result = await self._engine.probe(ids, body.get("kv_transfer_params"), cache_salt=salt)
-        return {
-            "num_cached_tokens": result.num_cached_tokens,
-            "kv_transfer_params": result.kv_transfer_params,
-            "finish_reason": result.finish_reason,
-        }
+        result = await self._engine.probe(asked.prompt_token_ids, asked.kv_transfer_params, cache_salt=asked.cache_salt)
+        return Probed(result.num_cached_tokens, result.kv_transfer_params, result.finish_reason)
 
-    async def _tell_health(self, query: dict[str, str]) -> dict[str, Any]:
+    async def _tell_health(self, query: dict[str, str]) -> ReplicaHealth:
         """What this process knows of the engine, without asking it. A drain shows unless there is worse to say."""
         health = self.health()
         if self._draining and health.state == "ok":
             health = replace(health, state="draining")
-        return {"incarnation": self._incarnation, **health.as_dict()}
+        return ReplicaHealth(self._incarnation, **health.as_dict())
 
     async def _stats(self, query: dict[str, str]) -> dict[str, Any]:
-        return {
-            "engine_id": self._engine.engine_id,
-            "role": self._role,
-            "incarnation": self._incarnation,
-            "pid": os.getpid(),
-            "num_requests_in_flight": self._num_in_flight,
-            "connections_closed": closed_by(self._protocol),
-            "num_connections_closed_total": sum(closed_by(self._protocol).values()),
-            "uptime_s": round(time.monotonic() - self._started_at, 3),
-            **self._engine.stats().as_dict(),
-        }
+        closed = closed_by(self._protocol)
+        return ReplicaStats.of(
+            self._engine.stats(),
+            engine_id=self._engine.engine_id,
+            role=self._role,
+            incarnation=self._incarnation,
+            pid=os.getpid(),
+            num_requests_in_flight=self._num_in_flight,
+            connections_closed=closed,
+            num_connections_closed_total=sum(closed.values()),
+            uptime_s=round(time.monotonic() - self._started_at, 3),
+        ).as_dict()
 
 
 class _QuietServer(uvicorn.Server):
@@ -292,15 +302,15 @@ class _QuietServer(uvicorn.Server):
         return contextlib.nullcontext()
 
 
-def _error(message: str, kind: str, code: int) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def _error(message: str, kind: str, code: int) -> ErrorAnswer:
+    return ErrorAnswer(Error(message, kind, code))
 
 
 def _query(scope: Scope) -> dict[str, str]:
     return dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
 
 
-async def _read(receive: Receive) -> Any:
+async def _read(receive: Receive) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -313,14 +323,14 @@ async def _read(receive: Receive) -> Any:
             raise ValueError(f"body is over {_MAX_BODY_BYTES} bytes")
         chunks.append(chunk)
         if not message.get("more_body"):
-            return json.loads(b"".join(chunks))
+            return b"".join(chunks)
 
 
 class _CallerLeftError(Exception):
     """The caller closed the connection before it was answered."""
 
 
-async def _while_connected(receive: Receive, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def _while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the caller leaves. Raises _CallerLeftError."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(receive))
@@ -350,9 +360,15 @@ def _closing(send: Send) -> Send:
     return closing
 
 
-async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:
-    payload = json.dumps(body).encode()
+async def _respond(send: Send, status: int, body: Any) -> None:
+    payload = _encode(body)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
     start: Message = {"type": "http.response.start", "status": status, "headers": headers}
     await send(start)
     await send({"type": "http.response.body", "body": payload})
+
+
+_encode = msgspec.json.Encoder().encode
+_read_abort = msgspec.json.Decoder(Abort).decode
+_read_settle = msgspec.json.Decoder(Settle).decode
+_read_probe = msgspec.json.Decoder(Probe).decode

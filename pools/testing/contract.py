@@ -12,6 +12,7 @@ import contextlib
 import uuid
 from collections.abc import Sequence
 
+from pools.client import routes
 from pools.testing.client import open_request, request
 from pools.testing.handoffs import (
     a_lost_prefill_engine_costs_a_recompute,
@@ -186,7 +187,7 @@ async def abort_stops_the_request(engines: Engines) -> None:
     url = f"{engines.decode}/v1/completions"
     async with asyncio.timeout(60), open_request("POST", url, body, headers={"x-request-id": request_id}) as reply:
         await first_event(reply)
-        aborted = await post_json(engines.decode, "/disagg/v1/abort", {"request_id": request_id})
+        aborted = await post_json(engines.decode, routes.ABORT, {"request_id": request_id})
         expect(aborted["aborted"] is True, f"abort said {aborted}")
         num_events = 0
         with contextlib.suppress(asyncio.IncompleteReadError, ValueError):
@@ -194,7 +195,7 @@ async def abort_stops_the_request(engines: Engines) -> None:
                 num_events += 1
         expect(num_events < LONG - 1, "the stream ran to its end")
     await eventually(idle_claim(engines.decode), "the request still runs")
-    again = await post_json(engines.decode, "/disagg/v1/abort", {"request_id": request_id})
+    again = await post_json(engines.decode, routes.ABORT, {"request_id": request_id})
     expect(isinstance(again["aborted"], bool), f"a repeated abort said {again}")
 
 

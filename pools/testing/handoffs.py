@@ -9,6 +9,7 @@ import time
 import uuid
 from typing import Any
 
+from pools.client import routes
 from pools.engine.base import HANDOFF_HEADER
 from pools.testing.client import request
 from pools.testing.tools import (
@@ -135,7 +136,7 @@ async def settle_frees_the_prefill_engine(engines: Engines) -> None:
     after = await newest_event(engines.prefill)
     handoff_id = (await prefill_leg(engines, await fresh_prompt(engines)))[HANDOFF_ID]
     for ids in ([handoff_id], [handoff_id, "check-unknown-1"], []):
-        said = await post_json(engines.prefill, "/disagg/v1/settle", {"handoff_ids": ids})
+        said = await post_json(engines.prefill, routes.SETTLE, {"handoff_ids": ids})
         expect(said == {"settled": len(ids)}, f"settle said {said}")
     _, ended = await fate_of(engines, handoff_id, after)
     expect(ended["outcome"] == "released", f"ended {ended}")
@@ -150,7 +151,7 @@ async def settle_may_come_first(engines: Engines) -> None:
     """A hand-off that was settled before its leg came is released when it is produced."""
     after = await newest_event(engines.prefill)
     handoff_id = new_id()
-    await post_json(engines.prefill, "/disagg/v1/settle", {"handoff_ids": [handoff_id]})
+    await post_json(engines.prefill, routes.SETTLE, {"handoff_ids": [handoff_id]})
     await prefill_leg(engines, await fresh_prompt(engines), handoff_id=handoff_id)
     _, ended = await fate_of(engines, handoff_id, after)
     expect(ended["outcome"] == "released", f"ended {ended}")
@@ -164,10 +165,10 @@ async def settle_after_the_read_changes_nothing(engines: Engines) -> None:
     handoff_id = leg["kv_transfer_params"][HANDOFF_ID]
     await answer_of(engines, completion_body(engines, ids) | leg)
     await fate_of(engines, handoff_id, after)
-    await post_json(engines.prefill, "/disagg/v1/settle", {"handoff_ids": [handoff_id]})
+    await post_json(engines.prefill, routes.SETTLE, {"handoff_ids": [handoff_id]})
     # Events come in order, so whatever settling did is told before what comes after it.
     later = (await prefill_leg(engines, await fresh_prompt(engines)))[HANDOFF_ID]
-    await post_json(engines.prefill, "/disagg/v1/settle", {"handoff_ids": [later]})
+    await post_json(engines.prefill, routes.SETTLE, {"handoff_ids": [later]})
     await fate_of(engines, later, after)
     ends = [e["outcome"] for e in await events_of(engines.prefill, after) if is_event(e, "ended", handoff_id)]
     expect(ends == ["consumed"], f"ended {ends}")
@@ -213,28 +214,28 @@ async def events_are_a_long_poll(engines: Engines) -> None:
     for url in (engines.prefill, engines.decode):
         after = await newest_event(url)
         began = time.monotonic()
-        empty = await get_json(url, f"/disagg/v1/events?after={after}&wait_s=0.2")
+        empty = await get_json(url, f"{routes.EVENTS}?after={after}&wait_s=0.2")
         expect(empty["events"] == [] and empty["next"] == after and empty["lost"] == 0, f"no news: {empty}")
         expect(0.15 < time.monotonic() - began < SETTLE_S, "an empty read did not wait as asked")
         expect(empty["incarnation"] == (await stats_of(url))["incarnation"], "another incarnation than in the stats")
         for query in ("after=x", "after=-1", "wait_s=31", "wait_s=-1", "wait_s=nan"):
-            expect_error(await request("GET", f"{url}/disagg/v1/events?{query}"), 400)
+            expect_error(await request("GET", f"{url}{routes.EVENTS}?{query}"), 400)
         for body in ({}, {"handoff_ids": "x"}, {"handoff_ids": [1]}):
-            expect_error(await request("POST", f"{url}/disagg/v1/settle", body), 400)
+            expect_error(await request("POST", url + routes.SETTLE, body), 400)
     after = await newest_event(engines.prefill)
-    waiting = asyncio.create_task(get_json(engines.prefill, f"/disagg/v1/events?after={after}&wait_s=30"))
+    waiting = asyncio.create_task(get_json(engines.prefill, f"{routes.EVENTS}?after={after}&wait_s=30"))
     handoff_id = (await prefill_leg(engines, await fresh_prompt(engines)))[HANDOFF_ID]
     async with asyncio.timeout(SETTLE_S):
         news = await waiting
     expect(news["next"] > after and bool(news["events"]), f"news {news}")
-    await post_json(engines.prefill, "/disagg/v1/settle", {"handoff_ids": [handoff_id]})
+    await post_json(engines.prefill, routes.SETTLE, {"handoff_ids": [handoff_id]})
     await fate_of(engines, handoff_id, after)
 
 
 async def probe_runs_a_token(engines: Engines) -> None:
     """A probe of a new prompt runs one token through either engine and finds nothing cached."""
     for url in (engines.prefill, engines.decode):
-        found = await post_json(url, "/disagg/v1/probe", {"prompt_token_ids": await fresh_prompt(engines)})
+        found = await post_json(url, routes.PROBE, {"prompt_token_ids": await fresh_prompt(engines)})
         expect(found["kv_transfer_params"] is None, f"unasked hand-off {found}")
         expect(found["finish_reason"] == "length", f"finish_reason {found['finish_reason']}")
         expect(found["num_cached_tokens"] == 0, f"{found['num_cached_tokens']} tokens of a new prompt are cached")
@@ -244,8 +245,8 @@ async def probe_follows_a_handoff(engines: Engines) -> None:
     """Two probes make a hand-off: the decode engine then computes no more than the last block."""
     ids = await fresh_prompt(engines)
     asked = {"prompt_token_ids": ids, "kv_transfer_params": REMOTE_DECODE}
-    params = (await post_json(engines.prefill, "/disagg/v1/probe", asked))["kv_transfer_params"]
+    params = (await post_json(engines.prefill, routes.PROBE, asked))["kv_transfer_params"]
     expect(bool(params and params[DO_REMOTE_PREFILL]), f"no hand-off: {params}")
     body = {"prompt_token_ids": ids, "kv_transfer_params": params}
-    found = await post_json(engines.decode, "/disagg/v1/probe", body)
+    found = await post_json(engines.decode, routes.PROBE, body)
     expect(found["num_cached_tokens"] > 0, "nothing came over")

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pools.client import routes
 from pools.testing.client import OpenReply, Reply, open_request, request
 from transport.handoff_params import DO_REMOTE_PREFILL, HANDOFF_ID, offer_params
 
@@ -81,7 +82,7 @@ async def post_json(url: str, path: str, body: Any) -> Any:
 
 
 async def stats_of(url: str) -> dict[str, Any]:
-    stats: dict[str, Any] = await get_json(url, "/disagg/v1/stats")
+    stats: dict[str, Any] = await get_json(url, routes.STATS)
     return stats
 
 
@@ -125,12 +126,12 @@ async def prefill_leg(
 
 async def newest_event(url: str) -> int:
     """Number of the last event so far."""
-    batch = await get_json(url, "/disagg/v1/events?after=0")
+    batch = await get_json(url, f"{routes.EVENTS}?after=0")
     return int(batch["next"])
 
 
 async def events_of(url: str, after: int) -> list[dict[str, Any]]:
-    batch = await get_json(url, f"/disagg/v1/events?after={after}")
+    batch = await get_json(url, f"{routes.EVENTS}?after={after}")
     expect(batch["lost"] == 0, f"{batch['lost']} events lost")
     events: list[dict[str, Any]] = batch["events"]
     return events
@@ -165,7 +166,7 @@ async def held_handoff(engines: Engines, ids: Sequence[int]) -> AsyncIterator[di
     try:
         yield params
     finally:
-        await post_json(engines.prefill, "/disagg/v1/settle", {"handoff_ids": [params[HANDOFF_ID]]})
+        await post_json(engines.prefill, routes.SETTLE, {"handoff_ids": [params[HANDOFF_ID]]})
 
 
 async def streamed_events(engines: Engines, path: str, body: dict[str, Any]) -> list[Any]:

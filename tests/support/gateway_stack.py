@@ -26,6 +26,7 @@ from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL
 from disagg.gateway.stream.splice import SplicingProtocol
 from disagg.routing.views import ReplicaInfo
+from pools.client.replica import ReplicaClient
 from pools.config import FakeEngineConfig
 from pools.engine.base import ASGIApp, KVTransferParams, Message, ProbeResult, Receive, Role, Scope, Send
 from pools.engine.fake import openai_shapes as fake_wire
@@ -419,6 +420,11 @@ class Stack:
         (self.prefill if pool == "prefill" else self.decode).append(replica)
         self.announce()
         return replica
+
+    def client(self, replica: Replica) -> ReplicaClient:
+        """The gateway's client of a replica that is announced."""
+        members = self.gateway.membership.members(replica.pool)
+        return next(member.client for member in members if member.info.incarnation == replica.incarnation)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.gateway.metrics.registry.get_sample_value(name, labels) or 0.0

@@ -27,9 +27,9 @@ import psutil
 import yaml
 
 from disagg.sdk.client import Client
+from pools.client.routes import ENGINE_KEY_HEADER
 from pools.config import CpuConfig
 from pools.plan.launch import HOST_WORKER_EXTENSION, engine_env
-from pools.replica.engine_key import ENGINE_KEY_HEADER
 from tests.support.zygote import ForkedProcess, Zygote
 
 T = TypeVar("T")

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from disagg.routing.views import Endpoint as Endpoint
+from pools.client.routes import CHAT_COMPLETIONS, COMPLETIONS
 
-PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PATHS: dict[Endpoint, str] = {"chat": CHAT_COMPLETIONS, "completions": COMPLETIONS}
 
 FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
 """Body fields that only the gateway may send: they can crash an engine, leak other prompts' KV or name other hosts."""

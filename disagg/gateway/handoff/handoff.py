@@ -14,13 +14,14 @@ from typing import Any
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
+from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate
-from disagg.gateway.handoff.legs import decode_body, is_server_fault
+from disagg.gateway.handoff.decoding import Answer, decoded
+from disagg.gateway.handoff.legs import decode_body
 from disagg.gateway.handoff.local_prefill import LocalPrefill, no_replica
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.prefilling import Prefilling, Prompt
-from disagg.gateway.handoff.sending import Answer, Call, Sender
 from disagg.gateway.handoff.settling import Ledger, NoLedger, Settling, UnderWay
 from disagg.gateway.handoff.transfer import Transfer
 from disagg.gateway.replicas.choosing import Chooser
@@ -30,10 +31,7 @@ from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import OTHER_KV_FIT
 from disagg.routing.constraints import alone, resumed, view_of
 from disagg.routing.views import RequestView
-from pools.client.http1 import Upstreams
-from pools.errors import ReplicaLostError
-
-__all__ = ["Answer", "Call", "Handoff", "is_server_fault"]
+from pools.errors import ReplicaLostError, UnusableAnswerError
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Handoff:
         config: GatewayConfig,
         membership: Membership,
         chooser: Chooser,
-        upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
         transfer: Transfer,
@@ -67,16 +64,15 @@ class Handoff:
         self._chooser = chooser
         self._max_model_len = max_model_len
         self._metrics = metrics
-        self._sender = Sender(membership, upstreams, metrics)
-        self._settling = Settling(upstreams, background, ledger or NoLedger())
-        self._faults = PairFaults(membership, upstreams, metrics, background)
+        self._membership = membership
+        self._settling = Settling(background, ledger or NoLedger())
+        self._faults = PairFaults(membership, metrics, background)
         self._local_rate = LocalRate()
         self._local = LocalPrefill(
             config=config,
             membership=membership,
             chooser=chooser,
             metrics=metrics,
-            sender=self._sender,
             rate=self._local_rate,
         )
         self._prefilling = Prefilling(
@@ -86,7 +82,7 @@ class Handoff:
             metrics=metrics,
             background=background,
             transfer=transfer,
-            sender=self._sender,
+            membership=membership,
             settling=self._settling,
             faults=self._faults,
             local_rate=self._local_rate,
@@ -155,7 +151,7 @@ class Handoff:
             pair = under_way.pair
             body = decode_body(call.endpoint, call.body, prompt, params)
             try:
-                answer = await self._sender.decode(
+                answer = await decoded(
                     reserved.take_decode(),
                     call,
                     body,
@@ -165,7 +161,7 @@ class Handoff:
                     on_sent=under_way.mark_taken,
                 )
             except ReplicaLostError as exc:
-                self._sender.lost(pair.decode, exc)
+                self._membership.lost(pair.decode, exc)
                 self._settling.decode_lost(under_way, exc)
                 self._faults.lost(under_way, exc)
                 return _Lost(pair.decode, exc.sent)
@@ -224,11 +220,9 @@ class Handoff:
             return await self._local.answer(call, alone(request, str(outcomes[0])), losses)
         call.progress.at_decode()
         try:
-            answer = await self._sender.decode(
-                Hold(decode), call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id
-            )
+            answer = await decoded(Hold(decode), call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id)
         except ReplicaLostError as exc:
-            self._sender.lost(decode, exc)
+            self._membership.lost(decode, exc)
             self._metrics.retries.labels("decode").inc()
             losses.lost(decode.info.replica_id, had_it=exc.sent)
             return await self._local.answer(call, alone(request, "decode_lost", losses.replica_ids), losses)
@@ -250,23 +244,28 @@ class Handoff:
         async def take(under_way: UnderWay, reserved: Reservation, params: dict[str, Any]) -> Member:
             decode = under_way.pair.decode
             try:
-                status, _ = await self._sender.probe(
-                    reserved.take_decode(),
-                    prompt,
-                    params,
-                    timeout_s=self._config.prefill_timeout_s,
-                    on_sent=under_way.mark_taken,
-                    cache_salt=call.body.get("cache_salt"),
-                )
+                with reserved.take_decode():
+                    await decode.client.probe(
+                        prompt,
+                        params,
+                        trace=call.trace,
+                        timeout_s=self._config.prefill_timeout_s,
+                        on_sent=under_way.mark_taken,
+                        cache_salt=call.body.get("cache_salt"),
+                    )
             except ReplicaLostError as exc:
-                self._sender.lost(decode, exc)
+                self._membership.lost(decode, exc)
                 self._settling.decode_lost(under_way, exc)
                 self._faults.lost(under_way, exc)
+                return under_way.pair.prefill
+            except UnusableAnswerError as exc:
+                status = exc.status
             else:
-                self._settling.decode_answered(under_way, status)
-                self._faults.answered(under_way, status)
-                if status >= 500:
-                    failed.append(under_way)
+                status = 200
+            self._settling.decode_answered(under_way, status)
+            self._faults.answered(under_way, status)
+            if status >= 500:
+                failed.append(under_way)
             return under_way.pair.prefill
 
         return await self._prefilling.tried(Prompt(call, request, prompt, take), first=first)

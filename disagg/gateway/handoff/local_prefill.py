@@ -7,9 +7,10 @@ import asyncio
 
 from disagg.config import GatewayConfig
 from disagg.errors import RateLimitError
+from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate
+from disagg.gateway.handoff.decoding import Answer, decoded
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.handoff.sending import Answer, Call, Sender
 from disagg.gateway.replicas.choosing import Chooser
 from disagg.gateway.replicas.membership import DECODE, Membership
 from disagg.gateway.replicas.reservation import Reservation
@@ -34,14 +35,12 @@ class LocalPrefill:
         membership: Membership,
         chooser: Chooser,
         metrics: Metrics,
-        sender: Sender,
         rate: LocalRate,
     ) -> None:
         self._config = config
         self._membership = membership
         self._chooser = chooser
         self._metrics = metrics
-        self._sender = sender
         self._rate = rate
         metrics.on_render(self._show)
 
@@ -78,7 +77,7 @@ class LocalPrefill:
                 try:
                     answer = await self._computed(reservation, call, request.num_tokens)
                 except ReplicaLostError as exc:
-                    self._sender.lost(member, exc)
+                    self._membership.lost(member, exc)
                     losses.lost(member.info.replica_id, had_it=exc.sent)
                 else:
                     if answer.status < 500:
@@ -106,7 +105,7 @@ class LocalPrefill:
         if not call.body.get("stream"):
             hold.expect_prompt_within(self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S)
         try:
-            answer = await self._sender.decode(hold, call, call.raw, mode="local", prefill_id="local")
+            answer = await decoded(hold, call, call.raw, mode="local", prefill_id="local")
         finally:
             hold.prompt_computed()
         if answer.exchange is not None:

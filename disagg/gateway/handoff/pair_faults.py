@@ -15,20 +15,16 @@ from disagg.gateway.handoff.breaker import THRESHOLD, Opened, PairBreaker
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
 from disagg.observability.metrics import Metrics
-from pools.client.http1 import Upstreams
-from pools.errors import ReplicaLostError
+from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)
-
-_STATS_TIMEOUT_S = 2.0
 
 
 class PairFaults:
     """Tells the breaker what became of hand-offs, and takes pairs out of routing. Belongs to the gateway's loop."""
 
-    def __init__(self, membership: Membership, upstreams: Upstreams, metrics: Metrics, background: Background) -> None:
+    def __init__(self, membership: Membership, metrics: Metrics, background: Background) -> None:
         self._membership = membership
-        self._upstreams = upstreams
         self._metrics = metrics
         self._background = background
         self._breaker = PairBreaker()
@@ -70,13 +66,11 @@ class PairFaults:
 
     async def _blame(self, handoff_id: str, pair: Pair) -> None:
         try:
-            status, _ = await self._upstreams.get(pair.decode.info.url).request(
-                "GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S
-            )
-        except ReplicaLostError:
+            await pair.decode.client.stats()
+        except (ReplicaLostError, UnusableAnswerError):
             # The replica is lost, not the pair; whoever sent the leg has dealt with that.
             return
-        if status == 200 and pair.decode.usable:
+        if pair.decode.usable:
             self._breaker.begin(handoff_id, pair)
             self._failed(handoff_id)
 

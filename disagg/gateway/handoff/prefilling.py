@@ -16,19 +16,22 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
+from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate, attempt_until, prefill_allowance_s
 from disagg.gateway.handoff.hedging import Race, Runner
-from disagg.gateway.handoff.legs import PrefillReply, prefill_body
+from disagg.gateway.handoff.legs import prefill_body
 from disagg.gateway.handoff.pair_faults import PairFaults
-from disagg.gateway.handoff.sending import Call, Sender, spawn_kept
-from disagg.gateway.handoff.settling import CLEANUP_TIMEOUT_S, Settling, UnderWay
+from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
 from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.membership import Membership
 from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.constraints import pair_only
 from disagg.routing.views import RequestView
+from pools.client.messages import PrefillReply
+from pools.client.replica import CLEANUP_TIMEOUT_S
 from pools.errors import ReplicaLostError
 from transport.handoff_params import offer_params
 
@@ -64,7 +67,7 @@ class Prefilling:
         metrics: Metrics,
         background: Background,
         transfer: Transfer,
-        sender: Sender,
+        membership: Membership,
         settling: Settling,
         faults: PairFaults,
         local_rate: LocalRate,
@@ -75,7 +78,7 @@ class Prefilling:
         self._metrics = metrics
         self._background = background
         self._transfer = transfer
-        self._sender = sender
+        self._membership = membership
         self._settling = settling
         self._faults = faults
         self._local_rate = local_rate
@@ -183,7 +186,7 @@ class Prefilling:
             self._faults.over(under_way)
             self._settling.prefill_failed(under_way, exc.__cause__)
             if isinstance(exc.__cause__, ReplicaLostError):
-                self._sender.lost(pair.prefill, exc.__cause__)
+                self._membership.lost(pair.prefill, exc.__cause__)
             without = prompt.request.without | {pair.prefill.info.replica_id}
             prompt.request = replace(prompt.request, without=without)
             raise
@@ -210,10 +213,10 @@ class Prefilling:
         def send() -> asyncio.Task[PrefillReply]:
             timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
             hold = reservation.take_prefill()
-            leg = self._background.spawn(self._sender.prefill(hold, handoff_id, body, timeout_s=timeout_s))
-            # One that is cancelled before it begins releases nothing itself.
+            leg = self._background.spawn_kept(
+                prefill.client.prefill(body, leg_id=handoff_id, trace=prompt.call.trace, timeout_s=timeout_s)
+            )
             leg.add_done_callback(lambda _: hold.release())
-            spawn_kept(leg)
             leg.add_done_callback(lambda _: self._faults.begin(under_way))
             under_way.leg = leg
             return leg

@@ -11,20 +11,16 @@ import asyncio
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-import msgspec
+from typing import Literal, Protocol
 
 from disagg.gateway.background import Background
-from disagg.gateway.handoff.legs import PrefillReply
 from disagg.gateway.replicas.membership import Member, Pair
 from disagg.routing.views import ReplicaInfo
-from pools.client.http1 import Upstreams
-from pools.errors import ReplicaLostError
+from pools.client.messages import PrefillReply
+from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)
 
-CLEANUP_TIMEOUT_S = 10.0
 _MAX_REMEMBERED = 65_536
 """Hand-offs whose prefill replica is known; far more than a lease lets live at once."""
 _GRACE_S = 1.0
@@ -101,8 +97,7 @@ class UnderWay:
 class Settling:
     """Which prefill replica holds which hand-off, and what to do with those that nobody will read."""
 
-    def __init__(self, upstreams: Upstreams, background: Background, ledger: Ledger) -> None:
-        self._upstreams = upstreams
+    def __init__(self, background: Background, ledger: Ledger) -> None:
         self._background = background
         self._ledger = ledger
         self._holders: OrderedDict[str, Member] = OrderedDict()
@@ -201,27 +196,26 @@ class Settling:
     ) -> None:
         holder = under_way.pair.prefill
         if not leg.done():
-            await self._tell(holder, "abort", {"request_id": under_way.handoff_id})
+            await self._abort(holder, under_way.handoff_id)
         if settle:
             if grace:
                 await asyncio.sleep(_GRACE_S)
             # Also when the leg ended without parameters: an abort can come too late to keep the engine from producing.
             await self._settle(holder, under_way.handoff_id)
 
+    async def _abort(self, holder: Member, handoff_id: str) -> None:
+        try:
+            await holder.client.abort(handoff_id)
+        except (ReplicaLostError, UnusableAnswerError) as exc:
+            logger.info("abort of %s did not reach %s: %s", handoff_id, holder.info.replica_id, exc)
+
     async def _settle(self, holder: Member, handoff_id: str) -> None:
-        if not await self._tell(holder, "settle", {"handoff_ids": [handoff_id]}):
+        try:
+            await holder.client.settle([handoff_id])
+        except (ReplicaLostError, UnusableAnswerError) as exc:
             logger.warning(
-                "%s could not be told that nobody reads %s; if it lives, the KV stays until its lease ends",
+                "%s could not be told that nobody reads %s; if it lives, the KV stays until its lease ends: %s",
                 holder.info.replica_id,
                 handoff_id,
+                exc,
             )
-
-    async def _tell(self, member: Member, what: str, body: dict[str, Any]) -> bool:
-        try:
-            status, _ = await self._upstreams.get(member.info.url).request(
-                "POST", f"/disagg/v1/{what}", msgspec.json.encode(body), timeout_s=CLEANUP_TIMEOUT_S
-            )
-        except ReplicaLostError as exc:
-            logger.info("%s did not reach %s: %s", what, member.info.replica_id, exc)
-            return False
-        return status == 200

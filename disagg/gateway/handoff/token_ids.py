@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
-from disagg.gateway.handoff.sending import Call
+from disagg.gateway.handoff.call import Call
 
 IDS = "return_token_ids"
 

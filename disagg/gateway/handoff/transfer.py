@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from disagg.gateway.handoff.legs import PrefillReply
 from disagg.gateway.replicas.membership import Member
+from pools.client.messages import PrefillReply
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from disagg.gateway.handoff.legs import PrefillReply
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, T, refusal
+from pools.client.messages import PrefillReply
 from pools.errors import ReplicaLostError
 from transport.descriptor import Transport
 

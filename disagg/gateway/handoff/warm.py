@@ -13,18 +13,15 @@ import random
 import uuid
 from typing import Any
 
-import msgspec
-
 from disagg.gateway.background import Background
-from disagg.gateway.handoff.legs import PrefillReply, prefill_reply
-from disagg.gateway.handoff.sending import Sender, spawn_kept
 from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
 from disagg.gateway.replicas.kv_paths import KvPaths
-from disagg.gateway.replicas.membership import Membership, Pair
+from disagg.gateway.replicas.membership import Member, Membership, Pair
 from disagg.gateway.replicas.reservation import Hold
 from disagg.observability.metrics import Metrics
-from pools.client.http1 import Upstreams
-from pools.errors import ReplicaLostError
+from pools.client.messages import PrefillReply, Probed, offered
+from pools.client.replica import NO_TRACE
+from pools.errors import ReplicaLostError, UnusableAnswerError
 from transport.handoff_params import offer_params, warm_up_id
 
 logger = logging.getLogger(__name__)
@@ -42,7 +39,6 @@ class PairWarmer:
     def __init__(
         self,
         membership: Membership,
-        upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
         transfer: Transfer,
@@ -51,8 +47,6 @@ class PairWarmer:
         self._membership = membership
         self._paths = paths
         self._transfer = transfer
-        self._sender = Sender(membership, upstreams, metrics)
-        self._upstreams = upstreams
         self._metrics = metrics
         self._background = background
         self._in_progress: set[tuple[str, str]] = set()
@@ -122,27 +116,32 @@ class PairWarmer:
         offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id)
 
         def send() -> asyncio.Task[PrefillReply]:
-            leg = self._background.spawn(self._offer(pair, prompt, offer))
-            spawn_kept(leg)
-            return leg
+            return self._background.spawn_kept(_offered(pair.prefill, prompt, offer))
 
-        async def take(params: dict[str, Any]) -> tuple[int, bytes]:
-            return await self._sender.probe(Hold(pair.decode), prompt, params, timeout_s=_TIMEOUT_S)
+        async def take(params: dict[str, Any]) -> Probed:
+            return await _probed(pair.decode, prompt, params)
 
         deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
         try:
-            status, payload = await self._transfer.run(Attempt(warm_id, pair.prefill, send, take), deadline=deadline)
+            probed = await self._transfer.run(Attempt(warm_id, pair.prefill, send, take), deadline=deadline)
         except PrefillFailed as exc:
             return f"{exc.reason} ({exc.__cause__ or 'the prefill probe answered without KV'})"
-        except ReplicaLostError as exc:
+        except (ReplicaLostError, UnusableAnswerError) as exc:
             return str(exc)
-        if status != 200:
-            return f"the decode probe answered {status}: {payload[:200]!r}"
-        cached = msgspec.json.decode(payload)["num_cached_tokens"]
+        cached = probed.num_cached_tokens
         return None if cached >= info.block_size else f"only {cached} of {len(prompt)} tokens arrived"
 
-    async def _offer(self, pair: Pair, prompt: list[int], params: dict[str, Any]) -> PrefillReply:
-        status, payload = await self._sender.probe(Hold(pair.prefill), prompt, params, timeout_s=_TIMEOUT_S)
-        if status != 200:
-            logger.warning("the prefill probe of %s answered %s: %r", pair.prefill.info.url, status, payload[:200])
-        return prefill_reply(status, payload)
+
+async def _offered(prefill: Member, prompt: list[int], params: dict[str, Any]) -> PrefillReply:
+    """What a prefill engine offers for a probe."""
+    try:
+        probed = await _probed(prefill, prompt, params)
+    except UnusableAnswerError as exc:
+        logger.warning("a prefill probe came to nothing: %s", exc)
+        return PrefillReply(exc.status)
+    return PrefillReply(200, offered(probed.kv_transfer_params), probed.finish_reason == "length")
+
+
+async def _probed(member: Member, prompt: list[int], params: dict[str, Any]) -> Probed:
+    with Hold(member):
+        return await member.client.probe(prompt, params, trace=NO_TRACE, timeout_s=_TIMEOUT_S)

@@ -17,15 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from disagg.gateway.background import Background
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.observability.metrics import Metrics
 from disagg.routing.views import ReplicaInfo
-from pools.client.http1 import Upstream
-from pools.errors import ReplicaLostError
+from pools.client.replica import ReplicaClient
+from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +33,6 @@ OnUnread = Callable[[str], None]
 _WAIT_S = 20.0
 _STATS_S = 5.0
 _STATS_TIMEOUT_S = 5.0
-_POLL_TIMEOUT_S = 10.0
-"""Beyond the time that the engine was asked to wait."""
 _PACE_S = 0.05
 """Least time between two polls that brought something: events of a busy engine come in batches."""
 _FIRST_RETRY_S = 0.1
@@ -45,16 +41,6 @@ _SILENT_S = 600.0
 """How long a replica that is out of the list may say nothing, e.g. because its node is gone."""
 _MAX_REMEMBERED = 1024
 """Incarnations that are not followed any more and may come back."""
-
-
-class _Batch(msgspec.Struct):
-    """Answer of `/disagg/v1/events`."""
-
-    incarnation: str
-    next: int
-    lost: int
-    events: list[dict[str, Any]]
-    draining: bool = False
 
 
 @dataclass
@@ -137,20 +123,21 @@ class LedgerFeed:
             self._foreign.sweep()
 
     async def _follow(self, followed: _Followed) -> None:
-        upstream = Upstream(followed.info.url, connect_timeout_s=self._connect_timeout_s, key=followed.info.secret)
+        info = followed.info
+        client = ReplicaClient(info.url, key=info.secret, connect_timeout_s=self._connect_timeout_s, observer=None)
         loop = asyncio.get_running_loop()
         delay = _FIRST_RETRY_S
         followed.heard_at = loop.time()
         try:
             while True:
                 try:
-                    found = await self._poll(upstream, followed)
+                    found = await self._poll(client, followed)
                     delay = _FIRST_RETRY_S
                     followed.heard_at = loop.time()
                     if found:
                         await asyncio.sleep(_PACE_S)
                     continue
-                except (ReplicaLostError, msgspec.DecodeError, _UnusableAnswerError) as exc:
+                except (ReplicaLostError, UnusableAnswerError, _ReplacedError) as exc:
                     problem: Exception = exc
                     logger.debug("no events from %s: %s", followed.info.replica_id, exc)
                 except Exception as exc:
@@ -162,7 +149,7 @@ class LedgerFeed:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _MAX_RETRY_S)
         finally:
-            upstream.close()
+            client.close()
             self._followed.pop(followed.info.incarnation, None)
             self._read[followed.info.incarnation] = followed.after
             if len(self._read) > _MAX_REMEMBERED:
@@ -171,22 +158,15 @@ class LedgerFeed:
             self._foreign.replica_gone(followed.info.incarnation)
             self._membership.forget(followed.info.incarnation)
 
-    async def _poll(self, upstream: Upstream, followed: _Followed) -> bool:
+    async def _poll(self, client: ReplicaClient, followed: _Followed) -> bool:
         """One round: statistics when they are due, then events; whether there were any."""
         now = asyncio.get_running_loop().time()
         if now >= followed.stats_at:
             followed.stats_at = now + self._stats_s
-            await self._read_stats(upstream, followed)
+            await self._read_stats(client, followed)
         # No longer than until the statistics are due.
         wait_s = min(self._wait_s, self._stats_s)
-        status, payload = await upstream.request(
-            "GET",
-            f"/disagg/v1/events?after={followed.after}&wait_s={wait_s:g}{self._standing(followed)}",
-            timeout_s=wait_s + _POLL_TIMEOUT_S,
-        )
-        if status != 200:
-            raise _UnusableAnswerError(f"/disagg/v1/events answered {status}: {payload[:200]!r}")
-        batch = _decode_batch(payload)
+        batch = await client.events(followed.after, wait_s=wait_s, reader=self._reader, done=self._is_done(followed))
         if batch.incarnation != followed.info.incarnation:
             raise _ReplacedError("another engine answers at its address")
         if batch.lost:
@@ -202,13 +182,11 @@ class LedgerFeed:
             self._take(followed.info, event)
         return bool(batch.events)
 
-    def _standing(self, followed: _Followed) -> str:
-        """Who reads, and whether this gateway is done with a replica that leaves, as query parameters."""
-        if not self._reader:
-            return ""
-        leaves = followed.leaving and followed.draining
-        done = leaves and self._membership.let_go(followed.info.incarnation, carrying=self._carrying())
-        return f"&reader={self._reader}&done={int(done)}"
+    def _is_done(self, followed: _Followed) -> bool:
+        """Whether this gateway sends nothing more to a replica that leaves."""
+        if not (self._reader and followed.leaving and followed.draining):
+            return False
+        return self._membership.let_go(followed.info.incarnation, carrying=self._carrying())
 
     def _take(self, replica: ReplicaInfo, event: dict[str, Any]) -> None:
         kind = event.get("kind")
@@ -225,17 +203,13 @@ class LedgerFeed:
             self._ledger.apply(replica, event)
             self._foreign.apply(replica, event)
 
-    async def _read_stats(self, upstream: Upstream, followed: _Followed) -> None:
-        status, payload = await upstream.request("GET", "/disagg/v1/stats", timeout_s=_STATS_TIMEOUT_S)
-        if status == 200 and not followed.leaving:
-            self._metrics.engines.put(followed.info.pool, followed.info.replica_id, _decode_stats(payload))
+    async def _read_stats(self, client: ReplicaClient, followed: _Followed) -> None:
+        stats = await client.stats(timeout_s=_STATS_TIMEOUT_S)
+        if not followed.leaving:
+            self._metrics.engines.put(followed.info.pool, followed.info.replica_id, stats.as_dict())
 
 
-class _UnusableAnswerError(Exception):
-    """The address is answered, but not with this replica's events."""
-
-
-class _ReplacedError(_UnusableAnswerError):
+class _ReplacedError(Exception):
     """Another incarnation has the address, so this one is gone."""
 
 
@@ -244,7 +218,3 @@ def _is_gone(problem: Exception) -> bool:
     if isinstance(problem, ReplicaLostError):
         return problem.gone and not problem.sent
     return isinstance(problem, _ReplacedError)
-
-
-_decode_batch = msgspec.json.Decoder(_Batch).decode
-_decode_stats = msgspec.json.Decoder(dict[str, Any]).decode

@@ -8,6 +8,7 @@ only after `disagg.gateway.handoff.warm` has proved it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ from disagg.gateway.replicas.serving import (
 )
 from disagg.routing.pairs import misfit
 from disagg.routing.views import ReplicaInfo, ReplicaView, Snapshot
+from pools.client.replica import ReplicaClient
+from pools.errors import ReplicaLostError
+
+logger = logging.getLogger(__name__)
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -34,9 +39,10 @@ POOLS = (PREFILL, DECODE)
 
 @dataclass
 class Member:
-    """A live replica, what is known of it, and this gateway's own counts on it."""
+    """A live replica, the way to it, what is known of it, and this gateway's own counts on it."""
 
     info: ReplicaInfo
+    client: ReplicaClient
     num_in_flight: int = 0
     """Legs of this gateway there; written by `disagg.gateway.replicas.reservation` alone."""
     last_chosen: int = 0
@@ -102,9 +108,19 @@ class Membership:
     """The members of both pools. Not thread-safe: call it from the gateway's loop."""
 
     def __init__(
-        self, on_change: Callable[[], None] = lambda: None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        connect: Callable[[ReplicaInfo], ReplicaClient],
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock`: in seconds."""
+        """Start with nobody.
+
+        Args:
+            connect: the client of a replica; it is closed here when the replica is gone.
+            clock: in seconds.
+        """
+        self._connect = connect
         self._members: dict[str, dict[str, Member]] = {pool: {} for pool in POOLS}
         # By incarnation: what Serve has taken out of its lists and this gateway has not let go of.
         self._leaving: dict[str, Member] = {}
@@ -117,12 +133,6 @@ class Membership:
 
     def members(self, pool: str) -> list[Member]:
         return list(self._members[pool].values())
-
-    def urls(self) -> set[str]:
-        """Every address that the gateway speaks to."""
-        infos = [member.info for pool in POOLS for member in self.members(pool)]
-        infos += [member.info for member in self._leaving.values()]
-        return {info.url for info in infos}
 
     def replace(self, pool: str, replicas: Collection[ReplicaInfo]) -> None:
         """Take Serve's new list for one pool. A known id with another incarnation is a new replica."""
@@ -141,7 +151,9 @@ class Membership:
             if replica_id not in kept:
                 self._leaving[member.info.incarnation] = member
         for member in new.values():
-            self._leaving.pop(member.info.incarnation, None)
+            left = self._leaving.pop(member.info.incarnation, None)
+            if left is not None and left is not member:
+                left.client.close()
         for other in self._members[DECODE if pool == PREFILL else PREFILL].values():
             other.warm_peers &= kept
         self._pair_chosen = {
@@ -183,7 +195,9 @@ class Membership:
 
     def forget(self, incarnation: str) -> None:
         """A replica that left is gone."""
-        if self._leaving.pop(incarnation, None) is not None:
+        member = self._leaving.pop(incarnation, None)
+        if member is not None:
+            member.client.close()
             self._on_change()
 
     def mark_warm(self, pair: Pair) -> None:
@@ -226,6 +240,12 @@ class Membership:
         if member.reachable:
             member.reachable = False
             self._on_change()
+
+    def lost(self, member: Member, error: ReplicaLostError) -> None:
+        """A leg was lost there: stop choosing it if it could not be connected to."""
+        logger.warning("replica %s lost: %s", member.info.replica_id, error)
+        if error.unreachable:
+            self.mark_unreachable(member)
 
     def mark_reachable(self, member: Member) -> None:
         if not member.reachable:
@@ -355,7 +375,7 @@ class Membership:
         """A new member, or one that was out of Serve's list for a while, as around a restart of its controller."""
         left = self._leaving.get(info.incarnation)
         if left is None or left.info != info:
-            return Member(info)
+            return Member(info, self._connect(info))
         left.warm_peers = frozenset()
         return left
 

@@ -12,14 +12,12 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-import msgspec
-
 from disagg.gateway.background import Background
 from disagg.gateway.replicas.membership import DECODE, POOLS, Member, Membership
 from disagg.gateway.replicas.suspicion import CrashLoop, Probe, Slowness
 from disagg.observability.metrics import Metrics
-from pools.client.http1 import Upstreams
-from pools.errors import ReplicaLostError
+from pools.client.messages import ReplicaHealth
+from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +33,6 @@ _AGAIN_S = 0.1
 """After a connection that broke: whether the process is gone shows in the next one."""
 
 UNANSWERED = "unanswered"
-
-
-class _Health(msgspec.Struct):
-    """Answer of `/disagg/v1/health`."""
-
-    incarnation: str
-    state: str
-    reason: str | None = None
-    probe_s: float | None = None
-    num_probes: int = 0
 
 
 @dataclass(eq=False)
@@ -66,7 +54,6 @@ class Watch:
     def __init__(
         self,
         membership: Membership,
-        upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
         *,
@@ -82,7 +69,6 @@ class Watch:
             clock: seconds; the loop's by default.
         """
         self._membership = membership
-        self._upstreams = upstreams
         self._metrics = metrics
         self._background = background
         self._interval_s = interval_s
@@ -130,21 +116,17 @@ class Watch:
         member = watched.member
         began = self._clock()
         try:
-            status, payload = await self._upstreams.get(member.info.url).request(
-                "GET", "/disagg/v1/health", timeout_s=_ANSWER_S
-            )
-            health = _decode(payload) if status == 200 else None
-        except msgspec.DecodeError:
-            health = None
+            health = await member.client.health(timeout_s=_ANSWER_S)
+        except UnusableAnswerError:
+            self._miss(watched)
+            return self._interval_s
         except ReplicaLostError as exc:
             if not exc.gone and self._clock() - began > _ANSWER_S + _LATE_S:
                 return 0.0
             return self._take_loss(watched, exc, self._clock() - began)
-        if health is not None and health.incarnation != member.info.incarnation:
+        if health.incarnation != member.info.incarnation:
             # Another process has its address.
             self._membership.mark_unreachable(member)
-        elif health is None:
-            self._miss(watched)
         else:
             self._take(watched, health)
         return self._interval_s
@@ -175,7 +157,7 @@ class Watch:
         if watched.misses >= limit:
             self._quarantine(watched, UNANSWERED)
 
-    def _take(self, watched: _Watched, health: _Health) -> None:
+    def _take(self, watched: _Watched, health: ReplicaHealth) -> None:
         member = watched.member
         watched.misses = watched.broken = 0
         if health.probe_s is not None:
@@ -218,8 +200,8 @@ class Watch:
                 "replica %s is taken out of routing (%s); what ran there goes elsewhere", info.replica_id, reason
             )
         # Each time, because a request may have been on its way there when it was taken out.
-        self._upstreams.fail(
-            info.url, ReplicaLostError(f"replica {info.replica_id} hangs ({reason})", sent=True, gone=False)
+        watched.member.client.fail(
+            ReplicaLostError(f"replica {info.replica_id} hangs ({reason})", sent=True, gone=False)
         )
 
     def _judge_pool(self, pool: str) -> None:
@@ -256,6 +238,3 @@ class Watch:
                 info.pool,
                 self._probation_s,
             )
-
-
-_decode = msgspec.json.Decoder(_Health).decode

@@ -18,10 +18,10 @@ from typing import Protocol
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
-from disagg.gateway.front.fields import PATHS
 from disagg.gateway.front.in_flight import InFlight
+from disagg.gateway.handoff.call import Call
+from disagg.gateway.handoff.decoding import Answer
 from disagg.gateway.handoff.pair_faults import rest
-from disagg.gateway.handoff.sending import Answer, Call
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids, without_ids
 from disagg.gateway.ledger.ledger import Ledger
@@ -32,7 +32,6 @@ from disagg.gateway.replicas.reservation import Hold
 from disagg.gateway.shadow.rules import Computed, Difference, computed, difference, may_check, shadow_body
 from disagg.observability.metrics import Metrics
 from disagg.routing.constraints import errand
-from pools.client.http1 import Upstreams
 from pools.errors import ReplicaLostError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,6 @@ class Shadow:
         config: GatewayConfig,
         membership: Membership,
         chooser: Chooser,
-        upstreams: Upstreams,
         metrics: Metrics,
         background: Background,
         paths: KvPaths,
@@ -83,7 +81,6 @@ class Shadow:
         self._config = config
         self._membership = membership
         self._chooser = chooser
-        self._upstreams = upstreams
         self._metrics = metrics
         self._background = background
         self._paths = paths
@@ -147,17 +144,15 @@ class Shadow:
             return None
         salt = f"shadow-{uuid.uuid4().hex}"
         body = shadow_body(self._model_id, prompt, num_tokens, asked=call.body, cache_salt=salt)
-        headers = {"x-request-id": f"shadow-{uuid.uuid4().hex}"}
+        leg_id = f"shadow-{uuid.uuid4().hex}"
         try:
             with Hold(member, len(prompt)):
-                status, payload = await self._upstreams.get(member.info.url).request(
-                    "POST", PATHS["completions"], body, headers, timeout_s=_TIMEOUT_S
-                )
+                answer = await member.client.check(body, leg_id=leg_id, timeout_s=_TIMEOUT_S)
         except ReplicaLostError as exc:
             raise CheckFailed(str(exc)) from exc
-        again = computed(payload) if status == 200 else None
+        again = computed(answer.payload) if answer.status == 200 else None
         if again is None:
-            raise CheckFailed(f"{member.info.replica_id} answered {status}: {payload[:200]!r}")
+            raise CheckFailed(f"{member.info.replica_id} answered {answer.status}: {answer.payload[:200]!r}")
         return again
 
     async def _consumed(self, handoff_id: str) -> bool:

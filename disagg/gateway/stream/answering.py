@@ -22,9 +22,10 @@ from disagg.errors import RateLimitError, StreamLimitError
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.limits import apart, within
 from disagg.gateway.front.responses import error_event, error_response, shape_of
-from disagg.gateway.handoff.handoff import Answer, Call, Handoff
+from disagg.gateway.handoff.call import Call, Progress
+from disagg.gateway.handoff.decoding import Answer
+from disagg.gateway.handoff.handoff import Handoff
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.handoff.sending import Progress
 from disagg.gateway.shadow.shadow import Shadow
 from disagg.gateway.stream.resuming import Resumer, Resuming, resume_plan
 from disagg.gateway.stream.sent_tokens import SentTokens

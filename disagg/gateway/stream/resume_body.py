@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from disagg.gateway.handoff.sending import Call
+from disagg.gateway.handoff.call import Call
 
 _DEFAULT_COMPLETION_TOKENS = 16
 """What vLLM generates for a completion that does not say."""

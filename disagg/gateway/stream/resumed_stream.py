@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from disagg.gateway.handoff.legs import is_server_fault
 from disagg.gateway.stream.resume_rules import Cut
 from disagg.gateway.stream.sent_tokens import DONE, SentTokens
+from pools.client.messages import is_server_fault
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode

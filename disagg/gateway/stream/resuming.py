@@ -12,7 +12,9 @@ from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError
 from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_event
-from disagg.gateway.handoff.handoff import Answer, Call, Handoff
+from disagg.gateway.handoff.call import Call
+from disagg.gateway.handoff.decoding import Answer
+from disagg.gateway.handoff.handoff import Handoff
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids
 from disagg.gateway.stream.resume_body import continued, num_left

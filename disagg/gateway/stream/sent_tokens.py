@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from disagg.gateway.front.fields import Endpoint
-from disagg.gateway.handoff.legs import is_server_fault
 from disagg.gateway.handoff.token_ids import without_ids
+from pools.client.messages import is_server_fault
 
 DONE = b"data: [DONE]\n\n"
 _END = b"\n\n"

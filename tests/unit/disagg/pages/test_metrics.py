@@ -13,8 +13,8 @@ from typing import get_args
 import pytest
 
 from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.handoff.call import Phase
 from disagg.gateway.handoff.hedging import Outcome
-from disagg.gateway.handoff.sending import Phase
 from disagg.gateway.replicas.membership import POOLS
 from disagg.observability.engine_metrics import ENGINE_METRICS, SERVER_METRICS
 from disagg.observability.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pools.client.http1 import Exchange, Upstream, Upstreams
+from pools.client.http1 import Exchange, Upstream
 from pools.errors import ReplicaLostError
 from tests.support.gateway_stack import until
 
@@ -445,22 +445,16 @@ async def test_sweep_closes_unused_connections() -> None:
         assert served.num_connections == 2
 
 
-async def test_forgotten_engines_finish_what_runs() -> None:
+async def test_a_closed_upstream_finishes_what_runs() -> None:
     """An engine that left the pool loses its idle connections at once, running ones at their end."""
-    async with serving(writes(CHUNKED + chunk(b"a"), chunk(b"b") + b"0\r\n\r\n")) as served:
-        upstreams = Upstreams(connect_timeout_s=1, **LIMITS)
-        upstream = upstreams.get(served.url)
-        assert upstreams.get(served.url) is upstream
+    async with upstream_of(writes(CHUNKED + chunk(b"a"), chunk(b"b") + b"0\r\n\r\n")) as (upstream, _):
         await upstream.request("POST", "/", b"{}", timeout_s=1)
         running = await upstream.open("POST", "/", b"{}")
-        upstreams.retain(set())
+        upstream.close()
         assert not upstream._idle
         assert await running.read() == b"ab"
         assert not upstream._idle
         await until(lambda: not upstream._connections)
-        assert upstreams.get(served.url) is not upstream
-        upstreams.sweep(asyncio.get_running_loop().time())
-        upstreams.close()
 
 
 async def test_unasked_response_is_ignored() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pools.replica.engine_key import ENGINE_KEY_HEADER, EngineKey, make_key
+from pools.client.routes import ENGINE_KEY_HEADER
+from pools.replica.engine_key import EngineKey, make_key
 from transport.errors import ConfigError
 
 NAME = ENGINE_KEY_HEADER.encode()

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from pools.client.routes import ENGINE_KEY_HEADER
 from pools.config import FakeEngineConfig
 from pools.engine.base import Role
 from pools.engine.fake.engine import FakeEngine
-from pools.replica.engine_key import ENGINE_KEY_HEADER
 from pools.replica.server import EngineServer
 from pools.testing.client import open_request, request
 from tests.support.garbage import kinds, silence, still_open, throw

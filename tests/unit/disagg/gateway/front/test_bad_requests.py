@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 
 from disagg.config import AdminConfig, GatewayConfig
+from pools.client.routes import ENGINE_KEY_HEADER
 from pools.engine.base import HANDOFF_HEADER
-from pools.replica.engine_key import ENGINE_KEY_HEADER
 from tests.support.bad_requests import COMPLETIONS, BadRequest, bad_requests, error_fault
 from tests.support.gateway_stack import JSON_HEADERS, MODEL, Stack, connected, request_bytes, running_stack
 from transport.handoff_params import HANDOFF_ID
@@ -138,7 +138,7 @@ async def test_client_headers_stay_outside(stack: Stack) -> None:
     assert (reply.status, reply.headers["x-request-id"]) == (200, "mine-1.2:3_4")
     [prefill], [decode] = ([seen for r in pool for seen in r.engine.seen] for pool in (stack.prefill, stack.decode))
     own = {"host", "content-type", "content-length", "x-request-id", ENGINE_KEY_HEADER}
-    assert prefill.headers.keys() == own
+    assert prefill.headers.keys() == own | {"traceparent", "tracestate"}
     assert prefill.headers["x-request-id"] != "mine-1.2:3_4"
     assert decode.headers.keys() == own | {"traceparent", "tracestate", HANDOFF_HEADER}
     assert decode.headers[HANDOFF_HEADER] == prefill.headers["x-request-id"]

@@ -14,8 +14,8 @@ import pytest
 
 from disagg.config import AdminConfig, FileKeysConfig, GatewayConfig
 from disagg.errors import ConfigError
+from pools.client.routes import ENGINE_KEY_HEADER
 from pools.engine.base import Receive, Scope, Send
-from pools.replica.engine_key import ENGINE_KEY_HEADER
 from pools.testing.client import request
 from tests.support.gateway_stack import JSON_HEADERS, MODEL, Hook, Reply, Stack, running_stack, until
 from transport.handoff_params import DO_REMOTE_DECODE
@@ -246,7 +246,7 @@ async def test_engines_see_no_header_of_the_client(stack: Stack) -> None:
     assert reply.status == 200
     known = {"host", "content-type", "content-length", "x-request-id", ENGINE_KEY_HEADER}
     [prefill], [decode] = stack.prefill[0].engine.seen, stack.decode[0].engine.seen
-    assert set(prefill.headers) == known
+    assert set(prefill.headers) == known | set(dict(trace))
     assert set(decode.headers) == known | {"x-disagg-handoff-id", *dict(trace)}
     assert decode.headers["x-request-id"] == "mine-1" != prefill.headers["x-request-id"]
     assert "forged" not in json.dumps([prefill.headers, decode.headers])
@@ -376,18 +376,18 @@ async def test_engines_answer_nobody_else(stack: Stack) -> None:
 async def test_the_engines_key_is_not_told(stack: Stack) -> None:
     """Neither the admin API nor a representation of a replica has it."""
     reply = await stack.call("GET", "/admin/v1/pools", None, bearer(ADMIN))
-    said = reply.body.decode() + repr(stack.gateway.membership.members("decode")) + repr(stack.gateway.upstreams)
+    said = reply.body.decode() + repr(stack.gateway.membership.members("decode")) + repr(stack.gateway.clients)
     assert not any(replica.key in said for replica in stack.replicas)
 
 
 async def test_a_replica_that_left_is_still_told(stack: Stack) -> None:
     """Its key is remembered while it drains, and that of its successor at the same name is the new one."""
     left = stack.decode[0]
+    client = stack.client(left)
     stack.decode.clear()
     stack.announce()
     stack.gateway.membership.forget(left.incarnation)
-    status, _ = await stack.gateway.upstreams.get(left.server.url).request("GET", "/disagg/v1/stats", timeout_s=5)
-    assert status == 200
+    assert client.closed and (await client.stats()).incarnation == left.incarnation
     stack.decode.append(left)
     await left.restart()
     stack.announce()

@@ -7,11 +7,12 @@ import pytest
 
 from disagg.gateway.handoff import breaker
 from disagg.gateway.handoff.breaker import Opened, PairBreaker
-from disagg.gateway.replicas.membership import Member, Pair
+from disagg.gateway.replicas.membership import Pair
+from tests.support.replica_clients import lonely_member
 from tests.unit.disagg.gateway.replicas.test_membership import info
 
-PAIR = Pair(Member(info("p0", "p0-1")), Member(info("d0", "d0-1")))
-OTHER = Pair(PAIR.prefill, Member(info("d1", "d1-1")))
+PAIR = Pair(lonely_member(info("p0", "p0-1")), lonely_member(info("d0", "d0-1")))
+OTHER = Pair(PAIR.prefill, lonely_member(info("d1", "d1-1")))
 
 
 def told(breaker: PairBreaker, words: str, pair: Pair = PAIR) -> list[Opened]:
@@ -97,7 +98,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "_MAX_REMEMBERED", 3)
     pairs = PairBreaker()
     for i in range(10):
-        told(pairs, "f", Pair(Member(info("p0", str(i))), PAIR.decode))
+        told(pairs, "f", Pair(lonely_member(info("p0", str(i))), PAIR.decode))
         pairs.begin(f"h{i}", PAIR)
     assert (len(pairs._pairs), len(pairs._states)) == (3, 10)
     pairs.retain({("9", "d0-1")})

@@ -12,7 +12,6 @@ import pytest
 
 from disagg.config import GatewayConfig
 from disagg.gateway.handoff import warm
-from disagg.gateway.handoff.handoff import is_server_fault
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.engine.fake.text import answer, decode, encode
 from tests.support.gateway_stack import FAST, JSON_HEADERS, Hook, Replica, Stack, respond, running_stack, until
@@ -510,11 +509,3 @@ async def test_prompt_lists_are_primed_on_one_decode_replica() -> None:
         assert not [handoff_id for r in stack.prefill for handoff_id in r.engine.settled]
         assert [outcome for r in stack.prefill for outcome in r.engine.outcomes] == ["consumed"] * 4
         assert all(r.engine.seen for r in stack.prefill)
-
-
-def test_an_error_event_is_the_engines_fault_only_with_a_5xx() -> None:
-    """A stream that begins with a 5xx error event is tried elsewhere; one that refuses the request is passed on."""
-    assert is_server_fault(b'data: {"error": {"message": "dead", "code": 500}}\n\ndata: [DONE]\n\n')
-    assert not is_server_fault(b'data: {"error": {"message": "too long", "code": 400}}\n\n')
-    assert not is_server_fault(b'data: {"error": "text"}\n\n')
-    assert not is_server_fault(b"data: {broken\n\n")

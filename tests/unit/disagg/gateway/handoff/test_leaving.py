@@ -137,8 +137,8 @@ async def test_between_the_legs(kind: str, transport: Any, monkeypatch: pytest.M
                 await asyncio.Event().wait()
             return await connect(self)
 
-        stack.gateway.upstreams.get(decode_url).close()
-        stack.gateway.upstreams.get(decode_url)._closed = False
+        stack.client(stack.decode[0])._upstream.close()
+        stack.client(stack.decode[0])._upstream._closed = False
         monkeypatch.setattr(wire.Upstream, "_connect", held)
         await leave_when(stack, kind, lambda: blocked.is_set() and stack.prefill[0].engine.happened("produced"))
         await check_settled(stack)

@@ -11,11 +11,8 @@ import pytest
 from disagg.gateway.handoff.legs import (
     decode_body,
     prefill_body,
-    prefill_reply,
-    probe_body,
-    transfer_params,
 )
-from transport.handoff_params import DO_REMOTE_PREFILL, REMOTE_DECODE, REMOTE_PREFILL
+from transport.handoff_params import REMOTE_DECODE, REMOTE_PREFILL
 
 ONE = [[1, 2, 3]]
 PARAMS = {**REMOTE_PREFILL, "remote_block_ids": [[4]], "remote_engine_id": "e"}
@@ -32,26 +29,6 @@ def test_prefill_leg_holds_only_what_it_needs() -> None:
         "kv_transfer_params": REMOTE_DECODE,
     }
     assert json.loads(prefill_body("m", (5, 6), {}, cache_salt="tenant"))["cache_salt"] == "tenant"
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "offers", "complete"),
-    [
-        (200, {"choices": [{"finish_reason": "length"}], "kv_transfer_params": PARAMS}, True, True),
-        (200, {"choices": [{"finish_reason": "length"}], "kv_transfer_params": None}, False, True),
-        (200, {"choices": [{"finish_reason": "abort"}]}, False, False),
-        (200, {"choices": [{"finish_reason": "stop"}]}, False, False),
-        (200, {"choices": []}, False, False),
-        (200, {"choices": "x"}, False, False),
-        (200, {"finish_reason": "length", "kv_transfer_params": PARAMS}, True, True),
-        (500, {"choices": [{"finish_reason": "length"}], "kv_transfer_params": PARAMS}, False, False),
-        (200, [], False, False),
-    ],
-)
-def test_prefill_reply(status: int, body: Any, offers: bool, complete: bool) -> None:
-    """A leg or a probe hands something over only when it answered and ended with its one token."""
-    reply = prefill_reply(status, json.dumps(body).encode())
-    assert (reply.status, reply.params, reply.complete) == (status, PARAMS if offers else None, complete)
 
 
 def test_chat_decode_leg_keeps_the_request() -> None:
@@ -78,29 +55,3 @@ def test_completion_decode_leg_sends_ids_unless_text_is_needed(extra: dict[str, 
     body = {"model": "m", "prompt": "text", "stop": ["x"], **extra}
     sent = json.loads(decode_body("completions", body, [5, 6], PARAMS))
     assert sent == {**body, "prompt": [5, 6] if sends_ids else "text", "kv_transfer_params": PARAMS}
-
-
-def test_probe_carries_parameters_or_none() -> None:
-    """A probe names its parameters even when there are none."""
-    assert json.loads(probe_body([1], None)) == {"prompt_token_ids": [1], "kv_transfer_params": None}
-    assert json.loads(probe_body([1], PARAMS))["kv_transfer_params"] == PARAMS
-    assert json.loads(probe_body([1], None, "salt"))["cache_salt"] == "salt"
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        {},
-        {"kv_transfer_params": None},
-        {"kv_transfer_params": "text"},
-        {"kv_transfer_params": []},
-        {"kv_transfer_params": {**PARAMS, DO_REMOTE_PREFILL: False}},
-        {"kv_transfer_params": {**PARAMS, "remote_block_ids": []}},
-        {"kv_transfer_params": {**PARAMS, "remote_block_ids": None}},
-    ],
-    ids=["absent", "null", "text", "list", "no remote prefill", "no blocks", "null blocks"],
-)
-def test_an_offer_without_blocks_is_none(response: dict[str, Any]) -> None:
-    """Parameters that decode could not pull with are not used."""
-    assert transfer_params(response) is None
-    assert transfer_params({"kv_transfer_params": PARAMS}) == PARAMS

@@ -10,13 +10,14 @@ import pytest
 
 from disagg.config import GatewayConfig
 from disagg.gateway.handoff import local_prefill
-from disagg.gateway.replicas.membership import DECODE, Member
+from disagg.gateway.replicas.membership import DECODE
 from disagg.gateway.replicas.reservation import Hold
 from disagg.routing.candidates import has_room
 from disagg.routing.constraints import num_prompt_tokens
 from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake.text import encode
 from tests.support.gateway_stack import MAX_MODEL_LEN, Replica, Stack, respond, running_stack, until
+from tests.support.replica_clients import lonely_member
 from tests.unit.disagg.gateway.handoff.test_settling import EXPECTED, PROMPT, cutting
 from tests.unit.disagg.gateway.replicas.test_membership import info
 
@@ -50,7 +51,7 @@ def taken(stack: Stack) -> list[int]:
 
 def test_any_prompt_fits_an_idle_replica() -> None:
     """The bound is for what runs beside each other."""
-    member = Member(info("d0"))
+    member = lonely_member(info("d0"))
     assert has_room(member.view(), 1000, limit=10)
     with Hold(member, 6):
         assert has_room(member.view(), 4, limit=10) and not has_room(member.view(), 5, limit=10)

@@ -19,6 +19,7 @@ from disagg.gateway.replicas.membership import Membership
 from disagg.observability.metrics import Metrics
 from pools.engine.base import Message, Receive, Scope, Send
 from tests.support.gateway_stack import Hook, Replica, Stack, respond, running_stack, until
+from tests.support.replica_clients import lonely_membership
 from tests.unit.disagg.gateway.handoff.test_settling import EXPECTED, PROMPT, TRANSPORTS, cutting, is_local, settled
 from tests.unit.disagg.gateway.replicas.test_membership import info
 
@@ -208,11 +209,10 @@ async def test_primed_probes_count_as_well(long_rest: None) -> None:
 
 async def alone() -> tuple[Membership, PairFaults, Metrics, Background]:
     """One pair without engines."""
-    membership, metrics, background = Membership(), Metrics(), Background()
+    membership, metrics, background = lonely_membership(), Metrics(), Background()
     membership.replace("prefill", [info("p0", "p0-1")])
     membership.replace("decode", [info("d0", "d0-1")])
-    upstreams: Any = None
-    return membership, PairFaults(membership, upstreams, metrics, background), metrics, background
+    return membership, PairFaults(membership, metrics, background), metrics, background
 
 
 async def test_failures_under_way_when_it_opens_open_it_once(long_rest: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,14 @@ from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.handoff import settling
 from disagg.gateway.handoff.settling import NoLedger, Settling
-from disagg.gateway.replicas.membership import Member, Pair
-from pools.client import http1 as wire
+from disagg.gateway.replicas.membership import Pair
+from pools.client.replica import ReplicaClient
 from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake.text import answer, decode, encode
 from pools.engine.fake.tiers import FakeSharedCache
 from pools.errors import ReplicaLostError
 from tests.support.gateway_stack import Hook, Replica, Stack, respond, running_stack, until
+from tests.support.replica_clients import lonely_member
 from tests.unit.disagg.gateway.replicas.test_membership import info
 from transport.handoff_params import HANDOFF_ID, MAX_OFFLOAD_TOKENS, REMOTE_DECODE, REMOTE_PREFILL, STORE
 
@@ -475,9 +477,8 @@ def test_only_the_newest_holders_are_remembered(monkeypatch: pytest.MonkeyPatch)
             coroutine.close()
             spawned.append(coroutine)
 
-    upstreams = wire.Upstreams(connect_timeout_s=1, first_byte_timeout_s=1, idle_timeout_s=1, stall_timeout_s=1)
-    keeper = Settling(upstreams, Spawning(), NoLedger())
-    pair = Pair(Member(info("p0")), Member(info("d0")))
+    keeper = Settling(Spawning(), NoLedger())
+    pair = Pair(lonely_member(info("p0")), lonely_member(info("d0")))
     for i in range(5):
         keeper.begin(f"g-{i}", pair, "r", 9)
     for i in range(5):
@@ -491,24 +492,25 @@ def test_only_the_newest_holders_are_remembered(monkeypatch: pytest.MonkeyPatch)
     [(False, True, True), (False, False, True), (True, True, True), (True, False, False)],
     ids=["refused", "no connection in time", "reset", "late"],
 )
-async def test_a_lost_decode_leg_is_settled_unless_it_may_read(sent: bool, gone: bool, settles: bool) -> None:
+async def test_a_lost_decode_leg_is_settled_unless_it_may_read(
+    sent: bool, gone: bool, settles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only a decode engine that was sent the request and is merely late keeps the gateway from settling."""
     told: list[str] = []
 
-    class Telling(Settling):
-        async def _tell(self, member: Member, what: str, body: dict[str, Any]) -> bool:
-            told.append(what)
-            return True
+    async def settle(self: ReplicaClient, handoff_ids: Sequence[str]) -> None:
+        told.extend(handoff_ids)
+
+    monkeypatch.setattr(ReplicaClient, "settle", settle)
 
     async def ended() -> Any:
         return None
 
-    upstreams = wire.Upstreams(connect_timeout_s=1, first_byte_timeout_s=1, idle_timeout_s=1, stall_timeout_s=1)
     background = Background()
-    keeper = Telling(upstreams, background, NoLedger())
-    under_way = keeper.begin("g-1", Pair(Member(info("p0")), Member(info("d0"))), "r", 9)
+    keeper = Settling(background, NoLedger())
+    under_way = keeper.begin("g-1", Pair(lonely_member(info("p0")), lonely_member(info("d0"))), "r", 9)
     under_way.leg = asyncio.ensure_future(ended())
     await under_way.leg
     keeper.decode_lost(under_way, ReplicaLostError("x", sent=sent, gone=gone))
     await background.close(5)
-    assert told == (["settle"] if settles else [])
+    assert told == (["g-1"] if settles else [])

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+import pools.client.replica as replica_client
 from disagg.gateway.background import Background
 from disagg.gateway.ledger import feed as ledger_feed
 from disagg.gateway.ledger.feed import LedgerFeed
@@ -20,9 +21,12 @@ from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.observability.metrics import Metrics
 from disagg.routing.views import ReplicaInfo
-from pools.engine.base import Role
+from pools.engine.base import EngineStats, Role
 from pools.engine.events import EventLog
 from tests.support.gateway_stack import until
+from tests.support.replica_clients import lonely_membership
+
+EMPTY = EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class StubReplica:
@@ -33,7 +37,8 @@ class StubReplica:
         self.pool: Role = "prefill" if replica_id.startswith("p") else "decode"
         self.incarnation = f"{replica_id}-1"
         self.events = EventLog(max_events)
-        self.stats: dict[str, Any] = {"num_requests_running": 3, "num_kv_expired_reqs_total": 2, "engine_id": "e"}
+        self.stats: dict[str, Any] = {**EMPTY.as_dict(), "num_requests_running": 3, "num_kv_expired_reqs_total": 2}
+        del self.stats["num_preemptions_total"]
         self.seen: list[str] = []
         self.answer: tuple[int, bytes] | None = None
         """Replaces every answer."""
@@ -120,7 +125,7 @@ class Followed:
 async def running(*, wait_s: float = 20.0, stats_s: float = 5.0, max_events: int = 1000) -> AsyncIterator[Followed]:
     metrics, background = Metrics(), Background()
     ledger = Ledger(on_count=metrics.count_handoff, on_lease_left=metrics.lease_left_seconds.observe)
-    membership = Membership(lambda: feed.members_changed())
+    membership = lonely_membership(lambda: feed.members_changed())
     unread: list[str] = []
     feed = LedgerFeed(
         ledger, membership, metrics, background, unread.append, connect_timeout_s=1, wait_s=wait_s, stats_s=stats_s
@@ -242,7 +247,7 @@ async def test_dead_replica_fails_once_it_is_out_of_the_list() -> None:
 
 async def test_a_late_replica_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of the list, a replica that does not answer in time, or badly, is read on; what it did is counted once."""
-    monkeypatch.setattr(ledger_feed, "_POLL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(replica_client, "_POLL_TIMEOUT_S", 0.05)
     async with running(wait_s=0.02) as it:
         it.prefill.events.append(produced("gw-1"))
         await until(lambda: it.count("produced") == 1)
@@ -260,7 +265,7 @@ async def test_a_late_replica_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> No
 
 async def test_what_was_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that was written off and comes back is read on where it was left, and nothing counts twice."""
-    monkeypatch.setattr(ledger_feed, "_POLL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(replica_client, "_POLL_TIMEOUT_S", 0.05)
     monkeypatch.setattr(ledger_feed, "_SILENT_S", 0.1)
     async with running(wait_s=0.02) as it:
         # No ended record is remembered, as after many more.

@@ -13,6 +13,7 @@ from disagg.gateway.replicas.choosing import Chooser
 from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL, Member, Membership, Pair
 from disagg.routing.least_loaded import LeastLoaded
 from disagg.routing.views import Mode, ReplicaInfo, RequestView
+from tests.support.replica_clients import lonely_membership
 
 
 def info(replica_id: str, incarnation: str = "1") -> ReplicaInfo:
@@ -23,7 +24,7 @@ def info(replica_id: str, incarnation: str = "1") -> ReplicaInfo:
 @pytest.fixture
 def members() -> Membership:
     """Two warm prefill and two decode replicas."""
-    membership = Membership()
+    membership = lonely_membership()
     membership.replace(PREFILL, [info("p0"), info("p1")])
     membership.replace(DECODE, [info("d0"), info("d1")])
     for pair in membership.cold_pairs():
@@ -75,7 +76,7 @@ def alone(without: Collection[str], num_tokens: int) -> RequestView:
 
 def test_new_pairs_are_cold() -> None:
     """Replicas are usable at once, pairs only after they were warmed."""
-    membership = Membership()
+    membership = lonely_membership()
     membership.replace(DECODE, [info("d0")])
     assert pick_decode(membership) is not None and membership.num_routable(DECODE) == 1
     membership.replace(PREFILL, [info("p0"), info("p1")])
@@ -137,7 +138,7 @@ def test_removal(members: Membership) -> None:
     members.replace(DECODE, [info("d1")])
     members.replace(DECODE, [info("d1")])
     assert len(changes) == 1
-    assert members.num_warm_pairs() == 2 and members.urls() == {"http://p0:1", "http://p1:1", "http://d1:1"}
+    assert members.num_warm_pairs() == 2
     assert all(m.warm_peers == {"d1"} for m in members.members(PREFILL))
     members.replace(PREFILL, [])
     assert pick_pair(members) is None
@@ -184,15 +185,17 @@ def test_changes_are_told(members: Membership) -> None:
     assert len(changes) == 2
 
 
-def test_addresses_are_kept_as_long_as_their_replica_is_known() -> None:
-    """A replica that Serve has dropped keeps its connections until this gateway lets it go."""
-    membership = Membership()
-    membership.replace(PREFILL, [info("p0")])
-    assert membership.urls() == {"http://p0:1"}
+def test_connections_are_kept_as_long_as_their_replica_is_known() -> None:
+    """The client is closed when this gateway lets go of a replica, and when another one comes under its incarnation."""
+    membership = lonely_membership()
+    membership.replace(PREFILL, [info("p0", "1"), info("p1", "2")])
+    p0, p1 = membership.members(PREFILL)
     membership.replace(PREFILL, [])
-    assert membership.urls() == {"http://p0:1"}
+    assert not p0.client.closed and not p1.client.closed
     assert membership.let_go("1", carrying=False)
-    assert membership.urls() == set()
+    assert p0.client.closed and not p1.client.closed
+    membership.replace(PREFILL, [replace(info("p1", "2"), url="http://elsewhere:2")])
+    assert p1.client.closed and not membership.members(PREFILL)[0].client.closed
 
 
 def test_a_replica_that_leaves_is_let_go_when_nothing_runs_there(members: Membership) -> None:
@@ -207,10 +210,10 @@ def test_a_replica_that_leaves_is_let_go_when_nothing_runs_there(members: Member
     assert ids([pair for pair in pairs if pair]) == {"p0-d1", "p1-d1"}
     chosen = [pick_decode(members) for _ in range(3)]
     assert [member and member.info.replica_id for member in chosen] == ["d1"] * 3
-    assert leaving.info.url in members.urls() and not members.let_go("7", carrying=False)
+    assert not members.let_go("7", carrying=False) and not leaving.client.closed
     leaving.num_in_flight = 0
     assert members.let_go("7", carrying=False)
-    assert leaving.info.url not in members.urls()
+    assert leaving.client.closed
 
 
 def test_the_last_decode_replica_serves_what_is_carried_although_it_leaves(members: Membership) -> None:
@@ -257,7 +260,7 @@ def test_a_replica_that_comes_back_keeps_its_count(members: Membership) -> None:
 
 def test_replicas_that_do_not_fit_are_no_pair() -> None:
     """During a rolling update old prefill and new decode replicas are never warmed and never chosen together."""
-    membership = Membership()
+    membership = lonely_membership()
     old, new = replace(info("p0"), kv_fit="old"), replace(info("p1"), kv_fit="new")
     membership.replace(PREFILL, [old, new])
     membership.replace(DECODE, [replace(info("d0"), kv_fit="new")])
@@ -268,7 +271,7 @@ def test_replicas_that_do_not_fit_are_no_pair() -> None:
 def test_a_pair_that_rests() -> None:
     """A pair that is left alone is neither warm nor to be warmed, until it has rested; that is told once."""
     now = [100.0]
-    members = Membership(clock=lambda: now[0])
+    members = lonely_membership(clock=lambda: now[0])
     members.replace(PREFILL, [info("p0", "p0-1")])
     members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
     for pair in members.cold_pairs():
@@ -291,7 +294,7 @@ def test_a_pair_that_rests() -> None:
 def test_the_longest_rest_counts() -> None:
     """A breaker's half second does not end the minute after wrong KV, whichever came first."""
     now = [0.0]
-    members = Membership(clock=lambda: now[0])
+    members = lonely_membership(clock=lambda: now[0])
     members.replace(PREFILL, [info("p0", "p0-1")])
     members.replace(DECODE, [info("d0", "d0-1"), info("d1", "d1-1")])
     for pair, rests in zip(members.cold_pairs(), ([0.5, 60], [60, 0.5]), strict=True):
@@ -390,7 +393,7 @@ def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
     assert not members.finishes_only
     members.members(DECODE)[0].on_probation = True
     assert not members.finishes_only
-    assert not Membership().finishes_only
+    assert not lonely_membership().finishes_only
 
 
 def test_draining_replicas_are_not_chosen(members: Membership) -> None:

@@ -11,11 +11,12 @@ import pytest
 
 import disagg
 from disagg.gateway.replicas.choosing import Chooser
-from disagg.gateway.replicas.membership import DECODE, PREFILL, Member, Membership
+from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership
 from disagg.gateway.replicas.reservation import Hold
 from disagg.routing.constraints import errand
 from disagg.routing.least_loaded import LeastLoaded
 from disagg.routing.views import RequestView
+from tests.support.replica_clients import lonely_member, lonely_membership
 from tests.unit.disagg.gateway.replicas.test_membership import info
 
 PACKAGE = Path(disagg.__file__).parent
@@ -26,7 +27,7 @@ PLAIN = RequestView("chat", [[1, 2, 3]], 3, {})
 @pytest.fixture
 def members() -> Membership:
     """A warm pair."""
-    membership = Membership()
+    membership = lonely_membership()
     membership.replace(PREFILL, [info("p0")])
     membership.replace(DECODE, [info("d0")])
     membership.mark_warm(membership.cold_pairs()[0])
@@ -78,7 +79,7 @@ def test_a_prompt_that_decode_computes_is_held_as_tokens(members: Membership) ->
 
 async def test_a_prompt_is_taken_as_computed_after_a_time() -> None:
     """Where the answer does not show when it is; a release before that leaves no timer behind."""
-    member = Member(info("d0"))
+    member = lonely_member(info("d0"))
     late, early = Hold(member, 5), Hold(member, 6)
     late.expect_prompt_within(0.01)
     early.expect_prompt_within(0.01)

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from disagg.config import AdminConfig, GatewayConfig
 from disagg.gateway.replicas import watch
 from disagg.gateway.replicas.membership import Member
 from pools.client.http1 import Upstream
+from pools.client.replica import NO_TRACE, ReplicaClient
+from pools.client.routes import COMPLETIONS, ENGINE_KEY_HEADER
 from pools.engine.base import Receive, Scope, Send
 from pools.errors import ReplicaLostError
 from pools.health.health import Health
+from pools.testing.client import request
 from tests.support.gateway_stack import Replica, Stack, running_stack, until
 
 PROMPT = "a prompt longer than one block of KV, so that it is handed off"
@@ -78,9 +81,8 @@ async def test_requests_on_their_way_fail_too() -> None:
         say(replica, HANGS)
         await until(lambda: state(stack, "d0").quarantined)
         replica.engine.hook = stalled
-        exchange = await stack.gateway.upstreams.get(replica.server.url).open("POST", "/v1/completions", b"{}")
-        with pytest.raises(Exception, match="hangs"):
-            await exchange.head()
+        with pytest.raises(ReplicaLostError, match="hangs"):
+            await stack.client(replica).decode(COMPLETIONS, b"{}", request_id="r", trace=NO_TRACE)
 
 
 async def test_back_to_ok_its_pairs_are_warmed_first() -> None:
@@ -135,7 +137,7 @@ async def test_silent_process_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_a_gateway_that_stood_still_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that was waited for much longer than the limit was missed by the gateway itself; it asks again."""
-    monkeypatch.setattr(watch, "_ANSWER_S", 0.01)
+    monkeypatch.setattr(watch, "_ANSWER_S", 0.05)
     async with running_stack(num_decode=2, config=QUICK) as stack:
         num_asked = 0
         never = asyncio.Event()
@@ -185,13 +187,13 @@ async def test_a_failure_of_its_own_does_not_end_the_watch(
     async with running_stack(num_decode=2, config=QUICK) as stack:
         num_failed = 0
 
-        def failing(payload: bytes) -> Any:
+        async def failing(self: ReplicaClient, *, timeout_s: float) -> Any:
             nonlocal num_failed
             num_failed += 1
             raise RuntimeError("not today")
 
         with monkeypatch.context() as patch:
-            patch.setattr(watch, "_decode", failing)
+            patch.setattr(ReplicaClient, "health", failing)
             await until(lambda: num_failed > 10)
         assert caplog.text.count("could not be watched") == caplog.text.count("Traceback") == 1
         assert not any(w.misses for w in stack.gateway.watch._watched.values())
@@ -328,14 +330,10 @@ async def test_states_are_shown(tmp_path: Path) -> None:
 async def test_health_route() -> None:
     """`/disagg/v1/health` tells what the replica knows; a drain shows, unless the engine hangs."""
     async with running_stack() as stack:
-        server = stack.decode[0].server
+        server, key = stack.decode[0].server, {ENGINE_KEY_HEADER: stack.decode[0].key}
 
         async def asked() -> dict[str, Any]:
-            status, payload = await stack.gateway.upstreams.get(server.url).request(
-                "GET", "/disagg/v1/health", timeout_s=5
-            )
-            assert status == 200
-            told: dict[str, Any] = json.loads(payload)
+            told: dict[str, Any] = (await request("GET", f"{server.url}/disagg/v1/health", headers=key)).json()
             return told
 
         assert (await asked())["state"] == "ok"
@@ -344,6 +342,7 @@ async def test_health_route() -> None:
         say(stack.decode[0], HANGS)
         told = await asked()
         assert (told["state"], told["reason"], told["since_s"], told["probe_s"]) == ("suspect", "hang", 1.0, None)
+        assert msgspec.to_builtins(await stack.client(stack.decode[0]).health(timeout_s=5)) == told
 
 
 def refusing(error: ReplicaLostError, monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
@@ -354,7 +353,7 @@ def refusing(error: ReplicaLostError, monkeypatch: pytest.MonkeyPatch, stack: St
 
     monkeypatch.setattr(Upstream, "_connect", fails)
     for replica in stack.replicas:
-        for connection in list(stack.gateway.upstreams.get(replica.server.url)._connections):
+        for connection in list(stack.client(replica)._upstream._connections):
             connection.abandon()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from disagg.config import GatewayConfig
+from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.handoff.sending import Call
 from disagg.gateway.stream.resume_rules import Cut
 from disagg.gateway.stream.resuming import Resumer, resume_plan
 from disagg.observability.metrics import Metrics
@@ -327,7 +327,7 @@ async def test_hung_replica(path: str) -> None:
         async with stack.streaming(path, **GREEDY) as connection:
             reply = asyncio.ensure_future(connection.reply())
             await until(lambda: hung)
-            stack.gateway.upstreams.fail(hung[0].server.url, ReplicaLostError("it hangs", sent=True, gone=False))
+            stack.client(hung[0]).fail(ReplicaLostError("it hangs", sent=True, gone=False))
             assert shown(await reply) == whole
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disagg.gateway.front.fields import Endpoint
-from disagg.gateway.handoff.sending import Call
+from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.token_ids import asking_for_ids
 from disagg.gateway.stream.resume_body import continued, num_left
 from disagg.gateway.stream.resume_rules import Cut, cut_for, is_greedy, why_not

@@ -253,5 +253,5 @@ async def _at_rest(stack: Stack, sent: list[int]) -> None:
 
 
 def _exchanges(stack: Stack) -> list[Any]:
-    active = stack.gateway.upstreams.get(stack.decode[0].server.url)._active
+    active = stack.client(stack.decode[0])._upstream._active
     return [exchange for exchange in active if not exchange.over]

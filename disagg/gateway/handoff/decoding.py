@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode leg of one request, and the answer that it is. Knows nothing of retries or cleaning up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from disagg.gateway.front.fields import PATHS
+from disagg.gateway.handoff.call import Call
+from disagg.gateway.handoff.settling import UnderWay
+from disagg.gateway.replicas.reservation import Hold
+from pools.client.http1 import Exchange
+from pools.client.replica import OpenedLeg
+
+
+@dataclass
+class Answer:
+    """The decode leg, ready to be sent on: its head is here, and its first bytes."""
+
+    leg: OpenedLeg
+    hold: Hold
+    mode: str
+    prefill_id: str
+    decode_id: str
+    decode_fit: str
+    """Its `kv_fit`."""
+    under_way: UnderWay | None = None
+    """The hand-off that it is made of, if the prompt's KV came by one."""
+
+    @property
+    def status(self) -> int:
+        return self.leg.status
+
+    @property
+    def content_type(self) -> str:
+        return self.leg.content_type
+
+    @property
+    def content(self) -> bytes:
+        """The whole body, or the first chunk of a stream."""
+        return self.leg.content
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """The rest of a stream; None when `content` is everything."""
+        return self.leg.exchange
+
+    def close(self) -> None:
+        """End the decode leg, finished or not. Idempotent."""
+        self.leg.close()
+        self.hold.release()
+
+
+async def decoded(
+    hold: Hold,
+    call: Call,
+    body: bytes,
+    *,
+    mode: str,
+    prefill_id: str,
+    handoff_id: str | None = None,
+    on_sent: Callable[[], None] = lambda: None,
+) -> Answer:
+    """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client.
+
+    Args:
+        hold: taken over by the answer, which releases it at its end.
+        handoff_id: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
+        on_sent: called once the leg may have reached the engine.
+    """
+    member = hold.member
+    try:
+        leg = await member.client.decode(
+            PATHS[call.endpoint],
+            body,
+            request_id=call.request_id,
+            trace=call.trace,
+            handoff_id=handoff_id,
+            on_sent=on_sent,
+        )
+    except BaseException:
+        hold.release()
+        raise
+    if leg.complete:
+        hold.release()
+    return Answer(leg, hold, mode, prefill_id, member.info.replica_id, member.info.kv_fit)

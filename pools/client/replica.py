@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client of one replica: everything that a gateway says to it, by what it is for.
+
+Deadlines, trace context and counters of a leg are put on here. Nothing is retried or fallen back to, and nothing is
+known of hand-offs beyond their parameters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import msgspec
+
+from pools.client import routes
+from pools.client.http1 import Exchange, Upstream
+from pools.client.messages import (
+    Abort,
+    Aborted,
+    Events,
+    PrefillReply,
+    Probe,
+    Probed,
+    ReplicaHealth,
+    ReplicaStats,
+    Settle,
+    Settled,
+    is_server_fault,
+    prefill_reply,
+)
+from pools.engine.base import HANDOFF_HEADER
+from pools.errors import ReplicaLostError, UnusableAnswerError
+
+T = TypeVar("T")
+Trace = Mapping[str, str]
+"""W3C trace context: headers that every leg of a request carries."""
+NO_TRACE: Trace = {}
+
+LegKind = Literal["prefill", "decode", "probe", "check"]
+Outcome = Literal["answered", "lost", "given_up"]
+"""How a leg went up to its answer, or a stream's first bytes: `lost` by its replica, `given_up` by who sent it."""
+
+STATS_TIMEOUT_S = 2.0
+CLEANUP_TIMEOUT_S = 10.0
+_POLL_TIMEOUT_S = 10.0
+"""Of a read of events, beyond the time that the replica was asked to wait."""
+_ERROR_EVENT = b'data: {"error"'
+_MAX_QUOTED = 200
+
+_encode = msgspec.json.Encoder().encode
+
+
+class LegObserver(Protocol):
+    """Is told of every leg, to count it. Must not block."""
+
+    def leg_over(self, kind: LegKind, outcome: Outcome, seconds: float) -> None:
+        """A leg has its answer, or the first bytes of a stream, or will have none; `seconds` after it was begun."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long an exchange may stand still, in seconds."""
+
+    first_byte_timeout_s: float
+    idle_timeout_s: float
+    stall_timeout_s: float
+    """How long the reader of a stream may take nothing."""
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """A replica's own answer, passed on unread."""
+
+    status: int
+    payload: bytes
+
+
+class OpenedLeg:
+    """A decode leg whose head is here, and its first bytes. Close it, finished or not."""
+
+    def __init__(self, exchange: Exchange, content: bytes, *, streaming: bool) -> None:
+        self.status = exchange.status
+        self.content_type = (exchange.header(b"content-type") or b"application/json").decode("latin-1")
+        self.content = content
+        """The whole body, or the first chunk of a stream."""
+        self.exchange = exchange if streaming else None
+        """The rest of a stream; None when `content` is everything."""
+        self.complete = exchange.complete
+        """Whether all of it is here."""
+
+    def close(self) -> None:
+        """End the leg, which stops the request in the engine. Idempotent."""
+        if self.exchange is not None:
+            self.exchange.close()
+
+
+class ReplicaClient:
+    """One replica, by its address and key. Belongs to one event loop.
+
+    Every method raises ReplicaLostError when the replica cannot be reached, breaks off, or is late. Those that return
+    a value of `messages` raise UnusableAnswerError when it answers something else.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None,
+        connect_timeout_s: float,
+        observer: LegObserver | None,
+    ) -> None:
+        """Connects to nothing yet. `key`: what the replica asks for; None where it asks for nothing."""
+        self.url = url
+        self._upstream = Upstream(url, connect_timeout_s=connect_timeout_s, key=key)
+        self._observer = observer
+        self.closed = False
+
+    # Legs
+
+    async def prefill(self, body: bytes, *, leg_id: str, trace: Trace, timeout_s: float) -> PrefillReply:
+        """A prefill leg, whole."""
+        answer = await self._completed("prefill", body, leg_id, trace, timeout_s)
+        return prefill_reply(answer.status, answer.payload)
+
+    async def check(self, body: bytes, *, leg_id: str, timeout_s: float) -> Forwarded:
+        """A completion that no client waits for, whole."""
+        return await self._completed("check", body, leg_id, NO_TRACE, timeout_s)
+
+    async def decode(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        request_id: str,
+        trace: Trace,
+        handoff_id: str | None = None,
+        on_sent: Callable[[], None] = lambda: None,
+    ) -> OpenedLeg:
+        """A decode leg up to its first bytes, or whole when it is no stream.
+
+        How long it may stand still is the business of `sweep`.
+
+        Args:
+            handoff_id: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
+            on_sent: called once the leg may have reached the engine.
+        """
+        headers = {routes.REQUEST_ID_HEADER: request_id, **trace}
+        if handoff_id is not None:
+            headers[HANDOFF_HEADER] = handoff_id
+        exchange: Exchange | None = None
+        try:
+            with self._observed("decode"):
+                exchange = await self._upstream.open("POST", path, body, headers)
+                on_sent()
+                status = await exchange.head()
+                # Not the body's `stream`: vLLM takes "yes" and 1 for true.
+                streaming = status == 200 and (exchange.header(b"content-type") or b"").startswith(b"text/event-stream")
+                content = (await exchange.next_chunk() or b"") if streaming else await exchange.read()
+                if streaming and content.startswith(_ERROR_EVENT) and is_server_fault(content):
+                    raise ReplicaLostError(f"the engine at {self.url} failed before its first token", gone=True)
+        except BaseException:
+            if exchange is not None:
+                exchange.close()
+            raise
+        return OpenedLeg(exchange, content, streaming=streaming)
+
+    async def probe(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: Mapping[str, Any] | None,
+        *,
+        trace: Trace,
+        timeout_s: float,
+        cache_salt: str | None = None,
+        on_sent: Callable[[], None] = lambda: None,
+    ) -> Probed:
+        """One token through the engine, for the KV's sake."""
+        body = _encode(Probe(list(prompt_token_ids), None if params is None else dict(params), cache_salt))
+        with self._observed("probe"):
+            status, payload = await self._upstream.request(
+                "POST", routes.PROBE, body, trace, timeout_s=timeout_s, on_sent=on_sent
+            )
+        return self._read(_decode_probed, routes.PROBE, status, payload)
+
+    # What becomes of them
+
+    async def abort(self, request_id: str) -> bool:
+        """Stop the request that carries this id; whether it was running."""
+        said = await self._tell(_decode_aborted, routes.ABORT, Abort(request_id), CLEANUP_TIMEOUT_S)
+        return said.aborted
+
+    async def settle(self, handoff_ids: Sequence[str]) -> None:
+        """Nobody will read these hand-offs: the engine ends its hold of their KV."""
+        await self._tell(_decode_settled, routes.SETTLE, Settle(list(handoff_ids)), CLEANUP_TIMEOUT_S)
+
+    # What it tells
+
+    async def health(self, *, timeout_s: float) -> ReplicaHealth:
+        """What its process knows of its engine."""
+        return await self._ask(_decode_health, routes.HEALTH, timeout_s)
+
+    async def stats(self, *, timeout_s: float = STATS_TIMEOUT_S) -> ReplicaStats:
+        """The latest statistics."""
+        return await self._ask(_decode_stats, routes.STATS, timeout_s)
+
+    async def events(self, after: int, *, wait_s: float, reader: str | None = None, done: bool = False) -> Events:
+        """Events numbered above `after`; waits up to `wait_s` seconds for the first.
+
+        Args:
+            reader: name of the gateway that reads, for which a replica that leaves waits.
+            done: whether this gateway sends nothing more there.
+        """
+        standing = f"&reader={reader}&done={int(done)}" if reader else ""
+        path = f"{routes.EVENTS}?after={after}&wait_s={wait_s:g}{standing}"
+        return await self._ask(_decode_events, path, wait_s + _POLL_TIMEOUT_S)
+
+    async def forward(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Forwarded:
+        """A route of its OpenAI app that needs no KV."""
+        return Forwarded(*await self._upstream.request(method, path, body, timeout_s=timeout_s))
+
+    # Its connections
+
+    def fail(self, error: ReplicaLostError) -> None:
+        """Fail what is under way, so that it can go on elsewhere; a later request is tried again."""
+        self._upstream.fail(error)
+
+    def sweep(self, now: float, limits: Limits) -> None:
+        """Fail exchanges that have stood still too long, and close connections nobody has used."""
+        self._upstream.sweep(
+            now,
+            first_byte_timeout_s=limits.first_byte_timeout_s,
+            idle_timeout_s=limits.idle_timeout_s,
+            stall_timeout_s=limits.stall_timeout_s,
+        )
+
+    def close(self) -> None:
+        """Keep no connection: idle ones close now, the others when their exchange ends. It can still be spoken to."""
+        self.closed = True
+        self._upstream.close()
+
+    @property
+    def is_over(self) -> bool:
+        """Closed, and nothing under way that would have to be watched."""
+        return self.closed and self._upstream.is_idle
+
+    async def _completed(self, kind: LegKind, body: bytes, leg_id: str, trace: Trace, timeout_s: float) -> Forwarded:
+        headers = {routes.REQUEST_ID_HEADER: leg_id, **trace}
+        with self._observed(kind):
+            return Forwarded(
+                *await self._upstream.request("POST", routes.COMPLETIONS, body, headers, timeout_s=timeout_s)
+            )
+
+    async def _ask(self, decode: Callable[[bytes], T], path: str, timeout_s: float) -> T:
+        return self._read(decode, path, *await self._upstream.request("GET", path, timeout_s=timeout_s))
+
+    async def _tell(self, decode: Callable[[bytes], T], path: str, body: msgspec.Struct, timeout_s: float) -> T:
+        answer = await self._upstream.request("POST", path, _encode(body), timeout_s=timeout_s)
+        return self._read(decode, path, *answer)
+
+    def _read(self, decode: Callable[[bytes], T], path: str, status: int, payload: bytes) -> T:
+        if status == 200:
+            try:
+                return decode(payload)
+            except ValueError as exc:
+                raise UnusableAnswerError(f"{self.url}{path} answered what cannot be read: {exc}") from exc
+        raise UnusableAnswerError(f"{self.url}{path} answered {status}: {payload[:_MAX_QUOTED]!r}", status=status)
+
+    @contextlib.contextmanager
+    def _observed(self, kind: LegKind) -> Iterator[None]:
+        if self._observer is None:
+            yield
+            return
+        began = asyncio.get_running_loop().time()
+        outcome: Outcome = "given_up"
+        try:
+            yield
+            outcome = "answered"
+        except ReplicaLostError:
+            outcome = "lost"
+            raise
+        finally:
+            self._observer.leg_over(kind, outcome, asyncio.get_running_loop().time() - began)
+
+
+_decode_aborted = msgspec.json.Decoder(Aborted).decode
+_decode_settled = msgspec.json.Decoder(Settled).decode
+_decode_probed = msgspec.json.Decoder(Probed).decode
+_decode_events = msgspec.json.Decoder(Events).decode
+_decode_health = msgspec.json.Decoder(ReplicaHealth).decode
+_decode_told = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+def _decode_stats(payload: bytes) -> ReplicaStats:
+    return ReplicaStats.from_told(_decode_told(payload))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths and headers of a replica's private HTTP, which its server and its client share. Nobody else spells them."""
+
+from __future__ import annotations
+
+CONTROL = "/disagg/v1/"
+"""What every path below it begins with; all others are the engine's own OpenAI app."""
+ABORT = CONTROL + "abort"
+SETTLE = CONTROL + "settle"
+PROBE = CONTROL + "probe"
+RESET_PREFIX_CACHE = CONTROL + "reset_prefix_cache"
+EVENTS = CONTROL + "events"
+STATS = CONTROL + "stats"
+HEALTH = CONTROL + "health"
+
+COMPLETIONS = "/v1/completions"
+CHAT_COMPLETIONS = "/v1/chat/completions"
+
+ENGINE_KEY_HEADER = "x-disagg-engine-key"
+"""Brings the key of the engine."""
+REQUEST_ID_HEADER = "x-request-id"
+"""Brings the id by which a request can be aborted."""
