@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from disagg.gateway.front.fields import PATHS
@@ -25,7 +24,7 @@ class Answer:
     decode_id: str
     decode_fit: str
     """Its `kv_fit`."""
-    under_way: UnderWay | None = None
+    under_way: UnderWay | None
     """The hand-off that it is made of, if the prompt's KV came by one."""
 
     @property
@@ -59,15 +58,13 @@ async def decoded(
     *,
     mode: str,
     prefill_id: str,
-    handoff_id: str | None = None,
-    on_sent: Callable[[], None] = lambda: None,
+    under_way: UnderWay | None = None,
 ) -> Answer:
     """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client.
 
     Args:
         hold: taken over by the answer, which releases it at its end.
-        handoff_id: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
-        on_sent: called once the leg may have reached the engine.
+        under_way: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
     """
     member = hold.member
     try:
@@ -76,12 +73,16 @@ async def decoded(
             body,
             request_id=call.request_id,
             trace=call.trace,
-            handoff_id=handoff_id,
-            on_sent=on_sent,
+            handoff_id=None if under_way is None else under_way.handoff_id,
+            on_sent=_nothing if under_way is None else under_way.mark_taken,
         )
     except BaseException:
         hold.release()
         raise
     if leg.complete:
         hold.release()
-    return Answer(leg, hold, mode, prefill_id, member.info.replica_id, member.info.kv_fit)
+    return Answer(leg, hold, mode, prefill_id, member.info.replica_id, member.info.kv_fit, under_way)
+
+
+def _nothing() -> None:
+    pass

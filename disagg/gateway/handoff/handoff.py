@@ -8,6 +8,7 @@ carries decisions out and falls back.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,12 @@ from disagg.gateway.handoff.legs import decode_body
 from disagg.gateway.handoff.local_prefill import LocalPrefill, no_replica
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.pair_faults import PairFaults
-from disagg.gateway.handoff.prefilling import Prefilling, Prompt
-from disagg.gateway.handoff.settling import Ledger, NoLedger, Settling, UnderWay
+from disagg.gateway.handoff.prefilling import NotOffered, Prefilling
+from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import Transfer
+from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.choosing import Chooser
-from disagg.gateway.replicas.membership import Member, Membership
+from disagg.gateway.replicas.membership import Membership
 from disagg.gateway.replicas.reservation import Hold, Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import OTHER_KV_FIT
@@ -34,13 +36,25 @@ from disagg.routing.views import RequestView
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
 
-@dataclass(frozen=True)
-class _Lost:
-    """A decode replica that broke off before it had shown anything."""
+class DecodeLost(Exception):
+    """A decode replica broke off before it had shown anything.
 
-    member: Member
-    sent: bool
-    """Whether it may have had the request."""
+    Attributes:
+        had_it: whether it may have had the request.
+    """
+
+    def __init__(self, replica_id: str, *, had_it: bool) -> None:
+        super().__init__(replica_id)
+        self.replica_id = replica_id
+        self.had_it = had_it
+
+
+@dataclass(frozen=True)
+class Primed:
+    """A prompt whose KV the decode engine has, or will compute."""
+
+    replica_id: str
+    """The prefill replica that computed it."""
 
 
 class Handoff:
@@ -56,8 +70,8 @@ class Handoff:
         metrics: Metrics,
         background: Background,
         transfer: Transfer,
-        ledger: Ledger | None = None,
-        max_model_len: int | None = None,
+        ledger: Ledger,
+        max_model_len: int | None,
     ) -> None:
         self._model_id = model_id
         self._config = config
@@ -65,7 +79,7 @@ class Handoff:
         self._max_model_len = max_model_len
         self._metrics = metrics
         self._membership = membership
-        self._settling = Settling(background, ledger or NoLedger())
+        self._settling = Settling(background, ledger)
         self._faults = PairFaults(membership, metrics, background)
         self._local_rate = LocalRate()
         self._local = LocalPrefill(
@@ -144,46 +158,55 @@ class Handoff:
     async def _handed_off(self, call: Call, losses: Losses, request: RequestView, first: Reservation) -> Answer:
         """Through a warm pair, the one that is reserved to begin with, else locally."""
         assert call.prompts is not None
-        prompt = call.prompts[0]
-
-        async def take(under_way: UnderWay, reserved: Reservation, params: dict[str, Any]) -> Answer | _Lost:
-            """The answer, or the decode replica that was lost."""
-            pair = under_way.pair
-            body = decode_body(call.endpoint, call.body, prompt, params)
-            try:
-                answer = await decoded(
-                    reserved.take_decode(),
-                    call,
-                    body,
-                    mode="handoff",
-                    prefill_id=pair.prefill.info.replica_id,
-                    handoff_id=under_way.handoff_id,
-                    on_sent=under_way.mark_taken,
-                )
-            except ReplicaLostError as exc:
-                self._membership.lost(pair.decode, exc)
-                self._settling.decode_lost(under_way, exc)
-                self._faults.lost(under_way, exc)
-                return _Lost(pair.decode, exc.sent)
-            self._settling.decode_answered(under_way, answer.status)
-            self._faults.answered(under_way, answer.status)
-            answer.under_way = under_way
-            return answer
-
-        answer = await self._prefilling.tried(Prompt(call, request, prompt, take, _close), first=first)
-        if isinstance(answer, str):
-            return await self._local.answer(call, alone(request, answer), losses)
-        if isinstance(answer, _Lost):
+        decode = functools.partial(self._decoded, call)
+        try:
+            answer = await self._prefilling.handed_off(
+                call, request, call.prompts[0], decode, drop=Answer.close, first=first
+            )
+        except NotOffered as exc:
+            return await self._local.answer(call, alone(request, exc.reason), losses)
+        except DecodeLost as exc:
             self._metrics.retries.labels("decode").inc()
-            lost_id = answer.member.info.replica_id
-            losses.lost(lost_id, had_it=answer.sent)
-            return await self._local.answer(call, alone(request, "decode_lost", (lost_id,)), losses)
+            losses.lost(exc.replica_id, had_it=exc.had_it)
+            return await self._local.answer(call, alone(request, "decode_lost", (exc.replica_id,)), losses)
         if answer.status < 500:
             return answer
         found = await self._after_error(call, answer, losses, request)
         if found.status < 500 and answer.under_way is not None:
             self._faults.failed(answer.under_way)
         return found
+
+    async def _decoded(self, call: Call, under_way: UnderWay, params: dict[str, Any]) -> Answer:
+        """The decode leg of a hand-off, up to its first bytes. Raises DecodeLost."""
+        assert call.prompts is not None
+        pair = under_way.pair
+        body = decode_body(call.endpoint, call.body, call.prompts[0], params)
+        prefill_id = pair.prefill.info.replica_id
+        try:
+            answer = await decoded(
+                under_way.reservation.take_decode(),
+                call,
+                body,
+                mode="handoff",
+                prefill_id=prefill_id,
+                under_way=under_way,
+            )
+        except ReplicaLostError as exc:
+            self._lost(under_way, exc)
+            raise DecodeLost(pair.decode.info.replica_id, had_it=exc.sent) from exc
+        self._answered(under_way, answer.status)
+        return answer
+
+    def _lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
+        """The decode side of a hand-off broke off."""
+        self._membership.lost(under_way.pair.decode, error)
+        self._settling.decode_lost(under_way, error)
+        self._faults.lost(under_way, error)
+
+    def _answered(self, under_way: UnderWay, status: int) -> None:
+        """The decode side of a hand-off has a status."""
+        self._settling.decode_answered(under_way, status)
+        self._faults.answered(under_way, status)
 
     async def _after_error(self, call: Call, answer: Answer, losses: Losses, request: RequestView) -> Answer:
         """Locally after a decode replica has answered 5xx, at another one while there is one."""
@@ -211,16 +234,16 @@ class Handoff:
         async with asyncio.TaskGroup() as group:
             # The first prompt goes to the chosen pair, the others where there is room for them.
             primed = [
-                group.create_task(self._prime(call, settled, ids, None if i else first, failed))
+                group.create_task(self._primed_with(call, settled, ids, None if i else first, failed))
                 for i, ids in enumerate(call.prompts)
             ]
         outcomes = [task.result() for task in primed]
-        prefills = [outcome for outcome in outcomes if isinstance(outcome, Member)]
-        if not prefills:
+        prefill_ids = [outcome.replica_id for outcome in outcomes if isinstance(outcome, Primed)]
+        if not prefill_ids:
             return await self._local.answer(call, alone(request, str(outcomes[0])), losses)
         call.progress.at_decode()
         try:
-            answer = await decoded(Hold(decode), call, call.raw, mode="primed", prefill_id=prefills[0].info.replica_id)
+            answer = await decoded(Hold(decode), call, call.raw, mode="primed", prefill_id=prefill_ids[0])
         except ReplicaLostError as exc:
             self._membership.lost(decode, exc)
             self._metrics.retries.labels("decode").inc()
@@ -228,49 +251,49 @@ class Handoff:
             return await self._local.answer(call, alone(request, "decode_lost", losses.replica_ids), losses)
         return answer if answer.status < 500 else await self._after_error(call, answer, losses, request)
 
-    async def _prime(
+    async def _primed_with(
         self,
         call: Call,
         request: RequestView,
         prompt: Sequence[int],
         first: Reservation | None,
         failed: list[UnderWay],
-    ) -> Member | str:
-        """Make the settled decode replica pull one prompt's KV. A failure there costs a recomputation, nothing else.
+    ) -> Primed | NotOffered:
+        """Make the settled decode replica pull one prompt's KV. A failure there costs a recomputation, nothing else."""
+        probe = functools.partial(self._probed, call, prompt, failed)
+        try:
+            return await self._prefilling.handed_off(call, request, prompt, probe, first=first)
+        except NotOffered as exc:
+            return exc
 
-        Returns the prefill replica that computed it, or why none did.
-        """
-
-        async def take(under_way: UnderWay, reserved: Reservation, params: dict[str, Any]) -> Member:
-            decode = under_way.pair.decode
-            try:
-                with reserved.take_decode():
-                    await decode.client.probe(
-                        prompt,
-                        params,
-                        trace=call.trace,
-                        timeout_s=self._config.prefill_timeout_s,
-                        on_sent=under_way.mark_taken,
-                        cache_salt=call.body.get("cache_salt"),
-                    )
-            except ReplicaLostError as exc:
-                self._membership.lost(decode, exc)
-                self._settling.decode_lost(under_way, exc)
-                self._faults.lost(under_way, exc)
-                return under_way.pair.prefill
-            except UnusableAnswerError as exc:
-                status = exc.status
-            else:
-                status = 200
-            self._settling.decode_answered(under_way, status)
-            self._faults.answered(under_way, status)
-            if status >= 500:
-                failed.append(under_way)
-            return under_way.pair.prefill
-
-        return await self._prefilling.tried(Prompt(call, request, prompt, take), first=first)
-
-
-def _close(answer: Answer | _Lost) -> None:
-    if isinstance(answer, Answer):
-        answer.close()
+    async def _probed(
+        self,
+        call: Call,
+        prompt: Sequence[int],
+        failed: list[UnderWay],
+        under_way: UnderWay,
+        params: dict[str, Any],
+    ) -> Primed:
+        """The decode side of a hand-off that only primes. Adds it to `failed` when it was answered 5xx."""
+        prefill_id = under_way.pair.prefill.info.replica_id
+        try:
+            with under_way.reservation.take_decode() as hold:
+                await hold.member.client.probe(
+                    prompt,
+                    params,
+                    trace=call.trace,
+                    timeout_s=self._config.prefill_timeout_s,
+                    on_sent=under_way.mark_taken,
+                    cache_salt=call.body.get("cache_salt"),
+                )
+        except ReplicaLostError as exc:
+            self._lost(under_way, exc)
+            return Primed(prefill_id)
+        except UnusableAnswerError as exc:
+            status = exc.status
+        else:
+            status = 200
+        self._answered(under_way, status)
+        if status >= 500:
+            failed.append(under_way)
+        return Primed(prefill_id)

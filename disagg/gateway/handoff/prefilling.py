@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prefill side of a request: which pairs are tried for one prompt, how long, and what ends it.
 
-Which pair is the policy's to say. How long is decided in `deadline`, the race of two attempts in `hedging`, the order
-of the legs in the transfer, giving back in `settling`.
+How long is decided in `deadline`, the race of two attempts in `hedging`, the order of the legs in the transfer, giving
+back in `settling`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
@@ -22,36 +22,45 @@ from disagg.gateway.handoff.hedging import Race, Runner
 from disagg.gateway.handoff.legs import prefill_body
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.settling import Settling, UnderWay
-from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
+from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
 from disagg.gateway.replicas.choosing import Chooser
-from disagg.gateway.replicas.membership import Membership
+from disagg.gateway.replicas.membership import Member, Membership, Pair
 from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.constraints import pair_only
 from disagg.routing.views import RequestView
-from pools.client.messages import PrefillReply
 from pools.client.replica import CLEANUP_TIMEOUT_S
 from pools.errors import ReplicaLostError
 from transport.handoff_params import offer_params
 
 T = TypeVar("T")
-Take: TypeAlias = Callable[[UnderWay, Reservation, dict[str, Any]], Awaitable[T]]
+Params = dict[str, Any]
+Take = Callable[[UnderWay, Params], Coroutine[Any, Any, T]]
+"""Sends the decode leg of a hand-off with these `kv_transfer_params`; a failure of its own is its to handle."""
+
+
+class NotOffered(Exception):
+    """No prefill replica computed the prompt.
+
+    Attributes:
+        reason: why, in one of a few fixed words that are metric labels.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclass
-class Prompt(Generic[T]):
+class Tries:
     """One prompt to be handed off, and what has been tried for it."""
 
     call: Call
     request: RequestView
     """Without the prefill replicas that failed."""
     token_ids: Sequence[int]
-    take: Take[T]
-    """Sends the decode leg, which takes its hold over; a failure of its own is its to handle."""
-    drop: Callable[[T], None] = lambda _: None
-    """Ends what `take` returned when nobody takes it any more."""
-    deadline: float = 0.0
+    deadline: float
     """Loop time by which the prefill side is over."""
 
 
@@ -85,144 +94,186 @@ class Prefilling:
         self._leg_ids = itertools.count(1)
         self._incarnation = uuid.uuid4().hex[:12]
 
-    async def tried(self, prompt: Prompt[T], *, first: Reservation | None = None) -> T | str:
-        """What `take` makes of the prompt's hand-off, or the reason why no prefill replica offered one.
+    async def handed_off(
+        self,
+        call: Call,
+        request: RequestView,
+        token_ids: Sequence[int],
+        take: Take[T],
+        *,
+        drop: Callable[[T], None] = lambda _: None,
+        first: Reservation | None = None,
+    ) -> T:
+        """What `take` makes of the prompt's hand-off. Raises NotOffered when no prefill replica offered one.
 
         Args:
+            request: what is ruled out for it, and the decode replica where that is settled.
+            drop: ends what `take` returned when nobody takes it any more.
             first: the pair to try first, where that is decided already.
         """
         now = asyncio.get_running_loop().time
-        prompt.deadline = now() + prefill_allowance_s(
-            len(prompt.token_ids),
+        deadline = now() + prefill_allowance_s(
+            len(token_ids),
             prefill_timeout_s=self._config.prefill_timeout_s,
             first_token_target_s=self._config.first_token_target_s,
             local_tokens_per_s=self._local_rate.tokens_per_s,
         )
+        tries = Tries(call, request, token_ids, deadline)
         reason = NO_WARM_PAIR
-        while True:
-            reservation = first or self._other(prompt)
-            first = None
-            if reservation.pair is None:
-                return reason
-            until = self._until(prompt, reservation)
+        reservation = first or self._other(tries)
+        while reservation.pair is not None:
+            until = self._until(tries, reservation)
             try:
-                if self._config.hedge_after_s is None:
-                    return await self._attempted(prompt, reservation, until)
-                return await self._hedged(prompt, reservation, until, self._config.hedge_after_s)
+                under_way, params = await self._offered(tries, reservation, until)
+                return await self._finished(tries, under_way, take(under_way, params), drop)
             except PrefillFailed as exc:
                 reason = exc.reason
-                if not exc.retry or (until >= prompt.deadline and reason == "prefill_timeout"):
-                    return reason
-                if now() >= prompt.deadline:
-                    return "prefill_timeout"
+                if not exc.retry or (until >= deadline and reason == "prefill_timeout"):
+                    break
+                if now() >= deadline:
+                    reason = "prefill_timeout"
+                    break
             self._metrics.retries.labels("prefill").inc()
+            reservation = self._other(tries)
+        raise NotOffered(reason)
 
-    def _other(self, prompt: Prompt[T], without: tuple[str, ...] = ()) -> Reservation:
+    def _other(self, tries: Tries, *, beside: Pair | None = None) -> Reservation:
         """A pair for the prompt, its decode replica the same where that is settled."""
-        return self._chooser.reserve(pair_only(prompt.request, without))
+        return self._chooser.reserve(
+            pair_only(tries.request, () if beside is None else (beside.prefill.info.replica_id,))
+        )
 
-    def _until(self, prompt: Prompt[T], reservation: Reservation) -> float:
+    def _until(self, tries: Tries, reservation: Reservation) -> float:
         """When an attempt with this pair ends."""
-        another = reservation.decision.has_other_prefill(decode_id=prompt.request.decode_id)
-        return attempt_until(asyncio.get_running_loop().time(), prompt.deadline, another=another)
+        another = reservation.decision.has_other_prefill(decode_id=tries.request.decode_id)
+        return attempt_until(asyncio.get_running_loop().time(), tries.deadline, another=another)
 
-    async def _hedged(self, prompt: Prompt[T], first: Reservation, until: float, after_s: float) -> T:
-        """As `_attempted`, with a second pair when the first is slow."""
-        race: Race[T] = Race(prompt.drop)
+    async def _offered(self, tries: Tries, first: Reservation, until: float) -> tuple[UnderWay, Params]:
+        """A hand-off whose decode leg may be sent, and what that leg is told.
+
+        A second pair is tried beside the first when that is slow. Raises PrefillFailed.
+        """
+        after_s = self._config.hedge_after_s
+        if after_s is None:
+            return await self._begun(tries, first, until)
+        race: Race[tuple[UnderWay, Params]] = Race(lambda begun: self._give_up(begun[0], TimeoutError()))
         other: Reservation | None = None
 
-        def attempt(reservation: Reservation, until: float) -> Callable[[Runner], Coroutine[Any, Any, T]]:
-            return lambda runner: self._attempted(prompt, reservation, until, race, runner)
+        def attempt(
+            reservation: Reservation, until: float
+        ) -> Callable[[Runner], Coroutine[Any, Any, tuple[UnderWay, Params]]]:
+            return lambda runner: self._begun(tries, reservation, until, race, runner)
 
-        def second() -> Callable[[Runner], Coroutine[Any, Any, T]] | None:
+        def second() -> Callable[[Runner], Coroutine[Any, Any, tuple[UnderWay, Params]]] | None:
             nonlocal other
-            assert first.pair is not None
-            other = self._other(prompt, (first.pair.prefill.info.replica_id,))
+            other = self._other(tries, beside=first.pair)
             # Each is tried for what is left of the whole: there is nothing to keep back for a retry.
-            return None if other.pair is None else attempt(other, prompt.deadline)
+            return None if other.pair is None else attempt(other, tries.deadline)
 
+        begun: tuple[UnderWay, Params] | None = None
         try:
-            result, outcome = await race.run(attempt(first, until), second, after_s=after_s)
+            begun, outcome = await race.run(attempt(first, until), second, after_s=after_s)
         finally:
             # An attempt that is cancelled before it begins releases nothing itself.
             for reservation in (first, other):
-                if reservation is not None:
+                if reservation is not None and (begun is None or begun[0].reservation is not reservation):
                     reservation.release()
         if outcome is not None:
             self._metrics.hedges.labels(outcome).inc()
-        return result
+        return begun
 
-    async def _attempted(
+    async def _begun(
         self,
-        prompt: Prompt[T],
+        tries: Tries,
         reservation: Reservation,
         until: float,
-        race: Race[T] | None = None,
+        race: Race[tuple[UnderWay, Params]] | None = None,
         runner: Runner | None = None,
+    ) -> tuple[UnderWay, Params]:
+        """One hand-off up to where its decode leg may be sent. Raises PrefillFailed."""
+        assert reservation.pair is not None
+        try:
+            under_way = self._send(tries, reservation, until)
+        except PrefillFailed as exc:
+            reservation.release()
+            self._failed(tries, reservation.pair.prefill, exc)
+            raise
+        try:
+            params = await self._transfer.params(under_way.leg, deadline=until)
+        except asyncio.CancelledError:
+            if runner is not None and runner.beaten:
+                self._give_up(under_way, TimeoutError())
+            else:
+                self._left(tries, under_way)
+            raise
+        except PrefillFailed as exc:
+            self._give_up(under_way, exc.__cause__)
+            self._failed(tries, under_way.pair.prefill, exc)
+            raise
+        if race is not None and runner is not None:
+            race.claim(runner)
+        return under_way, params
+
+    async def _finished(
+        self, tries: Tries, under_way: UnderWay, decode: Coroutine[Any, Any, T], drop: Callable[[T], None]
     ) -> T:
-        """One hand-off. Raises PrefillFailed; its prefill replica is left out of `prompt.request` then."""
+        """What the decode leg comes to. Raises PrefillFailed."""
+        try:
+            result = await self._transfer.finish(under_way.leg, decode, drop=drop, deadline=under_way.until)
+        except asyncio.CancelledError:
+            self._left(tries, under_way)
+            raise
+        except PrefillFailed as exc:
+            self._give_up(under_way, exc.__cause__)
+            self._failed(tries, under_way.pair.prefill, exc)
+            raise
+        finally:
+            under_way.reservation.release()
+        if not under_way.leg_done:
+            self._background.spawn(self._stop_outlived(under_way))
+        return result
+
+    def _send(self, tries: Tries, reservation: Reservation, until: float) -> UnderWay:
+        """Send the prefill leg. Raises PrefillFailed when the replica cannot be sent one."""
         pair = reservation.pair
         assert pair is not None
         handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"
-        call = prompt.call
-        under_way = self._settling.begin(handoff_id, pair, call.request_id, len(prompt.token_ids), call.tenant)
+        call = tries.call
+        params = self._transfer.prefill_params(offer_params(handoff_id, call.store), handoff_id, pair.prefill)
+        body = prefill_body(self._model_id, tries.token_ids, params, cache_salt=call.body.get("cache_salt"))
+        self._settling.expect(handoff_id, pair, call.request_id, len(tries.token_ids), call.tenant)
+        timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
+        hold = reservation.take_prefill()
+        task = self._background.spawn_kept(
+            pair.prefill.client.prefill(body, leg_id=handoff_id, trace=call.trace, timeout_s=timeout_s)
+        )
+        task.add_done_callback(lambda _: hold.release())
+        under_way = UnderWay(pair, PrefillLeg(handoff_id, pair.prefill, task), until, reservation)
+        task.add_done_callback(lambda _: self._faults.begin(under_way))
+        return under_way
 
-        def claim() -> None:
-            if race is not None and runner is not None:
-                race.claim(runner)
+    def _give_up(self, under_way: UnderWay, cause: BaseException | None) -> None:
+        """Its prefill side failed or was too slow; `cause` is None when the engine answered."""
+        under_way.reservation.release()
+        self._faults.over(under_way)
+        self._settling.prefill_failed(under_way, cause)
 
-        try:
-            result = await self._transfer.run(self._attempt(prompt, under_way, reservation, claim), deadline=until)
-        except asyncio.CancelledError:
-            self._faults.over(under_way)
-            if runner is not None and runner.beaten:
-                self._settling.prefill_failed(under_way, TimeoutError())
-            else:
-                if under_way.leg_done:
-                    prompt.call.progress.at_decode()
-                self._settling.client_left(under_way)
-            raise
-        except PrefillFailed as exc:
-            self._faults.over(under_way)
-            self._settling.prefill_failed(under_way, exc.__cause__)
-            if isinstance(exc.__cause__, ReplicaLostError):
-                self._membership.lost(pair.prefill, exc.__cause__)
-            without = prompt.request.without | {pair.prefill.info.replica_id}
-            prompt.request = replace(prompt.request, without=without)
-            raise
-        else:
-            if not under_way.leg_done:
-                self._background.spawn(self._stop_outlived(under_way))
-            return result
-        finally:
-            reservation.release()
+    def _failed(self, tries: Tries, prefill: Member, error: PrefillFailed) -> None:
+        """A prefill replica failed: it is not tried again for this prompt."""
+        if isinstance(error.__cause__, ReplicaLostError):
+            self._membership.lost(prefill, error.__cause__)
+        without = tries.request.without | {prefill.info.replica_id}
+        tries.request = replace(tries.request, without=without)
+
+    def _left(self, tries: Tries, under_way: UnderWay) -> None:
+        """The client went away."""
+        under_way.reservation.release()
+        self._faults.over(under_way)
+        if under_way.leg_done:
+            tries.call.progress.at_decode()
+        self._settling.client_left(under_way)
 
     async def _stop_outlived(self, under_way: UnderWay) -> None:
         if await self._settling.outlived(under_way):
             self._faults.over(under_way)
             self._metrics.local_prefill("decode_did_not_wait")
-
-    def _attempt(
-        self, prompt: Prompt[T], under_way: UnderWay, reservation: Reservation, claim: Callable[[], None]
-    ) -> Attempt[T]:
-        handoff_id, prefill = under_way.handoff_id, under_way.pair.prefill
-        params = self._transfer.prefill_params(offer_params(handoff_id, prompt.call.store), handoff_id)
-        salt = prompt.call.body.get("cache_salt")
-        body = prefill_body(self._model_id, prompt.token_ids, params, cache_salt=salt)
-
-        def send() -> asyncio.Task[PrefillReply]:
-            timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
-            hold = reservation.take_prefill()
-            leg = self._background.spawn_kept(
-                prefill.client.prefill(body, leg_id=handoff_id, trace=prompt.call.trace, timeout_s=timeout_s)
-            )
-            leg.add_done_callback(lambda _: hold.release())
-            leg.add_done_callback(lambda _: self._faults.begin(under_way))
-            under_way.leg = leg
-            return leg
-
-        def taken(params: dict[str, Any]) -> Awaitable[T]:
-            claim()
-            return prompt.take(under_way, reservation, params)
-
-        return Attempt(handoff_id, prefill, send, taken, prompt.drop)

@@ -11,12 +11,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from disagg.gateway.background import Background
+from disagg.gateway.handoff.transfer import PrefillLeg
+from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import Member, Pair
-from disagg.routing.views import ReplicaInfo
-from pools.client.messages import PrefillReply
+from disagg.gateway.replicas.reservation import Reservation
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)
@@ -39,56 +40,28 @@ Reason = Literal[
 ]
 
 
-class Ledger(Protocol):
-    """What the gateway itself says of its hand-offs; engines say the rest."""
-
-    def open(
-        self,
-        handoff_id: str,
-        request_id: str,
-        prefill: ReplicaInfo,
-        decode: ReplicaInfo,
-        prompt_tokens: int,
-        tenant: str | None = None,
-    ) -> None: ...
-
-    def note(self, handoff_id: str, reason: str) -> None: ...
-
-
-class NoLedger:
-    """Keeps no books."""
-
-    def open(
-        self,
-        handoff_id: str,
-        request_id: str,
-        prefill: ReplicaInfo,
-        decode: ReplicaInfo,
-        prompt_tokens: int,
-        tenant: str | None = None,
-    ) -> None:
-        pass
-
-    def note(self, handoff_id: str, reason: str) -> None:
-        pass
-
-
 @dataclass(eq=False)
 class UnderWay:
     """One hand-off whose legs run."""
 
-    handoff_id: str
     pair: Pair
-    leg: asyncio.Task[PrefillReply] | None = None
-    """The prefill leg, once it was sent."""
+    leg: PrefillLeg
+    until: float
+    """Loop time at which its prefill side is given up."""
+    reservation: Reservation
+    """Counts the request on the decode replica until the decode leg does so itself."""
     taken: bool = False
     """Whether the decode leg was sent. From then on its engine may be reading."""
     given_up: bool = False
     """Whether something has ended it before its time, and what there is to do about that is under way."""
 
     @property
+    def handoff_id(self) -> str:
+        return self.leg.handoff_id
+
+    @property
     def leg_done(self) -> bool:
-        return self.leg is not None and self.leg.done()
+        return self.leg.task.done()
 
     def mark_taken(self) -> None:
         self.taken = True
@@ -102,15 +75,12 @@ class Settling:
         self._ledger = ledger
         self._holders: OrderedDict[str, Member] = OrderedDict()
 
-    def begin(
-        self, handoff_id: str, pair: Pair, request_id: str, num_tokens: int, tenant: str | None = None
-    ) -> UnderWay:
+    def expect(self, handoff_id: str, pair: Pair, request_id: str, num_tokens: int, tenant: str | None = None) -> None:
         """A hand-off whose prefill leg is about to be sent."""
         self._holders[handoff_id] = pair.prefill
         if len(self._holders) > _MAX_REMEMBERED:
             self._holders.popitem(last=False)
         self._ledger.open(handoff_id, request_id, pair.prefill.info, pair.decode.info, num_tokens, tenant)
-        return UnderWay(handoff_id, pair)
 
     def settle(self, handoff_id: str) -> None:
         """Tell its prefill replica that nobody will read this hand-off. Ids that this gateway did not make are ignored.
@@ -175,11 +145,10 @@ class Settling:
         may come a moment before the prefill leg's own answer, hence the wait; to abort and settle what was consumed
         would change nothing.
         """
-        leg = under_way.leg
-        if leg is None or under_way.given_up:
+        if under_way.given_up:
             return False
-        await asyncio.wait({leg}, timeout=_ANSWER_GRACE_S)
-        if leg.done():
+        await asyncio.wait({under_way.leg.task}, timeout=_ANSWER_GRACE_S)
+        if under_way.leg_done:
             return False
         self._give_up(under_way, "decode_did_not_wait", settle=True)
         return True
@@ -187,15 +156,11 @@ class Settling:
     def _give_up(self, under_way: UnderWay, reason: Reason, *, settle: bool, grace: bool = False) -> None:
         under_way.given_up = True
         self._ledger.note(under_way.handoff_id, reason)
-        leg = under_way.leg
-        if leg is not None:
-            self._background.spawn(self._clean_up(under_way, leg, settle=settle, grace=grace))
+        self._background.spawn(self._clean_up(under_way, settle=settle, grace=grace))
 
-    async def _clean_up(
-        self, under_way: UnderWay, leg: asyncio.Task[PrefillReply], *, settle: bool, grace: bool
-    ) -> None:
+    async def _clean_up(self, under_way: UnderWay, *, settle: bool, grace: bool) -> None:
         holder = under_way.pair.prefill
-        if not leg.done():
+        if not under_way.leg_done:
             await self._abort(holder, under_way.handoff_id)
         if settle:
             if grace:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the two legs of one hand-off go together: which is sent when, and what each engine is told. The interface.
+"""How the two legs of one hand-off go together: when the decode leg may be sent, and what watches the prefill leg then.
 
 Two classes keep it, one for each value of a transport's `legs`. What the legs say is the transport's own; retries and
 cleaning up are not here.
@@ -8,9 +8,9 @@ cleaning up are not here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from disagg.gateway.replicas.membership import Member
 from pools.client.messages import PrefillReply
@@ -32,29 +32,37 @@ class PrefillFailed(Exception):
         self.retry = retry
 
 
-@dataclass(frozen=True)
-class Attempt(Generic[T]):
-    """One hand-off from one prefill replica, before anything is sent."""
+@dataclass(frozen=True, eq=False)
+class PrefillLeg:
+    """A prefill leg that was sent."""
 
     handoff_id: str
     prefill: Member
-    send: Callable[[], asyncio.Task[PrefillReply]]
-    """Sends the prefill leg, in a task of its own that outlives the caller. Call it once."""
-    take: Callable[[dict[str, Any]], Awaitable[T]]
-    """Sends the decode leg with these parameters, up to its first bytes."""
-    drop: Callable[[T], None] = lambda _: None
-    """Ends a decode leg whose result nobody takes."""
+    task: asyncio.Task[PrefillReply]
+    """Outlives whoever waits for it."""
 
 
 class Transfer(Protocol):
-    """The way through a hand-off."""
+    """The way through a hand-off: `prefill_params`, the prefill leg, `params`, `finish`."""
 
-    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str) -> dict[str, Any]:
-        """`kv_transfer_params` of the prefill leg, from what all transports send (`legs.offer_params`)."""
+    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str, prefill: Member) -> dict[str, Any]:
+        """`kv_transfer_params` of the prefill leg, from what all transports send (`handoff_params.offer_params`).
+
+        Raises PrefillFailed when the replica does not say where its KV will be.
+        """
         ...
 
-    async def run(self, attempt: Attempt[T], *, deadline: float) -> T:
-        """Both legs, up to what `take` returns.
+    async def params(self, leg: PrefillLeg, *, deadline: float) -> dict[str, Any]:
+        """`kv_transfer_params` of the decode leg, as soon as that may be sent.
+
+        Raises PrefillFailed when the prefill side failed or was not over by `deadline` (loop time).
+        """
+        ...
+
+    async def finish(
+        self, leg: PrefillLeg, decode: Coroutine[Any, Any, T], *, drop: Callable[[T], None], deadline: float
+    ) -> T:
+        """What the decode leg comes to. `decode` sends it, up to its first bytes; `drop` ends one that nobody takes.
 
         Cancelling it ends the decode leg; the prefill leg is the caller's to stop, also when it runs on beside a result
         that did not wait for it. Raises PrefillFailed when the prefill side failed or was not over by `deadline` (loop

@@ -9,10 +9,11 @@ a prefill leg that still runs, which is the caller's to stop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, T, refusal
+from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, T, refusal
+from disagg.gateway.replicas.membership import Member
 from pools.client.messages import PrefillReply
 from pools.errors import ReplicaLostError
 from transport.descriptor import Transport
@@ -24,24 +25,26 @@ class BothAtOnce:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str) -> dict[str, Any]:
+    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str, prefill: Member) -> dict[str, Any]:
+        if not prefill.info.kv_source:
+            raise PrefillFailed("prefill_lost", retry=True)
         return {**offer, **self._transport.prefill_params(handoff_id)}
 
-    async def run(self, attempt: Attempt[T], *, deadline: float) -> T:
-        source = attempt.prefill.info.kv_source
-        if not source:
-            raise PrefillFailed("prefill_lost", retry=True)
-        params = self._transport.decode_params(attempt.handoff_id, source)
-        leg = attempt.send()
-        taking: asyncio.Task[T] = asyncio.ensure_future(attempt.take(params))
+    async def params(self, leg: PrefillLeg, *, deadline: float) -> dict[str, Any]:
+        return self._transport.decode_params(leg.handoff_id, leg.prefill.info.kv_source)
+
+    async def finish(
+        self, leg: PrefillLeg, decode: Coroutine[Any, Any, T], *, drop: Callable[[T], None], deadline: float
+    ) -> T:
+        taking = asyncio.ensure_future(decode)
         try:
             left = deadline - asyncio.get_running_loop().time()
-            await asyncio.wait({leg, taking}, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({leg.task, taking}, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
             if not taking.done():
-                _check(leg)
+                _check(leg.task)
                 await asyncio.wait({taking})
         except BaseException:
-            await _ended(taking, attempt)
+            await _ended(taking, drop)
             raise
         return taking.result()
 
@@ -60,9 +63,9 @@ def _check(leg: asyncio.Task[PrefillReply]) -> None:
         raise refusal(reply)
 
 
-async def _ended(taking: asyncio.Task[T], attempt: Attempt[T]) -> None:
+async def _ended(taking: asyncio.Task[T], drop: Callable[[T], None]) -> None:
     """End the decode leg, also one whose first bytes came at the last moment."""
     taking.cancel()
     await asyncio.wait({taking})
     if not taking.cancelled() and taking.exception() is None:
-        attempt.drop(taking.result())
+        drop(taking.result())

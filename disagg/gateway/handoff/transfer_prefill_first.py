@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, T, refusal
+from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, T, refusal
+from disagg.gateway.replicas.membership import Member
 from pools.errors import ReplicaLostError
 from transport.descriptor import Transport
 
@@ -18,17 +19,22 @@ class PrefillFirst:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str) -> dict[str, Any]:
+    def prefill_params(self, offer: Mapping[str, Any], handoff_id: str, prefill: Member) -> dict[str, Any]:
         return {**offer, **self._transport.prefill_params(handoff_id)}
 
-    async def run(self, attempt: Attempt[T], *, deadline: float) -> T:
+    async def params(self, leg: PrefillLeg, *, deadline: float) -> dict[str, Any]:
         try:
             async with asyncio.timeout_at(deadline):
-                reply = await asyncio.shield(attempt.send())
+                reply = await asyncio.shield(leg.task)
         except TimeoutError as exc:
             raise PrefillFailed("prefill_timeout", retry=True) from exc
         except ReplicaLostError as exc:
             raise PrefillFailed("prefill_lost", retry=True) from exc
         if reply.params is None:
             raise refusal(reply)
-        return await attempt.take(self._transport.decode_params(attempt.handoff_id, reply.params))
+        return self._transport.decode_params(leg.handoff_id, reply.params)
+
+    async def finish(
+        self, leg: PrefillLeg, decode: Coroutine[Any, Any, T], *, drop: Callable[[T], None], deadline: float
+    ) -> T:
+        return await decode

@@ -14,7 +14,7 @@ import uuid
 from typing import Any
 
 from disagg.gateway.background import Background
-from disagg.gateway.handoff.transfer import Attempt, PrefillFailed, Transfer
+from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import Member, Membership, Pair
 from disagg.gateway.replicas.reservation import Hold
@@ -113,17 +113,14 @@ class PairWarmer:
         prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
         # Not an id of the gateway's requests, so that no ledger counts it; and no tier keeps random tokens.
         warm_id = warm_up_id(uuid.uuid4().hex)
-        offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id)
-
-        def send() -> asyncio.Task[PrefillReply]:
-            return self._background.spawn_kept(_offered(pair.prefill, prompt, offer))
-
-        async def take(params: dict[str, Any]) -> Probed:
-            return await _probed(pair.decode, prompt, params)
-
         deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
         try:
-            probed = await self._transfer.run(Attempt(warm_id, pair.prefill, send, take), deadline=deadline)
+            offer = self._transfer.prefill_params(offer_params(warm_id, "never"), warm_id, pair.prefill)
+            task = self._background.spawn_kept(_offered(pair.prefill, prompt, offer))
+            leg = PrefillLeg(warm_id, pair.prefill, task)
+            params = await self._transfer.params(leg, deadline=deadline)
+            probing = _probed(pair.decode, prompt, params)
+            probed = await self._transfer.finish(leg, probing, drop=_nothing, deadline=deadline)
         except PrefillFailed as exc:
             return f"{exc.reason} ({exc.__cause__ or 'the prefill probe answered without KV'})"
         except (ReplicaLostError, UnusableAnswerError) as exc:
@@ -145,3 +142,7 @@ async def _offered(prefill: Member, prompt: list[int], params: dict[str, Any]) -
 async def _probed(member: Member, prompt: list[int], params: dict[str, Any]) -> Probed:
     with Hold(member):
         return await member.client.probe(prompt, params, trace=NO_TRACE, timeout_s=_TIMEOUT_S)
+
+
+def _nothing(_: Probed) -> None:
+    """A probe that was answered holds nothing."""

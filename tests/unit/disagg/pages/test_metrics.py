@@ -107,7 +107,7 @@ def test_check_says_which_page_is_stale(
 
 def reasons_in_code() -> set[str]:
     """Words of what requests rule out, of pairs that are missing, of `PrefillFailed`, and those with which `handoff`
-    sends a request to decode alone and `prefilling` returns or counts."""
+    sends a request to decode alone and `prefilling` keeps or counts."""
     found: set[str] = {NO_WARM_PAIR}
     constraints = ast.parse((ROOT / "disagg" / "routing" / "constraints.py").read_text(encoding="utf-8"))
     for call in calls(constraints, "_alone"):
@@ -120,11 +120,10 @@ def reasons_in_code() -> set[str]:
     tree = parsed("prefilling.py")
     for call in calls(tree, "local_prefill"):
         found |= words(*call.args[:1])
-    for function in ast.walk(tree):
-        if isinstance(function, ast.AsyncFunctionDef) and function.name == "tried":
-            for statement in ast.walk(function):
-                if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Constant | ast.IfExp):
-                    found |= words(statement.value)
+    for statement in ast.walk(tree):
+        # `handed_off` keeps what it raises NotOffered with.
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "reason":
+            found |= words(statement.value)
     return found
 
 

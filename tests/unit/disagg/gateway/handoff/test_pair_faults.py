@@ -15,8 +15,11 @@ from disagg.gateway.background import Background
 from disagg.gateway.handoff import breaker
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.settling import UnderWay
-from disagg.gateway.replicas.membership import Membership
+from disagg.gateway.handoff.transfer import PrefillLeg
+from disagg.gateway.replicas.membership import Membership, Pair
+from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
+from disagg.routing.views import Decision
 from pools.engine.base import Message, Receive, Scope, Send
 from tests.support.gateway_stack import Hook, Replica, Stack, respond, running_stack, until
 from tests.support.replica_clients import lonely_membership
@@ -215,11 +218,18 @@ async def alone() -> tuple[Membership, PairFaults, Metrics, Background]:
     return membership, PairFaults(membership, metrics, background), metrics, background
 
 
+def begun(handoff_id: str, pair: Pair) -> UnderWay:
+    """A hand-off of the pair whose prefill leg is not over."""
+    task: Any = asyncio.get_running_loop().create_future()
+    reservation = Reservation(Decision("handoff"), pair.prefill, pair.decode)
+    return UnderWay(pair, PrefillLeg(handoff_id, pair.prefill, task), 0.0, reservation)
+
+
 async def test_failures_under_way_when_it_opens_open_it_once(long_rest: None) -> None:
     """Nine hand-offs of one pair fail: three open its breaker, and what is said while the pair rests is not counted."""
     membership, faults, metrics, background = await alone()
     [pair] = membership.cold_pairs()
-    under_way = [UnderWay(f"h{i}", pair) for i in range(9)]
+    under_way = [begun(f"h{i}", pair) for i in range(9)]
     for each in under_way:
         faults.begin(each)
     for each in under_way[:6]:
@@ -243,7 +253,7 @@ async def test_unread_is_the_fault_of_a_prefill_replica_that_is_gone(gone: str, 
     elif gone == "replaced":
         membership.replace("prefill", [info("p0", "p0-2")])
     for i in range(3):
-        faults.begin(UnderWay(f"h{i}", pair))
+        faults.begin(begun(f"h{i}", pair))
         faults.unread(f"h{i}")
     assert metrics.registry.get_sample_value(OPENED) == (gone == "no")
     await background.close(0)

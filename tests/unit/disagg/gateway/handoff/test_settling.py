@@ -14,8 +14,12 @@ import pytest
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.handoff import settling
-from disagg.gateway.handoff.settling import NoLedger, Settling
+from disagg.gateway.handoff.settling import Settling, UnderWay
+from disagg.gateway.handoff.transfer import PrefillLeg
+from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import Pair
+from disagg.gateway.replicas.reservation import Reservation
+from disagg.routing.views import Decision
 from pools.client.replica import ReplicaClient
 from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake.text import answer, decode, encode
@@ -477,10 +481,10 @@ def test_only_the_newest_holders_are_remembered(monkeypatch: pytest.MonkeyPatch)
             coroutine.close()
             spawned.append(coroutine)
 
-    keeper = Settling(Spawning(), NoLedger())
+    keeper = Settling(Spawning(), Ledger())
     pair = Pair(lonely_member(info("p0")), lonely_member(info("d0")))
     for i in range(5):
-        keeper.begin(f"g-{i}", pair, "r", 9)
+        keeper.expect(f"g-{i}", pair, "r", 9)
     for i in range(5):
         keeper.settle(f"g-{i}")
     keeper.settle("other-1")
@@ -507,10 +511,12 @@ async def test_a_lost_decode_leg_is_settled_unless_it_may_read(
         return None
 
     background = Background()
-    keeper = Settling(background, NoLedger())
-    under_way = keeper.begin("g-1", Pair(lonely_member(info("p0")), lonely_member(info("d0"))), "r", 9)
-    under_way.leg = asyncio.ensure_future(ended())
-    await under_way.leg
+    keeper = Settling(background, Ledger())
+    pair = Pair(lonely_member(info("p0")), lonely_member(info("d0")))
+    leg = PrefillLeg("g-1", pair.prefill, asyncio.ensure_future(ended()))
+    await leg.task
+    keeper.expect("g-1", pair, "r", 9)
+    under_way = UnderWay(pair, leg, 0.0, Reservation(Decision("handoff"), pair.prefill, pair.decode))
     keeper.decode_lost(under_way, ReplicaLostError("x", sent=sent, gone=gone))
     await background.close(5)
     assert told == (["g-1"] if settles else [])
