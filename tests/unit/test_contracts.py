@@ -45,7 +45,11 @@ FAULTS: list[tuple[str, str, str]] = [
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the three packages and their contracts."""
-    tree = tmp_path_factory.mktemp("tree")
+    return copied(tmp_path_factory.mktemp("tree"))
+
+
+def copied(tree: Path) -> Path:
+    """The three packages and their contracts, copied to a folder."""
     for package in ("disagg", "pools", "transport"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
