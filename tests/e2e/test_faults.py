@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.support.faults import (
     Load,
     Reference,
-    change,
     kill9,
     process_of,
     reference,
@@ -18,7 +15,7 @@ from tests.support.faults import (
     wait_replaced,
     wait_warm,
 )
-from tests.support.stack import ROOT, Stack, running
+from tests.support.stack import Stack
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +26,14 @@ def chosen() -> Reference:
     return found
 
 
-@pytest.fixture(scope="module")
-def stack(chosen: Reference) -> Iterator[Stack]:
-    """1P2D, started once the reference engine is gone."""
-    with running(ROOT / "configs" / "quickstart.yaml", name="e2e-faults", change=change(1, 2)) as started:
-        yield started
-
-
-def test_a_killed_decode_replica_breaks_no_stream(stack: Stack, chosen: Reference) -> None:
+def test_a_killed_decode_replica_breaks_no_stream(faults_stack: Stack, chosen: Reference) -> None:
     """Streams of a decode replica that is killed go on elsewhere, with the tokens that one engine would have sent."""
-    with Load(stack.url, chosen.known) as load:
+    with Load(faults_stack.url, chosen.known) as load:
         load.wait_for(2)
-        [victim, _] = replicas(stack, "decode")
+        [victim, _] = replicas(faults_stack, "decode")
         load.wait_streaming(2, victim.replica_id)
         mark = kill9(process_of(victim))
-        wait_replaced(stack, "decode", [victim], size=2)
+        wait_replaced(faults_stack, "decode", [victim], size=2)
     assert load.failed == []
     assert load.wrong == []
     assert load.good_after(mark) is not None
@@ -51,15 +41,15 @@ def test_a_killed_decode_replica_breaks_no_stream(stack: Stack, chosen: Referenc
     assert len(cut) >= 2
 
 
-def test_a_killed_prefill_pool_is_not_missed(stack: Stack, chosen: Reference) -> None:
+def test_a_killed_prefill_pool_is_not_missed(faults_stack: Stack, chosen: Reference) -> None:
     """While there is no prefill replica, decode computes the prompts; afterwards the new one does."""
-    wait_warm(stack)
-    with Load(stack.url, chosen.known) as load:
+    wait_warm(faults_stack)
+    with Load(faults_stack.url, chosen.known) as load:
         load.wait_for(2)
-        [victim] = replicas(stack, "prefill")
+        [victim] = replicas(faults_stack, "prefill")
         mark = kill9(process_of(victim))
-        [successor] = wait_replaced(stack, "prefill", [victim], size=1)
-        wait_warm(stack)
+        [successor] = wait_replaced(faults_stack, "prefill", [victim], size=1)
+        wait_warm(faults_stack)
         load.wait_for(8)
     assert load.failed == []
     assert load.wrong == []

@@ -10,9 +10,10 @@ import signal
 import httpx
 import pytest
 
-from tests.e2e.conftest import use_fake_engines
+from tests.e2e.conftest import FakeStack
 from tests.prove.serve_scale import Load
-from tests.support.stack import ROOT, Stack, running, wait_until
+from tests.support.slot import Slot
+from tests.support.stack import Stack, wait_until
 
 
 def test_streams_are_spliced_behind_haproxy(fake_haproxy_stack: Stack) -> None:
@@ -89,36 +90,36 @@ def test_killed_replica_comes_back(pool: str, fake_haproxy_stack: Stack) -> None
     assert answer.headers[f"x-disagg-{pool}"] == successor
 
 
-def test_ctrl_c_leaves_nothing() -> None:
-    """After Ctrl-C `disagg serve` ends with 0, and no process, port or shared memory of it is left."""
-    shared = set(os.listdir("/dev/shm"))
-    with running(ROOT / "configs" / "quickstart.yaml", name="e2e-ctrl-c", change=use_fake_engines) as stack:
-        with stack.client() as client:
-            pids = [r.pid for pool in client.pools() for r in pool.replicas if r.pid]
-        assert len(pids) == 2
-        code, _ = stack.stop()
+def test_scaling_needs_the_external_scaler(fake_stack: FakeStack) -> None:
+    """Without external_scaler_enabled scaling is refused with 409 and says what to set; nothing changes."""
+    stack = fake_stack.stack
+    answer = httpx.post(
+        f"{stack.url}/admin/v1/pools/decode/scale",
+        json={"num_replicas": 2},
+        headers={"authorization": f"Bearer {stack.admin_key}"},
+        timeout=30,
+    )
+    assert answer.status_code == 409
+    assert "external_scaler_enabled" in answer.json()["error"]["message"]
+    assert asyncio.run(_pools(stack)) == {"prefill": 1, "decode": 1}
+
+
+def test_ctrl_c_leaves_nothing(fake_stack: FakeStack, slot: Slot) -> None:
+    """After Ctrl-C `disagg serve` ends with 0, and no process, port or shared memory of it is left.
+
+    The last test of its application, because it ends it.
+    """
+    stack = fake_stack.stack
+    with stack.client() as client:
+        pids = [r.pid for pool in client.pools() for r in pool.replicas if r.pid]
+    assert len(pids) == 2
+    code, _ = stack.stop()
+    slot.empty()
     assert code == 0, stack.output[-20:]
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
-    assert set(os.listdir("/dev/shm")) <= shared
-
-
-def test_scaling_needs_the_external_scaler() -> None:
-    """Without external_scaler_enabled scaling is refused with 409 and says what to set; nothing changes."""
-
-    def change(config: dict[str, object]) -> None:
-        use_fake_engines(config)  # type: ignore[arg-type]
-        config["applications"][0]["external_scaler_enabled"] = False  # type: ignore[index]
-
-    with running(ROOT / "configs" / "quickstart.yaml", name="e2e-no-scaler", change=change) as stack:
-        answer = httpx.post(
-            f"{stack.url}/admin/v1/pools/decode/scale",
-            json={"num_replicas": 2},
-            headers={"authorization": f"Bearer {stack.admin_key}"},
-            timeout=30,
-        )
-        assert answer.status_code == 409
-        assert "external_scaler_enabled" in answer.json()["error"]["message"]
-        assert asyncio.run(_pools(stack)) == {"prefill": 1, "decode": 1}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{stack.url}/health", timeout=5)
+    assert set(os.listdir("/dev/shm")) <= fake_stack.shared_before
 
 
 async def _pools(stack: Stack) -> dict[str, int]:

@@ -3,37 +3,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.conftest import QUICKSTART, mooncake_tiers
 from tests.prove.tiers_durable import two_lives
 from tests.prove.tiers_mooncake import in_time, requests, timed
 from tests.prove.tiers_server import server_process
 from tests.prove.tiers_storm import storm
 from tests.prove.tiers_tokens import found_in
 from tests.support.answers import Answer, Case
-from tests.support.stack import ROOT, Stack, running, wait_until
+from tests.support.slot import Slot
+from tests.support.stack import BUILD, Stack, running, wait_until
 from tests.support.tiers import (
     asked,
     balanced,
     books,
     case_of,
     events,
-    fresh_dir,
     orphan,
     prompts,
     replica_urls,
     reset_caches,
     settled_books,
     steady,
-    tiers,
     wrong,
 )
 
-CONFIG = ROOT / "configs" / "quickstart.yaml"
 Reference = tuple[list[Case], list[Answer]]
 
 
@@ -43,22 +42,6 @@ def reference() -> Reference:
     chosen, expected = steady([case_of(f"p{i}", p) for i, p in enumerate(prompts(12, seed=91))], 6)
     assert len(chosen) == 6
     return chosen, expected
-
-
-@pytest.fixture(scope="class")
-def nixl_stack() -> Iterator[Stack]:
-    """Every tier over NIXL, sink `unused`."""
-    change = tiers(transport="nixl", cpu_gib=0.25, sink="unused", l1_gib=0.25, blocks=200)
-    with running(CONFIG, name="e2e-tiers-nixl", change=change) as stack:
-        yield stack
-
-
-@pytest.fixture(scope="class")
-def mooncake_stack() -> Iterator[Stack]:
-    """LMCache over Mooncake, sink `write_through`, no host memory."""
-    change = tiers(transport="mooncake", sink="write_through", l1_gib=0.25, blocks=200)
-    with running(CONFIG, name="e2e-tiers-mooncake", change=change) as stack:
-        yield stack
 
 
 class TestNixl:
@@ -123,9 +106,15 @@ class TestMooncake:
         assert [row.text() for row in storm(mooncake_stack, "mooncake", 24) if not row.holds] == []
 
 
-def test_the_second_life_serves_the_first_ones_prompts(reference: Reference) -> None:
-    """From files behind LMCache, after everything was ended and started again."""
-    rows = two_lives("fs", {"type": "fs", "path": fresh_dir("e2e-tiers-l2")}, *reference)
+def test_the_second_life_serves_the_first_ones_prompts(reference: Reference, mooncake_stack: Stack, slot: Slot) -> None:
+    """From files behind LMCache, after everything was ended and started again.
+
+    The last test of its application, because it ends it.
+    """
+    change = mooncake_tiers({"type": "fs", "path": str(BUILD / "e2e-tiers-l2")})
+    second = running(QUICKSTART, name="e2e-tiers-second-life", change=change)
+    rows = two_lives("fs", contextlib.nullcontext(mooncake_stack), second, *reference)
+    slot.empty()
     assert [row.text() for row in rows if not row.holds] == []
 
 

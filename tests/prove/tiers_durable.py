@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ PASSWORD_ENV = "DISAGG_TEST_REDIS_PASSWORD"
 
 def durable(num_prompts: int = NUM_PROMPTS) -> list[Row]:
     chosen, expected = reference(num_prompts)
-    rows = two_lives("fs", {"type": "fs", "path": fresh_dir("prove-tiers-l2")}, chosen, expected)
+    rows = two_lives("fs", *lives({"type": "fs", "path": fresh_dir("prove-tiers-l2")}), chosen, expected)
     with redis_server(Path(fresh_dir("prove-tiers-redis"))) as port:
         os.environ[PASSWORD_ENV] = PASSWORD
         redis = {"type": "resp", "host": "127.0.0.1", "port": port, "password_env": PASSWORD_ENV}
-        rows += two_lives("Redis", redis, chosen, expected)
+        rows += two_lives("Redis", *lives(redis), chosen, expected)
     return rows
 
 
@@ -49,14 +50,26 @@ def reference(num_prompts: int) -> tuple[list[Case], list[Answer]]:
     return chosen, expected
 
 
-def two_lives(name: str, l2: dict[str, Any], chosen: list[Case], expected: list[Answer]) -> list[Row]:
-    """Start, ask, end with Ctrl-C; start again, ask the same."""
+def lives(l2: dict[str, Any]) -> tuple[AbstractContextManager[Stack], AbstractContextManager[Stack]]:
+    """The same application twice, with this storage behind LMCache."""
     change = tiers(sink="write_through", l1_gib=0.25, l2=[l2])
-    with running(CONFIG, name="prove-tiers-first-life", change=change) as stack:
+    first, second = (running(CONFIG, name=f"prove-tiers-{which}-life", change=change) for which in ("first", "second"))
+    return first, second
+
+
+def two_lives(
+    name: str,
+    first: AbstractContextManager[Stack],
+    second: AbstractContextManager[Stack],
+    chosen: list[Case],
+    expected: list[Answer],
+) -> list[Row]:
+    """Start, ask, end with Ctrl-C; start again, ask the same."""
+    with first as stack:
         problems = wrong(expected, asked(stack.url, chosen))
         time.sleep(5)  # the server writes its storage behind its memory
         code, _ = stack.stop()
-    with running(CONFIG, name="prove-tiers-second-life", change=change) as stack:
+    with second as stack:
         problems += wrong(expected, asked(stack.url, chosen))
         loaded = _loaded(stack)
     wanted = sum(full_chunks(case.body["prompt"]) for case in chosen)
