@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import pytest_asyncio
 import zmq
 
 from pools.cache_server.probe import GET_CHUNK_SIZE, GET_EXPERIMENTAL, ask, check_external, http_get
@@ -113,18 +114,6 @@ async def test_the_http_api_answers_the_node_alone(monkeypatch: pytest.MonkeyPat
         assert server.address.http_url.startswith("http://127.0.0.1:")
         _, body = await http_get(f"{server.address.http_url}/env", timeout_s=5)
         assert "hunter2" in body, "LMCache keeps it to itself; the docs may be gentler"
-
-
-async def test_garbage_and_silence_do_not_end_the_queue() -> None:
-    """Of which one message ends LMCache's own thread; nor do more connections than the usual limit of descriptors."""
-    async with _running(_server()) as server:
-        first = _pid(server)
-        await asyncio.to_thread(throw_all, server.address.host, server.address.port)
-        assert await ask(server.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
-        with silence(server.address.host, server.address.port, 1500) as connections:
-            assert len(connections) == 1500
-            assert await ask(server.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
-        assert _pid(server) == first and server.status()["num_restarts"] == 0
 
 
 async def test_a_server_whose_queue_is_dead_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +243,26 @@ async def test_redis_is_storage_behind_memory(redis: int, monkeypatch: pytest.Mo
         assert b"open sesame" not in _command_line(_pid(server))
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[CacheServer]:
+    """One server for the tests that leave it as it was."""
+    async with _running(_server()) as server:
+        yield server
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_garbage_and_silence_do_not_end_the_queue(shared: CacheServer) -> None:
+    """Of which one message ends LMCache's own thread; nor do more connections than the usual limit of descriptors."""
+    first = _pid(shared)
+    await asyncio.to_thread(throw_all, shared.address.host, shared.address.port)
+    assert await ask(shared.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
+    with silence(shared.address.host, shared.address.port, 1500) as connections:
+        assert len(connections) == 1500
+        assert await ask(shared.address.url, GET_CHUNK_SIZE, timeout_s=5) == 64
+    assert _pid(shared) == first and shared.status()["num_restarts"] == 0
+
+
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -276,13 +285,6 @@ async def test_an_external_server_that_does_not_fit_is_refused(
     with pytest.raises(EngineStartError, match=message):
         await check_external(ExternalServerConfig.model_validate(good | bad))
     assert time.monotonic() - started < 12
-
-
-@pytest.fixture
-async def shared() -> AsyncIterator[CacheServer]:
-    """One server for one test."""
-    async with _running(_server()) as server:
-        yield server
 
 
 async def test_an_older_external_server_is_refused() -> None:

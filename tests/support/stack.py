@@ -290,7 +290,7 @@ def forked_engines() -> Iterator[None]:
     """Meanwhile `engine_process` forks its engines from one process, see `tests.support.zygote`."""
     global _zygote
     BUILD.mkdir(exist_ok=True)
-    _zygote = Zygote(_engine_env(), cwd=ROOT, log=BUILD / "zygote.log")
+    _zygote = Zygote(_engine_env(), cwd=ROOT, log=BUILD / f"zygote-{os.getpid()}.log")
     try:
         yield
     finally:
