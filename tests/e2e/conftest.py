@@ -14,7 +14,7 @@ import pytest
 from tests.support.faults import change as sizes
 from tests.support.slot import Slot
 from tests.support.stack import ROOT, Stack, forked_engines, running
-from tests.support.tiers import fresh_dir, tiers
+from tests.support.tiers import tiers
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 HAPROXY = ROOT / "configs" / "quickstart-haproxy.yaml"
@@ -61,19 +61,10 @@ def nixl_stack(slot: Slot) -> Stack:
 
 @pytest.fixture
 def mooncake_stack(slot: Slot) -> Stack:
-    """LMCache with files behind its memory over Mooncake, sink `write_through`, no host memory."""
-
-    def start() -> Any:
-        files = {"type": "fs", "path": fresh_dir("e2e-tiers-l2")}
-        return running(QUICKSTART, name="e2e-tiers-mooncake", change=mooncake_tiers(files))
-
-    stack: Stack = slot.take("mooncake", start)
+    """LMCache over Mooncake, sink `write_through`, no host memory."""
+    change = tiers(transport="mooncake", sink="write_through", l1_gib=0.25, blocks=200)
+    stack: Stack = slot.take("mooncake", lambda: running(QUICKSTART, name="e2e-tiers-mooncake", change=change))
     return stack
-
-
-def mooncake_tiers(files: dict[str, Any]) -> Any:
-    """The change of `mooncake_stack`, with these settings of the files."""
-    return tiers(transport="mooncake", sink="write_through", l1_gib=0.25, l2=[files], blocks=200)
 
 
 def use_fake_engines(config: dict[str, Any]) -> None:

@@ -3,27 +3,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 
 import pytest
 
-from tests.e2e.conftest import QUICKSTART, mooncake_tiers
-from tests.prove.tiers_durable import two_lives
+from tests.prove.tiers_durable import lives, two_lives
 from tests.prove.tiers_mooncake import in_time, requests, timed
 from tests.prove.tiers_server import server_process
 from tests.prove.tiers_storm import storm
 from tests.prove.tiers_tokens import found_in
 from tests.support.answers import Answer, Case
 from tests.support.slot import Slot
-from tests.support.stack import BUILD, Stack, running, wait_until
+from tests.support.stack import Stack, wait_until
 from tests.support.tiers import (
     asked,
     balanced,
     books,
     case_of,
     events,
+    fresh_dir,
     orphan,
     prompts,
     replica_urls,
@@ -36,7 +35,7 @@ from tests.support.tiers import (
 Reference = tuple[list[Case], list[Answer]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reference() -> Reference:
     """A few prompts and an aggregated engine's answers."""
     chosen, expected = steady([case_of(f"p{i}", p) for i, p in enumerate(prompts(12, seed=91))], 6)
@@ -106,15 +105,10 @@ class TestMooncake:
         assert [row.text() for row in storm(mooncake_stack, "mooncake", 24) if not row.holds] == []
 
 
-def test_the_second_life_serves_the_first_ones_prompts(reference: Reference, mooncake_stack: Stack, slot: Slot) -> None:
-    """From files behind LMCache, after everything was ended and started again.
-
-    The last test of its application, because it ends it.
-    """
-    change = mooncake_tiers({"type": "fs", "path": str(BUILD / "e2e-tiers-l2")})
-    second = running(QUICKSTART, name="e2e-tiers-second-life", change=change)
-    rows = two_lives("fs", contextlib.nullcontext(mooncake_stack), second, *reference)
+def test_the_second_life_serves_the_first_ones_prompts(reference: Reference, slot: Slot) -> None:
+    """From files behind LMCache, after everything was ended and started again."""
     slot.empty()
+    rows = two_lives("fs", *lives({"type": "fs", "path": fresh_dir("e2e-tiers-l2")}), *reference)
     assert [row.text() for row in rows if not row.holds] == []
 
 
