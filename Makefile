@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 PY := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
-# Tests at a time; end-to-end tests are one by one.
+# Tests at a time, in the tiers that start no engine.
 WORKERS ?= 2
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
@@ -34,7 +34,7 @@ test-component: setup ## with classes of vLLM, torch and LMCache, no engine
 	$(PY) -m pytest tests/component -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
 
 test-engine: setup ## real engines and LMCache servers
-	$(PY) -m pytest tests/engine -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
+	$(PY) -m pytest tests/engine -m "not gpu" $(ARGS)
 
 test-e2e: setup ## the whole application under Ray Serve
 	$(PY) -m pytest tests/e2e -m "not gpu" $(ARGS)
