@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Line 2: what the house does is what was done before it, at the same cost.
 
-The behaviour is what the earlier proofs look at. The cost is that of the gateway and HAProxy over fake engines, measured
+The behaviour is what the earlier proofs look at. The cost is that of the gateway and HAProxy over fake engines, taken
 in turns with the commit before the house, in one run.
 """
 
