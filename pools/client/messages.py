@@ -84,7 +84,7 @@ class Events(msgspec.Struct, omit_defaults=True):
     lost: int
     """Events between `after` and the first of these that were dropped before they were read."""
     events: list[Event]
-    """See `pools.engine.events`."""
+    """As the engine tells them, see `pools.engine.events`; the client reads them as `pools.client.events`."""
     draining: bool = False
     """Whether the replica leaves."""
 

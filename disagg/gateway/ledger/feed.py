@@ -15,13 +15,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from disagg.gateway.background import Background
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.observability.metrics import Metrics
 from disagg.routing.views import ReplicaInfo
+from pools.client.events import Happened, TierDegraded, Unread
 from pools.client.replica import ReplicaClient
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
@@ -178,6 +178,7 @@ class LedgerFeed:
             self._foreign.gap(followed.info.incarnation)
         followed.after = batch.next
         followed.draining = batch.draining
+        self._ledger.malformed(batch.num_malformed)
         for event in batch.events:
             self._take(followed.info, event)
         return bool(batch.events)
@@ -188,20 +189,18 @@ class LedgerFeed:
             return False
         return self._membership.let_go(followed.info.incarnation, carrying=self._carrying())
 
-    def _take(self, replica: ReplicaInfo, event: dict[str, Any]) -> None:
-        kind = event.get("kind")
-        if kind == "unread":
-            handoff_id = event.get("id")
-            if isinstance(handoff_id, str) and self._ledger.is_own(handoff_id):
-                self._ledger.note(handoff_id, "unread")
-                self._on_unread(handoff_id)
-        elif kind == "tier_degraded":
-            at = event.get("at")
-            if isinstance(at, int | float) and at >= self._started_at:
-                self._metrics.count_degraded(event.get("tier"))
-        else:
-            self._ledger.apply(replica, event)
-            self._foreign.apply(replica, event)
+    def _take(self, replica: ReplicaInfo, event: Happened) -> None:
+        match event:
+            case Unread():
+                if self._ledger.is_own(event.id):
+                    self._ledger.note(event.id, "unread")
+                    self._on_unread(event.id)
+            case TierDegraded():
+                if event.at >= self._started_at:
+                    self._metrics.count_degraded(event.tier)
+            case _:
+                self._ledger.apply(replica, event)
+                self._foreign.apply(replica, event)
 
     async def _read_stats(self, client: ReplicaClient, followed: _Followed) -> None:
         stats = await client.stats(timeout_s=_STATS_TIMEOUT_S)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from disagg.gateway.ledger.chunks import ChunkIndex
 from disagg.observability.outcomes import ENDS, TOTALS
 from disagg.routing.views import ReplicaInfo
+from pools.client.events import Happened, HoldEnded, Loaded, Produced, Rescued, RescueFailed
 
-_ENGINE_ENDS = frozenset(("consumed", "released", "expired"))
 _MAX_OPEN = 65_536
 _MAX_GONE = 1024
 """Replicas that ended, to remember; what such a one says later is old news."""
@@ -140,13 +139,6 @@ class Ledger:
         self._chunks: ChunkIndex[Record] = ChunkIndex()
         self._num_suspect = 0
         self._gone: OrderedDict[str, None] = OrderedDict()
-        self._handlers: dict[str, Callable[[ReplicaInfo, Mapping[str, Any], float], None]] = {
-            "produced": self._produced,
-            "ended": self._hold_ended,
-            "rescued": self._rescued,
-            "rescue_failed": self._rescue_failed,
-            "loaded": self._loaded,
-        }
 
     # From the gateway
 
@@ -193,14 +185,23 @@ class Ledger:
             return self._owns(handoff_id)
         return handoff_id.rpartition("-")[0] in self._prefixes
 
-    def apply(self, replica: ReplicaInfo, event: Mapping[str, Any]) -> None:
-        """Take over one engine event. Events of other gateways, of unknown kinds and broken ones change no record."""
-        try:
-            handler = self._handlers.get(event["kind"])
-            if handler is not None:
-                handler(replica, event, float(event["at"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            self.num_malformed += 1
+    def apply(self, replica: ReplicaInfo, event: Happened) -> None:
+        """Take over one engine event. Those of other gateways and those that no book is about change nothing."""
+        match event:
+            case Produced():
+                self._produced(replica, event)
+            case HoldEnded():
+                self._hold_ended(replica, event)
+            case Rescued():
+                self._rescued(replica, event)
+            case RescueFailed():
+                self._rescue_failed(replica, event)
+            case Loaded():
+                self._loaded(event)
+
+    def malformed(self, num_events: int) -> None:
+        """So many events could not be read."""
+        self.num_malformed += num_events
 
     def gap(self, incarnation: str) -> None:
         """Events of this replica are lost: what is open there may have ended unseen."""
@@ -262,23 +263,19 @@ class Ledger:
 
     # Events
 
-    def _produced(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
-        handoff_id = event["id"]
+    def _produced(self, replica: ReplicaInfo, event: Produced) -> None:
+        handoff_id = event.id
         if not self.is_own(handoff_id):
             self.num_foreign += 1
             return
-        tokens, num_bytes = int(event["tokens"]), int(event["bytes"])
         if handoff_id in self._open or self._is_over(handoff_id, replica):
             self.num_repeated += 1
             return
-        self._enter(handoff_id, replica, at, tokens, num_bytes)
+        self._enter(handoff_id, replica, event.at, event.tokens, event.bytes)
 
-    def _hold_ended(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
-        outcome, adopted, left = event["outcome"], bool(event.get("adopted")), event.get("lease_left_s")
-        if outcome not in _ENGINE_ENDS:
-            raise ValueError(outcome)
-        lease_left_s = None if left is None else float(left)
-        record = self._live(event["id"], replica, at)
+    def _hold_ended(self, replica: ReplicaInfo, event: HoldEnded) -> None:
+        at, outcome, lease_left_s = event.at, event.outcome, event.lease_left_s
+        record = self._live(event.id, replica, at)
         if record is None:
             return
         if record.ended_as is not None:
@@ -291,39 +288,37 @@ class Ledger:
             if lease_left_s is not None:
                 self._on_lease_left(lease_left_s)
             self._close(record, outcome, at)
-        elif adopted:
+        elif event.adopted:
             record.ended_as = outcome
         else:
             self._close(record, outcome, at)
 
-    def _rescued(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
-        tokens, num_bytes = int(event["tokens"]), int(event["bytes"])
-        chunks = [str(chunk) for chunk in event["chunks"]]
-        ended = self._consumed.get(event["id"])
+    def _rescued(self, replica: ReplicaInfo, event: Rescued) -> None:
+        ended = self._consumed.get(event.id)
         if ended is not None and not ended.stored_tokens:
             # Stored because its client asked for it.
-            self._store(ended, tokens, num_bytes, chunks)
+            self._store(ended, event.tokens, event.bytes, event.chunks)
             return
-        record = self._live(event["id"], replica, at)
+        record = self._live(event.id, replica, event.at)
         if record is not None:
-            self._close(record, "rescued", at)
-            self._store(record, tokens, num_bytes, chunks)
+            self._close(record, "rescued", event.at)
+            self._store(record, event.tokens, event.bytes, event.chunks)
 
-    def _rescue_failed(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
-        reason = f"rescue failed: {event.get('reason') or 'unknown'}"
-        ended = self._consumed.get(event["id"])
+    def _rescue_failed(self, replica: ReplicaInfo, event: RescueFailed) -> None:
+        reason = f"rescue failed: {event.reason or 'unknown'}"
+        ended = self._consumed.get(event.id)
         if ended is not None:
             ended.add_reason(reason)
             return
-        record = self._live(event["id"], replica, at)
+        record = self._live(event.id, replica, event.at)
         if record is not None:
             record.add_reason(reason)
-            self._close(record, record.ended_as or "failed", at)
+            self._close(record, record.ended_as or "failed", event.at)
 
-    def _loaded(self, replica: ReplicaInfo, event: Mapping[str, Any], at: float) -> None:
-        for record, num_chunks, of_chunks in self._chunks.take(event.get("chunks") or ()):
+    def _loaded(self, event: Loaded) -> None:
+        for record, num_chunks, of_chunks in self._chunks.take(event.chunks):
             record.reused_tokens = record.stored_tokens // of_chunks * num_chunks
-            record.reused_at = at
+            record.reused_at = event.at
             self._count("reused", record.reused_tokens, record.stored_bytes // of_chunks * num_chunks)
 
     # Books

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pools.client.events import HoldEnded, Produced
 from pools.client.registry import ReplicaClients
 from pools.client.replica import NO_TRACE, Limits, ReplicaClient
 from pools.client.routes import COMPLETIONS
@@ -80,7 +81,7 @@ async def scripted(answer: bytes | None) -> AsyncIterator[tuple[ReplicaClient, l
             writer.close()
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    clients = ReplicaClients(connect_timeout_s=1, limits=LIMITS, observer=heard)
+    clients = ReplicaClients(connect_timeout_s=5, limits=LIMITS, observer=heard)
     client = clients.of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", key="secret")
     try:
         yield client, heads, heard
@@ -119,7 +120,7 @@ async def test_a_handoff_from_replica_to_replica() -> None:
         leg.close()
         await until(lambda: prefill.events.newest == 2)
         events = await to_prefill.events(0, wait_s=0)
-        assert [event["kind"] for event in events.events] == ["produced", "ended"]
+        assert [type(event) for event in events.events] == [Produced, HoldEnded]
         assert (events.incarnation, events.next, events.lost, events.draining) == ("i1", 2, 0, False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from disagg.gateway.ledger.foreign import foreign_ledger
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.routing.views import ReplicaInfo
+from tests.support.heard_events import told
 from transport.handoff_params import warm_up_id
 
 P0 = ReplicaInfo("p0", "prefill", "http://p0", "e", "p0-1", 16, 1000)
@@ -29,9 +30,9 @@ def books(num_records: int = 100) -> tuple[Ledger, Ledger, Counter[str]]:
 
 
 def tell(foreign: Ledger, handoff_id: str, *ends: dict[str, Any]) -> None:
-    foreign.apply(P0, {"kind": "produced", "at": 1.0, "id": handoff_id, "tokens": 10, "bytes": 100})
+    told(foreign, P0, {"kind": "produced", "at": 1.0, "id": handoff_id, "tokens": 10, "bytes": 100})
     for end in ends:
-        foreign.apply(P0, {"at": 2.0, "id": handoff_id, **end})
+        told(foreign, P0, {"at": 2.0, "id": handoff_id, **end})
 
 
 def ended(outcome: str, *, adopted: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from disagg.gateway.ledger.chunks import ChunkIndex
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.observability.outcomes import ENDS, TOTALS
 from disagg.routing.views import ReplicaInfo
+from tests.support.heard_events import told
 
 
 def replica(replica_id: str, incarnation: str = "1") -> ReplicaInfo:
@@ -93,7 +94,7 @@ def assert_balanced(ledger: Ledger) -> None:
 def test_announced_is_not_in_the_books(ledger: Ledger) -> None:
     """A hand-off counts when its engine says that it holds the KV, and not before."""
     assert counts(ledger) == {} and ledger.num_open == 0 and list(ledger.records()) == []
-    ledger.apply(P0, produced("gw-1"))
+    told(ledger, P0, produced("gw-1"))
     assert counts(ledger) == {"produced": 1} and ledger.num_open == 1
     (record,) = ledger.records()
     assert (record.request_id, record.prefill_id, record.decode_id) == ("request-1", "p0", "d0")
@@ -104,8 +105,8 @@ def test_announced_is_not_in_the_books(ledger: Ledger) -> None:
 @pytest.mark.parametrize("outcome", ["consumed", "released", "expired"])
 def test_engine_ends(ledger: Ledger, outcome: str) -> None:
     """The engine's word for the end of a hold is the outcome."""
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, ended("gw-1", outcome))
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, ended("gw-1", outcome))
     record = ledger.find("gw-1")
     assert record is not None
     assert (record.outcome, record.ended_at, record.lease_left_s) == (outcome, 2.0, 20.0)
@@ -115,22 +116,22 @@ def test_engine_ends(ledger: Ledger, outcome: str) -> None:
 
 def test_lease_left_is_told_for_consumed_only() -> None:
     """The histogram is about KV that was read; a connector without a lease adds nothing."""
-    told: list[float] = []
-    ledger = Ledger(on_lease_left=told.append)
+    left: list[float] = []
+    ledger = Ledger(on_lease_left=left.append)
     for number, event in enumerate([("consumed", 12.5), ("released", 20.0), ("consumed", None), ("expired", 0.0)]):
         ledger.open(f"gw-{number}", "r", P0, D0, 1)
-        ledger.apply(P0, produced(f"gw-{number}"))
-        ledger.apply(P0, ended(f"gw-{number}", event[0], left=event[1]))
-    assert told == [12.5]
+        told(ledger, P0, produced(f"gw-{number}"))
+        told(ledger, P0, ended(f"gw-{number}", event[0], left=event[1]))
+    assert left == [12.5]
 
 
 def test_rescued(ledger: Ledger) -> None:
     """An adopted hand-off stays open until it is stored; `rescued` is its one outcome."""
-    ledger.apply(P0, produced("gw-1"))
+    told(ledger, P0, produced("gw-1"))
     ledger.note("gw-1", "client_left")
-    ledger.apply(P0, ended("gw-1", "released", adopted=True))
+    told(ledger, P0, ended("gw-1", "released", adopted=True))
     assert counts(ledger) == {"produced": 1} and ledger.num_open == 1
-    ledger.apply(P0, rescued("gw-1", "a", "b", "c"))
+    told(ledger, P0, rescued("gw-1", "a", "b", "c"))
     assert counts(ledger) == {"produced": 1, "rescued": 1, "stored": 1}
     record = ledger.find("gw-1")
     assert record is not None
@@ -145,9 +146,9 @@ def test_rescued(ledger: Ledger) -> None:
 
 def test_rescue_failed(ledger: Ledger) -> None:
     """A rescue that fails leaves what the hand-off was before it, and says so."""
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, ended("gw-1", "expired", adopted=True))
-    ledger.apply(P0, {"kind": "rescue_failed", "id": "gw-1", "at": 3.0, "reason": "server lost"})
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, ended("gw-1", "expired", adopted=True))
+    told(ledger, P0, {"kind": "rescue_failed", "id": "gw-1", "at": 3.0, "reason": "server lost"})
     record = ledger.find("gw-1")
     assert record is not None
     assert (record.outcome, record.reason) == ("expired", "rescue failed: server lost")
@@ -156,23 +157,23 @@ def test_rescue_failed(ledger: Ledger) -> None:
 
 def test_stored_on_demand_is_consumed(ledger: Ledger) -> None:
     """A store that the client forced does not turn a consumed hand-off into an orphan, and its reuse counts."""
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, ended("gw-1", "consumed", adopted=True))
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, ended("gw-1", "consumed", adopted=True))
     assert counts(ledger) == {"produced": 1, "consumed": 1}
-    ledger.apply(P0, rescued("gw-1", "a", "b"))
+    told(ledger, P0, rescued("gw-1", "a", "b"))
     assert counts(ledger) == {"produced": 1, "consumed": 1, "stored": 1}
-    ledger.apply(D0, loaded("a"))
+    told(ledger, D0, loaded("a"))
     assert ledger.totals["reused"].count == 1 and ledger.totals["reused"].tokens == 32
 
 
 def test_reused_once(ledger: Ledger) -> None:
     """The first load of a rescued chunk, by any replica, is the record's reuse; tokens are those of the chunks."""
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, rescued("gw-1", "a", "b", "c"))
-    ledger.apply(D0, loaded("x", "y"))
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, rescued("gw-1", "a", "b", "c"))
+    told(ledger, D0, loaded("x", "y"))
     assert "reused" not in counts(ledger)
-    ledger.apply(D0, loaded("a", "b", "x"))
-    ledger.apply(P1, loaded("a", "b", "c"))
+    told(ledger, D0, loaded("a", "b", "x"))
+    told(ledger, P1, loaded("a", "b", "c"))
     total = ledger.totals["reused"]
     assert (total.count, total.tokens, total.bytes) == (1, 64, 640)
     record = ledger.find("gw-1")
@@ -182,11 +183,11 @@ def test_reused_once(ledger: Ledger) -> None:
 def test_shared_prefix_is_reuse_of_its_first_record(ledger: Ledger) -> None:
     """A chunk that several records have in common belongs to the one that stored it; no token counts twice."""
     for number, chunks in ((1, "ab"), (2, "ac"), (3, "ac")):
-        ledger.apply(P0, produced(f"gw-{number}"))
-        ledger.apply(P0, rescued(f"gw-{number}", *chunks))
-    ledger.apply(D0, loaded("a"))
+        told(ledger, P0, produced(f"gw-{number}"))
+        told(ledger, P0, rescued(f"gw-{number}", *chunks))
+    told(ledger, D0, loaded("a"))
     assert ledger.totals["reused"].count == 1
-    ledger.apply(D0, loaded("a", "c"))
+    told(ledger, D0, loaded("a", "c"))
     assert ledger.totals["reused"].count == 3
     assert ledger.totals["reused"].tokens == 64
     assert [r.reused_tokens for n in (1, 2, 3) if (r := ledger.find(f"gw-{n}"))] == [32, 32, 0]
@@ -195,15 +196,15 @@ def test_shared_prefix_is_reuse_of_its_first_record(ledger: Ledger) -> None:
 def test_foreign(ledger: Ledger) -> None:
     """Hand-offs of other gateways and of warm-ups are counted apart and change no record."""
     for handoff_id in ("other-1", "gw", "", "gw2-1", "warm"):
-        ledger.apply(P0, produced(handoff_id))
-        ledger.apply(P0, ended(handoff_id, "consumed"))
-        ledger.apply(P0, rescued(handoff_id, "a"))
+        told(ledger, P0, produced(handoff_id))
+        told(ledger, P0, ended(handoff_id, "consumed"))
+        told(ledger, P0, rescued(handoff_id, "a"))
     assert counts(ledger) == {} and ledger.num_foreign == 5 and ledger.num_malformed == 0
 
 
 def test_own_but_unknown(ledger: Ledger) -> None:
     """What the engine says of an own id is true, even if the announcement has been forgotten."""
-    ledger.apply(P0, produced("gw-99"))
+    told(ledger, P0, produced("gw-99"))
     record = ledger.find("gw-99")
     assert record is not None and record.request_id is None and record.prefill_id == "p0"
     assert counts(ledger) == {"produced": 1}
@@ -212,7 +213,7 @@ def test_own_but_unknown(ledger: Ledger) -> None:
 @pytest.mark.parametrize("event", [ended("gw-1", "consumed"), rescued("gw-1", "a")], ids=["ended", "rescued"])
 def test_lost_produced(ledger: Ledger, event: Mapping[str, Any]) -> None:
     """Whatever ends was produced: the missing event is made up for, with the tokens that the gateway knows."""
-    ledger.apply(P0, event)
+    told(ledger, P0, event)
     assert ledger.totals["produced"].count == 1 and ledger.totals["produced"].tokens == 100
     assert ledger.num_open == 0
     assert_balanced(ledger)
@@ -222,26 +223,26 @@ def test_repeated_events_change_nothing(ledger: Ledger) -> None:
     """An event that comes twice is counted as such and nowhere else."""
     events = [produced("gw-1"), ended("gw-1", "released", adopted=True), rescued("gw-1", "a")]
     for event in events:
-        ledger.apply(P0, event)
+        told(ledger, P0, event)
     before = {word: (t.count, t.tokens, t.bytes) for word, t in ledger.totals.items()}
     for event in [*events, ended("gw-1", "consumed"), {"kind": "rescue_failed", "id": "gw-1", "at": 1.0}]:
-        ledger.apply(P0, event)
+        told(ledger, P0, event)
     assert {word: (t.count, t.tokens, t.bytes) for word, t in ledger.totals.items()} == before
     assert ledger.num_repeated == 5
 
 
 def test_adoption_is_said_once(ledger: Ledger) -> None:
     """A second end of a hold that the sink has adopted is a repetition, and the first one stands."""
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, ended("gw-1", "released", adopted=True))
-    ledger.apply(P0, ended("gw-1", "consumed"))
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, ended("gw-1", "released", adopted=True))
+    told(ledger, P0, ended("gw-1", "consumed"))
     assert counts(ledger) == {"produced": 1} and ledger.num_repeated == 1
 
 
 def test_stored_once(ledger: Ledger) -> None:
     """A store that is told twice counts once, for consumed hand-offs too."""
     for event in (produced("gw-1"), ended("gw-1", "consumed"), rescued("gw-1", "a"), rescued("gw-1", "a")):
-        ledger.apply(P0, event)
+        told(ledger, P0, event)
     assert ledger.totals["stored"].count == 1 and ledger.num_repeated == 1
 
 
@@ -255,13 +256,13 @@ def test_own_ids(ledger: Ledger) -> None:
 def test_gap_is_of_one_replica(ledger: Ledger) -> None:
     """Lost events make the records of that replica doubtful and no others, until they are heard of again."""
     ledger.open("gw-4", "r", P1, D0, 1)
-    ledger.apply(P1, produced("gw-4"))
-    ledger.apply(P0, produced("gw-1"))
+    told(ledger, P1, produced("gw-4"))
+    told(ledger, P0, produced("gw-1"))
     ledger.gap(P0.incarnation)
     doubtful = {n for n in range(1, 5) if (r := ledger.find(f"gw-{n}")) and r.suspect_since is not None}
     assert doubtful == {1, 2, 3} and ledger._num_suspect == 3
     for event in (ended("gw-1", "consumed"), produced("gw-2"), produced("gw-3")):
-        ledger.apply(P0, event)
+        told(ledger, P0, event)
     assert ledger._num_suspect == 0
 
 
@@ -279,10 +280,10 @@ def test_chunks_are_bounded() -> None:
 def test_replica_gone(ledger: Ledger) -> None:
     """KV goes with its engine: what was open there has failed, the rest is untouched."""
     ledger.open("gw-4", "request-4", P1, D0, 10)
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, produced("gw-2"))
-    ledger.apply(P0, ended("gw-2", "released", adopted=True))
-    ledger.apply(P1, produced("gw-4"))
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, produced("gw-2"))
+    told(ledger, P0, ended("gw-2", "released", adopted=True))
+    told(ledger, P1, produced("gw-4"))
     ledger.replica_gone(P0.incarnation)
     assert counts(ledger) == {"produced": 3, "failed": 2}
     assert [r.reason for n in (1, 2) if (r := ledger.find(f"gw-{n}"))] == ["prefill_lost"] * 2
@@ -293,10 +294,10 @@ def test_replica_gone(ledger: Ledger) -> None:
 
 def test_lost_events_are_written_off(ledger: Ledger, clock: Clock) -> None:
     """After a gap, an open record whose end never comes is failed in the end; one that is heard of again is not."""
-    ledger.apply(P0, produced("gw-1"))
-    ledger.apply(P0, produced("gw-2"))
+    told(ledger, P0, produced("gw-1"))
+    told(ledger, P0, produced("gw-2"))
     ledger.gap(P0.incarnation)
-    ledger.apply(P0, ended("gw-2", "released", adopted=True))
+    told(ledger, P0, ended("gw-2", "released", adopted=True))
     clock.now += 59
     ledger.sweep()
     assert ledger.num_open == 2
@@ -305,13 +306,13 @@ def test_lost_events_are_written_off(ledger: Ledger, clock: Clock) -> None:
     assert counts(ledger) == {"produced": 2, "failed": 1}
     lost = ledger.find("gw-1")
     assert lost is not None and (lost.outcome, lost.reason) == ("failed", "events_lost")
-    ledger.apply(P0, rescued("gw-2", "a"))
+    told(ledger, P0, rescued("gw-2", "a"))
     assert counts(ledger) == {"produced": 2, "failed": 1, "rescued": 1, "stored": 1}
 
 
 def test_open_without_a_gap_stays_open(ledger: Ledger, clock: Clock) -> None:
     """Only lost events make an old record doubtful; announcements that came to nothing are forgotten."""
-    ledger.apply(P0, produced("gw-1"))
+    told(ledger, P0, produced("gw-1"))
     clock.now += 10_000
     ledger.sweep()
     assert ledger.num_open == 1
@@ -349,14 +350,14 @@ def test_reasons(ledger: Ledger) -> None:
 )
 def test_malformed(ledger: Ledger, event: dict[str, Any]) -> None:
     """An event that cannot be read is counted and changes nothing."""
-    ledger.apply(P0, event)
+    told(ledger, P0, event)
     assert ledger.num_malformed == 1
     assert counts(ledger) == {} and ledger.num_open == 0
 
 
 def test_unknown_kinds_are_ignored(ledger: Ledger) -> None:
     """A newer engine may say more."""
-    ledger.apply(P0, {"kind": "something_new", "at": 1.0, "id": "gw-1"})
+    told(ledger, P0, {"kind": "something_new", "at": 1.0, "id": "gw-1"})
     assert ledger.num_malformed == 0 and counts(ledger) == {}
 
 
@@ -365,12 +366,12 @@ def test_memory_is_bounded() -> None:
     ledger = Ledger(num_records=5, max_open=7)
     for number in range(50):
         ledger.open(f"gw-{number}", "r", P0, D0, 1)
-        ledger.apply(P0, produced(f"gw-{number}"))
-        ledger.apply(P0, ended(f"gw-{number}", "consumed" if number else "expired"))
+        told(ledger, P0, produced(f"gw-{number}"))
+        told(ledger, P0, ended(f"gw-{number}", "consumed" if number else "expired"))
     assert {record.number for record in ledger.records()} == {1, 46, 47, 48, 49, 50}
     for number in range(50, 100):
         ledger.open(f"gw-{number}", "r", P0, D0, 1)
-        ledger.apply(P0, produced(f"gw-{number}"))
+        told(ledger, P0, produced(f"gw-{number}"))
     assert ledger.num_open == 7 and ledger.num_overflows == ledger.totals["failed"].count == 43
     for number in range(100, 150):
         ledger.open(f"gw-{number}", "r", P0, D0, 1)
@@ -383,20 +384,20 @@ def test_reuse_is_noticed_when_the_record_is_no_longer_shown() -> None:
     ledger = Ledger(num_records=1)
     for number in range(3):
         ledger.open(f"gw-{number}", "r", P0, D0, 1)
-        ledger.apply(P0, produced(f"gw-{number}"))
-        ledger.apply(P0, rescued(f"gw-{number}", f"chunk-{number}"))
-    ledger.apply(D0, loaded("chunk-0"))
+        told(ledger, P0, produced(f"gw-{number}"))
+        told(ledger, P0, rescued(f"gw-{number}", f"chunk-{number}"))
+    told(ledger, D0, loaded("chunk-0"))
     assert ledger.totals["reused"].count == 1
 
 
 def test_every_addition_is_told() -> None:
     """What the metrics are told adds up to the totals."""
-    told: list[tuple[str, int, int]] = []
-    ledger = Ledger(on_count=lambda *addition: told.append(addition))
+    additions: list[tuple[str, int, int]] = []
+    ledger = Ledger(on_count=lambda *addition: additions.append(addition))
     ledger.open("gw-1", "r", P0, D0, 1)
     for event in (produced("gw-1"), ended("gw-1", "expired", adopted=True), rescued("gw-1", "a"), loaded("a")):
-        ledger.apply(P0, event)
-    assert told == [("produced", 100, 1000), ("rescued", 100, 1000), ("stored", 32, 320), ("reused", 32, 320)]
+        told(ledger, P0, event)
+    assert additions == [("produced", 100, 1000), ("rescued", 100, 1000), ("stored", 32, 320), ("reused", 32, 320)]
 
 
 IDS = st.integers(1, 6).map(lambda number: f"gw-{number}")
@@ -443,7 +444,7 @@ def test_books_balance_whatever_comes(actions: list[Any], num_records: int, max_
             clock.now += 6
             ledger.sweep()
         else:
-            ledger.apply(where, action)
+            told(ledger, where, action)
         assert_balanced(ledger)
         assert ledger.num_open <= max_open
         assert all(total.count >= last[word] for word, total in ledger.totals.items())
@@ -480,7 +481,7 @@ def test_true_stories_are_told_truly(seed: int) -> None:
         stories.append(story)
     while stories:
         story = rng.choice(stories)
-        ledger.apply(P0, story.pop(0))
+        told(ledger, P0, story.pop(0))
         if not story:
             stories.remove(story)
     assert {word: total.count for word, total in ledger.totals.items()} == expected
@@ -492,17 +493,17 @@ def test_a_replica_that_was_written_off_counts_nothing_twice(clock: Clock) -> No
     ledger = Ledger(clock=clock, num_records=1)
     for number in (1, 2, 3):
         ledger.open(f"gw-{number}", f"request-{number}", P0, D0, 100)
-        ledger.apply(P0, produced(f"gw-{number}"))
+        told(ledger, P0, produced(f"gw-{number}"))
     ledger.replica_gone(P0.incarnation)
     before = {word: total.count for word, total in ledger.totals.items()}
     for event in (produced("gw-1"), ended("gw-1", "consumed"), ended("gw-2", "released"), ended("gw-3", "expired")):
-        ledger.apply(P0, event)
+        told(ledger, P0, event)
     assert {word: total.count for word, total in ledger.totals.items()} == before
     assert ledger.num_repeated == 4
     ledger.open("gw-4", "request-4", P0, D0, 100)
-    ledger.apply(P0, produced("gw-4"))
-    ledger.apply(P0, ended("gw-4", "consumed"))
+    told(ledger, P0, produced("gw-4"))
+    told(ledger, P0, ended("gw-4", "consumed"))
     assert ledger.totals["produced"].count == 4 and ledger.totals["consumed"].count == 1
-    ledger.apply(P1, produced("gw-9"))
+    told(ledger, P1, produced("gw-9"))
     assert ledger.totals["produced"].count == 5, "another replica's, though not announced"
     assert ledger.balanced

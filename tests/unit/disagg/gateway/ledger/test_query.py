@@ -10,6 +10,7 @@ import pytest
 from disagg.errors import InvalidRequestError
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.ledger.query import DEFAULT_LIMIT, MAX_LIMIT, PARAMETERS, Filter, listed, parse
+from tests.support.heard_events import told
 from tests.unit.disagg.gateway.ledger.test_ledger import D0, P0, P1, ended, loaded, produced, rescued
 
 
@@ -19,12 +20,12 @@ def ledger() -> Ledger:
     made = Ledger()
     for number, prefill in ((1, P0), (2, P0), (3, P1), (4, P0)):
         made.open(f"gw-{number}", f"request-{number}", prefill, D0, 100, f"tenant-{number % 2}")
-    made.apply(P0, produced("gw-1", at=1.0))
-    made.apply(P0, produced("gw-2", at=2.0))
-    made.apply(P1, produced("gw-3", at=3.0))
-    made.apply(P0, ended("gw-1", "consumed"))
-    made.apply(P0, rescued("gw-2", "a"))
-    made.apply(D0, loaded("a"))
+    told(made, P0, produced("gw-1", at=1.0))
+    told(made, P0, produced("gw-2", at=2.0))
+    told(made, P1, produced("gw-3", at=3.0))
+    told(made, P0, ended("gw-1", "consumed"))
+    told(made, P0, rescued("gw-2", "a"))
+    told(made, D0, loaded("a"))
     return made
 
 
