@@ -81,16 +81,16 @@ class GatewayConfig(Config):
     """Prompts shorter than this many tokens are prefilled by the decode engine itself. 1 hands every prompt over."""
     prefill_timeout_s: Seconds = 120.0
     """Seconds that the prefill leg may take at most, retries included; `first_token_target_s` mostly ends it sooner.
-    Then the decode engine prefills itself. With Mooncake it waits no longer than `transport.kv_lease_duration_s`, and
-    the prefill leg is stopped after it."""
+    Then the decode engine prefills itself. Where both legs are sent at once it waits no longer than
+    `transport.kv_lease_duration_s`, and the prefill leg is stopped after it."""
     first_token_target_s: Seconds = 30.0
     """Seconds from a request to its first token that the gateway aims at. What the decode engine is expected to take
     for the prompt, as measured, is kept back from it, half of it before anything was measured; the rest is for the
     prefill leg, retries included. A prompt that decode would compute for longer than half of it gets that time."""
     hedge_after_s: Seconds | None = None
     """Seconds after which a prefill leg that is not answered is sent to a second prefill replica as well; the first
-    answer counts. It costs prefill work where the pool is slow because it is full. Unset means never. Only with
-    transport nixl."""
+    answer counts. It costs prefill work where the pool is slow because it is full. Unset means never. Only where the
+    prefill leg comes first: with transport nixl in pull mode."""
     local_prefill_tokens: PositiveInt = 131_072
     """Prompt tokens that one decode replica may compute at a time for one gateway replica, counted from sending a
     request without a hand-off to the first byte of its answer. Any prompt fits a replica that computes none. When no
@@ -248,7 +248,7 @@ class AppConfig(Config):
                 limit.message,
                 field="gateway.hedge_after_s",
                 allowed=f"null with transport {transport.name}",
-                action="remove it, or use transport nixl",
+                action="remove it, or use transport nixl in pull mode",
             )
         if self.gateway.connect_timeout_s >= self.transport.kv_lease_duration_s:
             raise PydanticCustomError(

@@ -18,7 +18,7 @@ Legs = Literal["prefill_first", "both_at_once"]
 engine waits for the other, and the decode leg says what the prefill replica has published. It waits no longer than a
 lease, and then computes the prompt."""
 
-Feature = Literal["hedging", "prefill_pipeline", "decode_pipeline"]
+Feature = Literal["hedging", "prefill_pipeline", "decode_pipeline", "tensor_parallel"]
 
 
 @dataclass(frozen=True)

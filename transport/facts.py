@@ -25,6 +25,8 @@ class EngineFacts:
     """Free TCP port on which the transport answers other engines, chosen by the kernel."""
     engine_id: str
     """Identity of this engine's KV memory; new with every start."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     lmcache_url: str | None = None
     """`tcp://host:port` of the LMCache server that this engine uses; None without a shared tier."""
 

@@ -174,8 +174,15 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
     for name, pool in pools_of(config).items():
         kwargs = merged_engine_kwargs(config.model, pool, config.platform)
         tps[name] = parallel_size(kwargs, "tensor_parallel_size")
+        if tps[name] > 1:
+            path = _place(config, name, "tensor_parallel_size", prefix)
+            problems += _limit(
+                config, "tensor_parallel", path, "compare answers with one engine's before you rely on it"
+            )
         if parallel_size(kwargs, "pipeline_parallel_size") > 1:
-            problems += _check_pipeline(config, name, _place(config, name, "pipeline_parallel_size", prefix))
+            feature: Feature = "prefill_pipeline" if name == "prefill" else "decode_pipeline"
+            path = _place(config, name, "pipeline_parallel_size", prefix)
+            problems += _limit(config, feature, path, "use tensor_parallel_size")
         tokens, seqs = kwargs.get("max_num_batched_tokens"), kwargs.get("max_num_seqs")
         if tokens is not None and seqs is not None and tokens < seqs:
             problems.append(
@@ -210,13 +217,13 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
     return problems
 
 
-def _check_pipeline(config: AppConfig, name: str, path: str) -> list[Problem]:
-    feature: Feature = "prefill_pipeline" if name == "prefill" else "decode_pipeline"
+def _limit(config: AppConfig, feature: Feature, path: str, action: str) -> list[Problem]:
+    """What the transport says of a feature that is used at `path`."""
     limit = describe(config.transport).limits.get(feature)
     if limit is None:
         return []
     severity: Literal["error", "warning"] = "error" if limit.refused else "warning"
-    return [Problem(path, limit.message, "1", "use tensor_parallel_size", severity=severity)]
+    return [Problem(path, limit.message, "1", action, severity=severity)]
 
 
 def _check_kv_space(

@@ -51,11 +51,11 @@ ENGINE_METRICS = (
         "counter",
         "Reads that ended after a prefill engine had given the KV up, so that the answer may be wrong.",
     ),
-    EngineMetric("nixl_num_failed_transfers_total", "counter", "Handshakes and reads of KV that failed."),
+    EngineMetric("nixl_num_failed_transfers_total", "counter", "Handshakes and transfers of KV that failed."),
     EngineMetric(
         "nixl_num_failed_notifications_total", "counter", "Reads whose end could not be told to the prefill engine."
     ),
-    EngineMetric("nixl_bytes_transferred_total", "counter", "Bytes of KV that the engine read over NIXL."),
+    EngineMetric("nixl_bytes_transferred_total", "counter", "Bytes of KV that the engine moved over NIXL."),
     EngineMetric(
         "mooncake_num_failed_transfers_total", "counter", "Writes of KV that failed, and KV that did not come."
     ),

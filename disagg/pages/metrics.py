@@ -19,8 +19,8 @@ from disagg.observability.outcomes import TOTALS
 
 LOCAL_PREFILL_REASONS: Mapping[str, str] = {
     "beam_search": "the request uses beam search",
-    "decode_did_not_wait": "with Mooncake, prefill took longer than `transport.kv_lease_duration_s`; the decode engine "
-    "computed the prompt and the prefill leg was stopped",
+    "decode_did_not_wait": "with both legs at once, prefill took longer than `transport.kv_lease_duration_s`; the "
+    "decode engine computed the prompt and the prefill leg was stopped",
     "decode_error": "the decode leg of a hand-off was answered with a status of 500 or more",
     "decode_lost": "the decode replica of a hand-off was lost before its first bytes",
     "empty_prompt": "a prompt has no token",

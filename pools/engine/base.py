@@ -53,8 +53,8 @@ class EngineStats:
     """Prompt tokens this engine computed itself."""
     generation_tokens_total: int
     nixl_bytes_transferred_total: int
-    """Bytes this engine pulled over NIXL; 0 on a prefill engine. Both `nixl_*` and `mooncake_*` are 0 with the other
-    transport."""
+    """Bytes this engine moved over NIXL: a decode engine in pull mode, a prefill engine in push mode. `nixl_*` and
+    `mooncake_*` are 0 with the other connector."""
     nixl_num_failed_transfers_total: int
     num_kv_expired_reqs_total: int
     """Hand-offs whose lease ran out on this (prefill) engine."""
@@ -73,7 +73,8 @@ class EngineStats:
     nixl_num_failed_notifications_total: int = 0
     """Reads whose end could not be reported to the prefill engine, so that its lease has to end."""
     num_notifications_after_expiry_total: int = 0
-    """Reads that ended after this (prefill) engine had given the KV up: what was read may have been overwritten."""
+    """Reads that ended after this (prefill) engine had given the KV up: what was read may have been overwritten. In
+    push mode writes that ended after this (decode) engine had given the blocks away."""
     kv_offload_load_bytes_total: int = 0
     """Bytes moved from host memory into this engine's KV space."""
     kv_offload_store_bytes_total: int = 0

@@ -23,6 +23,8 @@ from pools.cache_server.probe import check_external
 from pools.engine.base import Engine, Role
 from pools.health.listener_probe import ListenerProbe, listener_probe
 from pools.health.watchdog import Watchdog
+from pools.plan.launch import merged_engine_kwargs
+from pools.plan.placement import parallel_size
 from pools.process.descriptors import raise_limit
 from pools.process.log_targets import kept_log_targets
 from pools.process.ports import free_port
@@ -110,12 +112,15 @@ class _Replica:
         return self._cache_server.url
 
     def _make_facts(self, lmcache_url: str | None) -> EngineFacts:
+        kwargs = merged_engine_kwargs(self._spec.model, self._spec.pool, self._spec.platform)
         return EngineFacts(
             role=self.role,
             platform=self._spec.platform,
             host=self._host,
             listener_port=free_port(self._host),
             engine_id=f"{self.role}-{self._replica_id}-{self._incarnation[:8]}",
+            tensor_parallel_size=parallel_size(kwargs, "tensor_parallel_size"),
+            pipeline_parallel_size=parallel_size(kwargs, "pipeline_parallel_size"),
             lmcache_url=lmcache_url,
         )
 

@@ -24,6 +24,7 @@ def transfer_launch(
     transport: TransportConfig,
     *,
     listener_port: int,
+    engine_id: str | None = None,
     engine_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """vLLM's arguments for an engine that hands KV over or takes it, and the environment of its transport."""
@@ -32,7 +33,7 @@ def transfer_launch(
         platform="cpu",
         host="127.0.0.1",
         listener_port=listener_port,
-        engine_id=f"{role}-{uuid.uuid4().hex[:8]}",
+        engine_id=engine_id or f"{role}-{uuid.uuid4().hex[:8]}",
     )
     plan = launch(transport, facts)
     kwargs = {**ENGINE_KWARGS, **(engine_kwargs or {})}
@@ -52,13 +53,18 @@ def transfer_engine(
     *,
     name: str,
     listener_port: int | None = None,
+    engine_id: str | None = None,
     engine_kwargs: Mapping[str, Any] | None = None,
 ) -> AbstractContextManager[str]:
     """URL of such an engine with a small KV space, in a process of its own; its log is `{name}-{role}`.
 
-    The kernel chooses an unnamed port.
+    A port or an id that is not given is chosen.
     """
     arguments, env = transfer_launch(
-        role, transport, listener_port=listener_port or free_port(), engine_kwargs={**SMALL, **(engine_kwargs or {})}
+        role,
+        transport,
+        listener_port=listener_port or free_port(),
+        engine_id=engine_id,
+        engine_kwargs={**SMALL, **(engine_kwargs or {})},
     )
     return engine_process(arguments, env, role=role, name=f"{name}-{role}")

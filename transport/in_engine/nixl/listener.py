@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import zmq
@@ -31,6 +31,9 @@ HEARTBEAT_MS = 30_000
 MAX_QUEUED = 64
 """Messages queued for and from one connection; beyond it requests wait in its socket, and answers are dropped."""
 _POLL_MS = 1000
+
+Answerer = Callable[[list[bytes]], list[bytes] | None]
+"""From one message as it came to its answer, None for one that it does not know."""
 
 _EXPECTED: tuple[tuple[object, tuple[str, ...]], ...] = (
     (
@@ -70,17 +73,20 @@ def listen(
     stop: threading.Event,
     host: str,
     port: int,
+    *,
+    also: Answerer | None = None,
 ) -> None:
     """Answer handshakes until `stop`, at most a second later. Sets `ready` once it listens, or has failed to.
 
     Args:
         encoded_data: the answer by (pipeline rank, tensor rank).
+        also: answers what is no handshake, or nothing.
     """
     try:
         with zmq.Context() as context, context.socket(zmq.ROUTER) as sock:
             _bind(sock, host, port)
             ready.set()
-            _serve(sock, encoded_data, stop)
+            _serve(sock, encoded_data, stop, also)
     finally:
         ready.set()
 
@@ -101,7 +107,12 @@ def _bind(sock: zmq.Socket[bytes], host: str, port: int) -> None:
     sock.bind(make_zmq_path("tcp", host, port))
 
 
-def _serve(sock: zmq.Socket[bytes], encoded_data: Mapping[tuple[int, int], bytes], stop: threading.Event) -> None:
+def _serve(
+    sock: zmq.Socket[bytes],
+    encoded_data: Mapping[tuple[int, int], bytes],
+    stop: threading.Event,
+    also: Answerer | None,
+) -> None:
     num_refused = 0
     while not stop.is_set():
         try:
@@ -109,10 +120,12 @@ def _serve(sock: zmq.Socket[bytes], encoded_data: Mapping[tuple[int, int], bytes
                 continue
             parts = sock.recv_multipart(zmq.NOBLOCK)
             answer = answer_to(parts, encoded_data)
+            if answer is None and also is not None:
+                answer = also(parts)
             if answer is None:
                 num_refused += 1
                 if str(num_refused).strip("0") == "1":
-                    logger.warning("NIXL side channel: %d messages are no handshake and are not answered", num_refused)
+                    logger.warning("NIXL side channel: %d messages are no question and are not answered", num_refused)
                 continue
             sock.send_multipart(answer, zmq.NOBLOCK)
         except zmq.Again:
