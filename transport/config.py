@@ -48,18 +48,21 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class NixlConfig(Config):
-    """KV over NIXL: a decode engine reads the blocks out of the prefill engine's memory."""
+    """KV over NIXL, between the memories of a prefill and a decode engine."""
 
     type: Literal["nixl"] = "nixl"
     """Which connector moves KV."""
+    mode: Literal["pull", "push"] = "pull"
+    """Who moves it. `pull`: the decode engine reads, after the prefill leg. `push`: the prefill engine writes, and both
+    legs are sent at once."""
     backends: Annotated[tuple[Name, ...], Field(min_length=1)] = ("UCX",)
     """NIXL plugins to try, in order. UCX picks the fastest link it finds (RDMA, NVLink, shared memory, TCP)."""
     kv_lease_duration_s: Annotated[int, Field(ge=6)] = 30
-    """Seconds a prefill engine keeps KV for a decode engine that has not asked for it. Both pools get the same
-    value. Below 6 the heartbeat period, a sixth of it in whole seconds, would be zero; raise it when requests wait
-    long between the two legs."""
+    """Seconds a prefill engine keeps KV for a decode engine that has not asked for it, and in push mode that a decode
+    engine waits for KV. Both pools get the same value. Below 6 the heartbeat period, a sixth of it in whole seconds,
+    would be zero; raise it when requests wait long between the two legs."""
     side_channel_host: Name | None = None
-    """Address on which a prefill engine answers NIXL handshakes. Unset means the address of the replica's node;
+    """Address on which an engine answers NIXL handshakes. Unset means the address of the replica's node;
     set it when engines reach each other over another network than Ray does. It applies to every replica, so with
     more than one node it must be a name that each node resolves to itself."""
 

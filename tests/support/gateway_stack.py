@@ -44,6 +44,7 @@ MODEL = "tiny"
 MAX_MODEL_LEN = 2048
 TRANSPORTS: dict[str, Transport] = {
     "nixl": describe(NixlConfig()),
+    "nixl-push": describe(NixlConfig(mode="push")),
     "mooncake": describe(MooncakeConfig(type="mooncake")),
 }
 FAST = {"itl_ms": 0, "prefill_ms_per_1k_tokens": 0, "transfer_ms_per_1k_tokens": 0, "max_model_len": MAX_MODEL_LEN}

@@ -27,6 +27,7 @@ Change = Callable[[dict[str, Any]], None]
 def tiers(
     *,
     transport: str = "nixl",
+    mode: str | None = None,
     cpu_gib: float | None = None,
     sink: str | None = None,
     l1_gib: float = 0.5,
@@ -40,7 +41,7 @@ def tiers(
 
     def change(config: dict[str, Any]) -> None:
         args = config["applications"][0]["args"]
-        args["transport"] = {"type": transport, "kv_lease_duration_s": lease_s}
+        args["transport"] = {"type": transport, "kv_lease_duration_s": lease_s} | ({"mode": mode} if mode else {})
         args["model"]["engine_kwargs"] |= {**WHOLE_PROMPTS, **(engine_kwargs or {})}
         if blocks is not None:
             args["model"]["engine_kwargs"]["num_gpu_blocks_override"] = blocks

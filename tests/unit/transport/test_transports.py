@@ -15,7 +15,7 @@ from transport.facts import EngineFacts, Role
 from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, HANDOFF_ID, REMOTE_PREFILL
 from transport.transports import STATISTICS, describe
 
-CONFIGS: list[TransportConfig] = [NixlConfig(), MooncakeConfig(type="mooncake")]
+CONFIGS: list[TransportConfig] = [NixlConfig(), NixlConfig(mode="push"), MooncakeConfig(type="mooncake")]
 TRANSPORTS = [describe(config) for config in CONFIGS]
 EVERY = pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.name)
 

@@ -536,6 +536,14 @@ WARNED: dict[str, Case] = {
         f"{A}.prefill.engine_kwargs.pipeline_parallel_size",
         "untested",
     ),
+    "ranks with NIXL push": (
+        args(
+            decode__engine_kwargs={"tensor_parallel_size": 2},
+            transport={"type": "nixl", "mode": "push"},
+        ),
+        f"{A}.decode.engine_kwargs.tensor_parallel_size",
+        "NIXL push between engines of several ranks is untested",
+    ),
     "pipeline with Mooncake": (
         args(decode__engine_kwargs={"pipeline_parallel_size": 2}, transport={"type": "mooncake"}),
         f"{A}.decode.engine_kwargs.pipeline_parallel_size",

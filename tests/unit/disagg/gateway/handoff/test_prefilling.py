@@ -272,14 +272,21 @@ def _first_cut(used: list[Replica], replica: Replica) -> Any:
     return hook
 
 
-def test_hedging_is_refused_with_mooncake() -> None:
+@pytest.mark.parametrize(
+    ("transport", "says"),
+    [
+        ({"type": "mooncake"}, "cannot work with transport mooncake"),
+        ({"type": "nixl", "mode": "push"}, "cannot work with NIXL in push mode"),
+    ],
+)
+def test_hedging_is_refused(transport: dict[str, str], says: str) -> None:
     """Where both legs are bound to each other there is nothing to hedge; the message says what to do."""
     config: dict[str, Any] = {
         "model": {"id": "m", "source": "org/m"},
-        "transport": {"type": "mooncake"},
+        "transport": transport,
         "gateway": {"hedge_after_s": 1},
     }
-    with pytest.raises(ValueError, match="cannot work with transport mooncake") as caught:
+    with pytest.raises(ValueError, match=says) as caught:
         AppConfig.model_validate(config)
     (error,) = caught.value.errors()  # type: ignore[attr-defined]
     assert error["ctx"]["field"] == "gateway.hedge_after_s"

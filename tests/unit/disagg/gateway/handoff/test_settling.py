@@ -32,7 +32,8 @@ from transport.handoff_params import HANDOFF_ID, MAX_OFFLOAD_TOKENS, REMOTE_DECO
 
 PROMPT = "a prompt longer than one block of KV"
 EXPECTED = decode(answer(encode(PROMPT), 8))
-TRANSPORTS = pytest.mark.parametrize("transport", ["nixl", "mooncake"])
+BOTH_AT_ONCE = pytest.mark.parametrize("transport", ["nixl-push", "mooncake"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["nixl", "nixl-push", "mooncake"])
 
 
 def once(hook: Hook) -> Hook:
@@ -176,7 +177,7 @@ async def test_decode_rejects(transport: Any) -> None:
         assert reason(stack, settled(stack)[0]) == "decode_rejected"
         await stack.settled()
         # With Mooncake the prefill leg may have been stopped before it produced anything.
-        assert outcomes(stack) == ["released"] or (transport == "mooncake" and not outcomes(stack))
+        assert outcomes(stack) == ["released"] or (transport != "nixl" and not outcomes(stack))
 
 
 @TRANSPORTS
@@ -378,9 +379,36 @@ async def test_both_legs_run_at_once() -> None:
         await until(lambda: outcomes(stack) == ["consumed"])
 
 
-async def test_mooncake_gives_the_same_answers() -> None:
+async def test_nixl_pushes_with_both_legs_at_once() -> None:
+    """NIXL push: decode has the request while prefill computes; it is told where to register, prefill only the id."""
+    async with running_stack(transport="nixl-push") as stack:
+        go_on = asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> bool:
+            await go_on.wait()
+            return False
+
+        stack.prefill[0].engine.hook = slow
+        reply = asyncio.create_task(stack.complete(PROMPT))
+        await until(lambda: stack.decode[0].engine.stats().num_requests_running == 1)
+        go_on.set()
+        assert (await reply).text == EXPECTED
+        prefill, decode_leg = stack.prefill[0].engine.seen[-1], stack.decode[0].engine.seen[-1]
+        leg_id = prefill.headers["x-request-id"]
+        assert prefill.body["kv_transfer_params"] == {**REMOTE_DECODE, HANDOFF_ID: leg_id}
+        assert decode_leg.body["kv_transfer_params"] == {
+            **REMOTE_PREFILL,
+            **stack.prefill[0].engine.kv_source,
+            "remote_request_id": leg_id,
+            HANDOFF_ID: leg_id,
+        }
+        await until(lambda: outcomes(stack) == ["consumed"])
+
+
+@BOTH_AT_ONCE
+async def test_the_same_answers(transport: str) -> None:
     """Handed off and primed answers over 2 x 2, whole and streamed, chat and completion; every pair is warm."""
-    async with running_stack(num_prefill=2, num_decode=2, transport="mooncake") as stack:
+    async with running_stack(num_prefill=2, num_decode=2, transport=transport) as stack:
         replies = [await stack.complete(PROMPT), await stack.complete(PROMPT, stream=True)]
         replies += [await stack.complete(PROMPT, n=2), await stack.complete([PROMPT, "another one"], stream=True)]
         assert {reply.text for reply in replies} == {EXPECTED}
