@@ -31,6 +31,7 @@ from pools.plan.engine_kwargs import known_engine_kwargs
 from transport.errors import ConfigError
 from transport.tiers import ManagedServerConfig
 
+_WITHOUT_VLLM = "names in engine_kwargs, and the packages of the tiers, for vLLM is not installed here"
 _HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404", "RAY_SERVE_HAPROXY_METRICS_PORT": "9101"}
 
 
@@ -47,6 +48,8 @@ class CheckReport:
     """Where the application will answer; None when no HTTP proxy runs."""
     tiers: tuple[Tier, ...] = ()
     """Where KV is kept beside the engines' own memory."""
+    not_checked: str | None = None
+    """What could not be checked here and why, in words."""
 
     @property
     def ok(self) -> bool:
@@ -60,6 +63,7 @@ class CheckReport:
             "ok": self.ok,
             "url": self.url,
             "problems": [problem.as_dict() for problem in self.problems],
+            "not_checked": self.not_checked,
             "args": self.config.model_dump(mode="json") if self.config else None,
             "deployments": [deployment.as_dict() for deployment in self.deployments],
             "tiers": [tier.as_dict() for tier in self.tiers],
@@ -72,6 +76,7 @@ class CheckReport:
             lines.append(f"{problem.severity}: {problem.path + ': ' if problem.path else ''}{problem.message}")
             lines += [f"    allowed: {problem.allowed}"] if problem.allowed else []
             lines += [f"    do: {problem.action}"] if problem.action else []
+        lines += [f"not checked: {self.not_checked}"] if self.not_checked else []
         errors = sum(problem.severity == "error" for problem in self.problems)
         warnings = len(self.problems) - errors
         lines += [render(deployment) for deployment in self.deployments]
@@ -126,6 +131,8 @@ def check_file(
         return CheckReport(str(path), (*problems, *invalid), url=url)
     base_dir = base_dir or Path.cwd()
     config = resolve(config, base_dir)
+    if known_kwargs is None:
+        known_kwargs = known_engine_kwargs()
     problems += validate_app(
         config,
         prefix=prefix,
@@ -144,7 +151,8 @@ def check_file(
     if not any(problem.severity == "error" and "parallel_size" in problem.path for problem in problems):
         planned = deployments(config, serve_file.deployment_overrides(application))
     kept = tiers(config, sizes, _checkpoint(config)) if planned else ()
-    return CheckReport(str(path), tuple(problems), config, planned, url, kept)
+    without_vllm = known_kwargs is None and config.engine.type == "vllm"
+    return CheckReport(str(path), tuple(problems), config, planned, url, kept, _WITHOUT_VLLM if without_vllm else None)
 
 
 def parse_args(args: object, *, prefix: str = "args") -> tuple[AppConfig | None, list[Problem]]:

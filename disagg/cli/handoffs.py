@@ -6,9 +6,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from disagg.cli import connection
-from disagg.sdk.types import HandoffRecord, Handoffs
+
+if TYPE_CHECKING:
+    from disagg.sdk.types import HandoffRecord, Handoffs
 
 _HEADER = (
     "PRODUCED",

@@ -6,10 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from disagg.cli import connection
 from disagg.sdk.messages import MAX_NUM_REPLICAS, missing
-from disagg.sdk.types import Pool
+
+if TYPE_CHECKING:
+    from disagg.sdk.types import Pool
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

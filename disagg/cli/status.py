@@ -7,9 +7,12 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from disagg.cli import connection
-from disagg.sdk.types import Pool, Replica
+
+if TYPE_CHECKING:
+    from disagg.sdk.types import Pool, Replica
 
 _HEADER = ("  REPLICA", "STATE", "RUNNING", "WAITING", "IN FLIGHT", "KV", "UPTIME")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from disagg.cli import extras
 from disagg.errors import ConfigError
 
 
@@ -22,12 +23,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Write the model."""
-    try:
-        from disagg.tiny_model import write_tiny_model
+    extras.require("tiny-model", ("numpy", "tokenizers"))
+    from disagg.tiny_model import write_tiny_model
 
+    try:
         write_tiny_model(args.directory)
-    except ModuleNotFoundError as exc:
-        raise ConfigError(f"tiny-model needs the package {exc.name!r}; install disagg[cpu] or disagg[gpu]") from exc
     except OSError as exc:
         raise ConfigError(f"cannot write to {str(args.directory)!r}: {exc.strerror or exc}") from exc
     print(f"wrote {args.directory}")

@@ -2,26 +2,27 @@
 """`Client` and `AsyncClient`: read and scale the pools of a running application, and read its hand-offs.
 
 They speak the admin API only; any OpenAI client talks to the model. What is sent and how answers are read is in
-`disagg.sdk.messages`, so the twins differ in `await` alone.
+`disagg.sdk.messages`, so the twins differ in `await` alone. httpx, pydantic and asyncio load when they are first used.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
-
-import httpx
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from disagg.errors import ClientError
 from disagg.sdk import messages as wire
-from disagg.sdk.types import Handoffs, Health, Pool
+
+if TYPE_CHECKING:
+    import httpx
+
+    from disagg.sdk.types import Handoffs, Health, Pool
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-OnProgress = Callable[[Pool], None]
+OnProgress: TypeAlias = "Callable[[Pool], None]"
 
 
 class Client:
@@ -45,9 +46,10 @@ class Client:
         timeout_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.base_url = wire.base_url(base_url)
-        self._timeout_s = timeout_s
-        self._http = httpx.Client(headers=wire.headers(api_key), timeout=timeout_s, transport=transport)
+        from disagg.sdk.http import Http
+
+        self._http = Http(base_url, api_key, timeout_s=timeout_s, transport=transport)
+        self.base_url = self._http.base_url
 
     def health(self) -> Health:
         """Whether requests are served. Needs no key. Raises `ClientError` when nobody answers."""
@@ -112,12 +114,8 @@ class Client:
     ) -> None:
         self.close()
 
-    def _send(self, call: wire.Call) -> httpx.Response:
-        url = self.base_url + call.path
-        try:
-            return self._http.request(call.method, url, json=call.json)
-        except httpx.HTTPError as exc:
-            raise wire.translate(exc, url=url, timeout_s=self._timeout_s) from exc
+    def _send(self, call: wire.Call) -> wire.Reply:
+        return self._http.send(call)
 
 
 class PoolHandle:
@@ -203,9 +201,10 @@ class AsyncClient:
         timeout_s: float = 30.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.base_url = wire.base_url(base_url)
-        self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(headers=wire.headers(api_key), timeout=timeout_s, transport=transport)
+        from disagg.sdk.http import AsyncHttp
+
+        self._http = AsyncHttp(base_url, api_key, timeout_s=timeout_s, transport=transport)
+        self.base_url = self._http.base_url
 
     async def health(self) -> Health:
         """As `Client.health`."""
@@ -244,7 +243,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """As `Client.close`."""
-        await self._http.aclose()
+        await self._http.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -254,12 +253,8 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _send(self, call: wire.Call) -> httpx.Response:
-        url = self.base_url + call.path
-        try:
-            return await self._http.request(call.method, url, json=call.json)
-        except httpx.HTTPError as exc:
-            raise wire.translate(exc, url=url, timeout_s=self._timeout_s) from exc
+    async def _send(self, call: wire.Call) -> wire.Reply:
+        return await self._http.send(call)
 
 
 class AsyncPoolHandle:
@@ -297,6 +292,8 @@ class AsyncScaleOperation:
 
     async def wait(self, timeout_s: float = 300.0, poll_s: float = 0.5, on_progress: OnProgress | None = None) -> Pool:
         """As `ScaleOperation.wait`."""
+        import asyncio
+
         deadline = time.monotonic() + timeout_s
         pool: Pool | None = None
         while True:

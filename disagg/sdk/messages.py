@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the requests of the SDK and reads their answers. Pure: it sends nothing and knows no clock.
 
-`disagg.sdk.client` sends them, once with blocking calls and once with asyncio.
+`disagg.sdk.http` sends them, once with blocking calls and once with asyncio. The typed answers load pydantic, so they
+are imported where an answer is read, and importing the SDK stays cheap.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
-
-import httpx
-from pydantic import BaseModel, ValidationError
 
 from disagg.errors import (
     APIConnectionError,
@@ -22,9 +20,13 @@ from disagg.errors import (
     ClientError,
     ScaleTimeoutError,
 )
-from disagg.sdk.types import Handoffs, Health, Pool
 
-AnswerT = TypeVar("AnswerT", bound=BaseModel)
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from disagg.sdk.types import Accepted, Handoffs, Health, Pool
+
+AnswerT = TypeVar("AnswerT", bound="BaseModel")
 
 MAX_NUM_REPLICAS = 1024
 
@@ -47,26 +49,16 @@ class Call:
     accept: frozenset[int] = frozenset({200})
 
 
-class _Pools(BaseModel):
-    pools: tuple[Pool, ...]
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered to a `Call`."""
 
-
-class Accepted(BaseModel):
-    """Answer to a scale request."""
-
-    name: str
-    target_num_replicas: int
-
-
-def base_url(url: str) -> str:
-    """`url` without a trailing slash. Raises `ValueError` unless it is an http or https address."""
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as exc:
-        raise ValueError(f"base_url {url!r} is not an address; use one like http://127.0.0.1:8000") from exc
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"base_url {url!r} must start with http:// or https://, like http://127.0.0.1:8000")
-    return str(parsed).rstrip("/")
+    method: str
+    url: str
+    status: int
+    reason: str
+    """The words beside the status, which may be empty."""
+    body: bytes
 
 
 def headers(api_key: str | None) -> dict[str, str]:
@@ -122,29 +114,37 @@ def get_health() -> Call:
     return Call("GET", "/health", accept=frozenset({200, 503}))
 
 
-def read_pools(response: httpx.Response) -> list[Pool]:
+def read_pools(reply: Reply) -> list[Pool]:
     """The pools of an answer to `list_pools`."""
-    return list(_read(response, list_pools(), _Pools).pools)
+    from disagg.sdk.types import Pools
+
+    return list(_read(reply, list_pools(), Pools).pools)
 
 
-def read_handoffs(response: httpx.Response, call: Call) -> Handoffs:
+def read_handoffs(reply: Reply, call: Call) -> Handoffs:
     """The answer to `list_handoffs`."""
-    return _read(response, call, Handoffs)
+    from disagg.sdk.types import Handoffs
+
+    return _read(reply, call, Handoffs)
 
 
-def read_accepted(response: httpx.Response, call: Call) -> Accepted:
+def read_accepted(reply: Reply, call: Call) -> Accepted:
     """The answer to `scale_pool`."""
-    return _read(response, call, Accepted)
+    from disagg.sdk.types import Accepted
+
+    return _read(reply, call, Accepted)
 
 
-def read_health(response: httpx.Response) -> Health:
+def read_health(reply: Reply) -> Health:
     """The answer to `get_health`."""
+    from disagg.sdk.types import Health
+
     try:
-        return _read(response, get_health(), Health)
+        return _read(reply, get_health(), Health)
     except APIResponseError:
-        if response.status_code == 200:
+        if reply.status == 200:
             raise
-        raise _status_error(response) from None
+        raise _status_error(reply) from None
 
 
 def find_pool(pools: list[Pool], name: str) -> Pool:
@@ -154,17 +154,6 @@ def find_pool(pools: list[Pool], name: str) -> Pool:
             return pool
     known = ", ".join(sorted(pool.name for pool in pools)) or "none"
     raise APIStatusError(f"there is no pool {name!r}; the server has: {known}", status_code=404)
-
-
-def translate(exc: httpx.HTTPError, *, url: str, timeout_s: float) -> ClientError:
-    """The SDK's error for one of httpx."""
-    if isinstance(exc, httpx.ConnectTimeout | httpx.ConnectError):
-        reason = "it did not accept within the timeout" if isinstance(exc, httpx.TimeoutException) else str(exc)
-        message = f"cannot connect to {url}: {reason}; start the server, or correct the URL"
-        return APIConnectionError(message, url=url)
-    if isinstance(exc, httpx.TimeoutException):
-        return APITimeoutError(f"{url} did not answer within {timeout_s:g} s; raise the timeout or try again", url=url)
-    return APIConnectionError(f"the connection to {url} broke: {exc or type(exc).__name__}; try again", url=url)
 
 
 def is_transient(exc: ClientError) -> bool:
@@ -205,34 +194,35 @@ def missing(pool: Pool | None, num_replicas: int) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _read(response: httpx.Response, call: Call, answer: type[AnswerT]) -> AnswerT:
-    if response.status_code not in call.accept:
-        raise _status_error(response)
+def _read(reply: Reply, call: Call, answer: type[AnswerT]) -> AnswerT:
+    from pydantic import ValidationError
+
+    if reply.status not in call.accept:
+        raise _status_error(reply)
     try:
-        return answer.model_validate_json(response.content)
+        return answer.model_validate_json(reply.body)
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise APIResponseError(
-            f"{response.request.url} answered something that disagg does not ({where}: {first['msg']}); "
+            f"{reply.url} answered something that disagg does not ({where}: {first['msg']}); "
             "check that the URL is that of a disagg gateway"
         ) from exc
 
 
-def _status_error(response: httpx.Response) -> APIStatusError:
-    status, url = response.status_code, response.request.url
+def _status_error(reply: Reply) -> APIStatusError:
     try:
-        body: Any = json.loads(response.content)
+        body: Any = json.loads(reply.body)
     except ValueError:
-        body = response.text
+        body = reply.body.decode(errors="replace")
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
-    said = str(error.get("message") or response.reason_phrase or "").strip()
-    advice = f"; {_ADVICE[status]}" if status in _ADVICE else ""
+    said = str(error.get("message") or reply.reason or "").strip()
+    advice = f"; {_ADVICE[reply.status]}" if reply.status in _ADVICE else ""
     code = error.get("code")
     return APIStatusError(
-        f"{response.request.method} {url} answered {status}: {said}{advice}",
-        status_code=status,
+        f"{reply.method} {reply.url} answered {reply.status}: {said}{advice}",
+        status_code=reply.status,
         body=body,
         code=code if isinstance(code, str) else None,
     )

