@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admin API: sizes, states and load of the pools, scaling, and the ledger of hand-offs. Needs the admin key.
+"""The admin API: sizes, states and load of the pools, scaling, and the ledger of hand-offs.
 
 How a pool is scaled is the `Scaler`'s matter; `disagg.gateway.deployment` gives one that asks Serve.
 """
@@ -7,19 +7,10 @@ How a pool is scaled is the `Scaler`'s matter; `disagg.gateway.deployment` gives
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from starlette.requests import Request
-
-from disagg.errors import (
-    AuthenticationError,
-    InvalidRequestError,
-    NotFoundError,
-    PermissionDeniedError,
-)
+from disagg.errors import InvalidRequestError, NotFoundError
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Member, Membership
@@ -39,30 +30,6 @@ class Scaler(Protocol):
     async def scale(self, pool: str, num_replicas: int) -> None:
         """Raises ConflictError when the application does not allow scaling from outside."""
         ...
-
-
-class AdminKey:
-    """The admin key in a file, read at each use so that it can be replaced without a restart."""
-
-    def __init__(self, key_file: str | None) -> None:
-        self._path = Path(key_file) if key_file else None
-
-    def check(self, request: Request) -> None:
-        """Raises PermissionDeniedError when there is no key to match, AuthenticationError when it does not match."""
-        if self._path is None:
-            raise PermissionDeniedError("the admin API is off; set gateway.admin.key_file in the application's args")
-        try:
-            key = self._path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
-            raise PermissionDeniedError(
-                f"the admin key file cannot be read ({reason}); write a key to gateway.admin.key_file"
-            ) from exc
-        if not key:
-            raise PermissionDeniedError("the admin key file is empty; write a key to gateway.admin.key_file")
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-            raise AuthenticationError("missing or wrong admin key; send it as 'Authorization: Bearer <key>'")
 
 
 class Admin:

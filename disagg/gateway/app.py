@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gateway without Ray: its parts put together, and the FastAPI app over them.
+"""The gateway without Ray: its parts put together, and the FastAPI app over the route table.
 
 `disagg.gateway.deployment` runs it in Serve; tests run it under plain uvicorn with the same code.
 """
@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,39 +22,20 @@ from starlette.responses import JSONResponse, Response
 
 import disagg
 from disagg.config import GatewayConfig
-from disagg.errors import (
-    InvalidRequestError,
-    MethodNotAllowedError,
-    ModelNotFoundError,
-    NotFoundError,
-    RequestError,
-)
-from disagg.gateway.admin import Admin, AdminKey, Scaler
+from disagg.errors import MethodNotAllowedError, NotFoundError, RequestError
+from disagg.gateway.admin import Admin, Scaler
 from disagg.gateway.background import Background
 from disagg.gateway.front import openapi
+from disagg.gateway.front.admin_key import AdminKey
 from disagg.gateway.front.api_keys import keys_of
-from disagg.gateway.front.edge import Edge, key_for, tenant_of
-from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.front.edge import Edge
 from disagg.gateway.front.in_flight import InFlight
-from disagg.gateway.front.intake import (
-    ClientDisconnect,
-    check_fields,
-    forwarded_headers,
-    parse_json,
-    read_body,
-    request_id_of,
-    take_store,
-)
-from disagg.gateway.front.limits import check_prompt_tokens, check_prompts
+from disagg.gateway.front.intake import ClientDisconnect, request_id_of
 from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_response, shape_of
-from disagg.gateway.front.tenants import check_media_ids, salted
-from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.handoff import Handoff
-from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.handoff.transfers import transfer_for
 from disagg.gateway.handoff.warm import PairWarmer
-from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.feed import LedgerFeed
 from disagg.gateway.ledger.foreign import foreign_ledger
 from disagg.gateway.ledger.ledger import Ledger
@@ -62,24 +44,21 @@ from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.gateway.replicas.serving import SERVING
 from disagg.gateway.replicas.watch import Watch
+from disagg.gateway.routes import Api, Model, route_table
 from disagg.gateway.shadow.shadow import Shadow, show_paths
 from disagg.gateway.stream.answering import Answering
 from disagg.gateway.stream.resuming import Resumer
 from disagg.observability.metrics import Metrics
-from disagg.routing.constraints import errand
 from disagg.routing.policies import policy_for
 from pools.client.registry import ReplicaClients
 from pools.client.replica import Limits
-from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.descriptor import Transport
 from transport.errors import DisaggError
-from transport.handoff_params import Store
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.5
 _CLOSE_TIMEOUT_S = 10.0
-_PASSED_TIMEOUT_S = 60.0
 _LEASE_MARGIN_S = 600.0
 """Longer than any lease."""
 
@@ -107,10 +86,7 @@ class Gateway:
         """
         self.model_id = model_id
         self.config = config
-        self.max_model_len = max_model_len
         self.echo_request_id = echo_request_id
-        self.created = int(time.time())
-        self.renderer = renderer
         self.metrics = Metrics()
         self.api_keys = keys_of(
             config,
@@ -184,14 +160,25 @@ class Gateway:
             probation_s=config.probation_s,
         )
         self.admin_key = AdminKey(config.admin.key_file)
-        self.admin = Admin(self.membership, scaler, self.ledger, self.foreign)
-        self.answering = Answering(
+        answering = Answering(
             handoff=self.handoff,
             resumer=Resumer(self.handoff, renderer, self.metrics, config),
             shadow=self._shadow(),
             in_flight=self.in_flight,
             metrics=self.metrics,
             config=config,
+            echo_request_id=echo_request_id,
+        )
+        self.api = Api(
+            model=Model(model_id, int(time.time()), max_model_len),
+            config=config,
+            renderer=renderer,
+            membership=self.membership,
+            chooser=self.chooser,
+            answering=answering,
+            admin=Admin(self.membership, scaler, self.ledger, self.foreign),
+            in_flight=self.in_flight,
+            metrics=self.metrics,
             echo_request_id=echo_request_id,
         )
         self._loops: list[asyncio.Task[None]] = []
@@ -250,88 +237,21 @@ class Gateway:
         self.metrics.warm_pairs.set(self.membership.num_warm_pairs())
         show_paths(self.kv_paths, self.membership, self.metrics)
 
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of `/health`: 200 exactly when a request could be served."""
-        application = self.membership.application()
-        states = {pool: self.membership.pool_standing(pool) for pool in POOLS}
-        return (503 if application.status == "unavailable" else 200), {
-            "status": application.status,
-            "reason": application.reason,
-            "pools": {pool: self.membership.num_routable(pool) for pool in POOLS},
-            "states": {pool: {"state": found.state, "reason": found.reason} for pool, found in states.items()},
-            "num_warm_pairs": self.membership.num_warm_pairs(),
-            "num_cold_pairs": len(self.membership.cold_pairs()),
-        }
-
-    def answered(
-        self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes, store: Store | None
-    ) -> Response:
-        """The response that runs one completion request. `body` and `raw` hold nothing that only the gateway reads."""
-        self._check_room()
-        request_id = request_id_of(request)
-        check_prompts(body, self.config.max_prompts)
-        tenant = tenant_of(request.scope)
-        check_media_ids(body, tenant)
-        raw = salted(body, raw, tenant)
-
-        async def prepare() -> Call:
-            with self.metrics.render_seconds.time():
-                prompts = await self.renderer.prompts(endpoint, body)
-            check_prompt_tokens(prompts, self.config.max_prompt_tokens)
-            name = tenant.name if tenant else None
-            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request), store, name)
-
-        if store is not None:
-            self.metrics.stores.labels(store).inc()
-        return self.answering.response(prepare, endpoint=endpoint, request_id=request_id)
-
-    async def passed_on(self, request: Request, method: str, path: str, raw: bytes) -> Response:
-        """One decode replica's answer to a route that needs no KV."""
-        self._check_room()
-        with self.in_flight.carried():
-            return await self._passed(request, method, path, raw)
-
-    def _check_room(self) -> None:
-        """Raises PoolOverloadedError when the gateway carries as many requests as it may.
-
-        Raises NoReplicaError when the decode replicas that are left only finish what they have.
-        """
-        if self.membership.finishes_only:
-            raise NoReplicaError("every decode replica leaves")
-        if self.in_flight.num >= self.config.max_num_requests:
-            raise PoolOverloadedError(
-                f"the gateway carries {self.in_flight.num} requests, its limit (gateway.max_num_requests)"
-            )
-
-    async def _passed(self, request: Request, method: str, path: str, raw: bytes) -> Response:
-        request_id, tried = request_id_of(request), frozenset[str]()
-        while True:
-            with self.chooser.reserve(errand(tried)) as reservation:
-                if reservation.decision.refusal is not None:
-                    raise no_replica(reservation.decision.refusal)
-                if len(tried) >= self.config.max_attempts:
-                    raise AttemptsExhaustedError(
-                        f"the request was lost on {len(tried)} decode replicas, and no more are tried for it "
-                        "(gateway.max_attempts)"
-                    )
-                member = reservation.decode
-                try:
-                    answer = await member.client.forward(method, path, raw, timeout_s=_PASSED_TIMEOUT_S)
-                except ReplicaLostError as exc:
-                    logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
-                    if exc.unreachable:
-                        self.membership.mark_unreachable(member)
-                    tried |= {member.info.replica_id}
-                    continue
-            headers = {"x-request-id": request_id} if self.echo_request_id else {}
-            return Response(answer.payload, answer.status, headers, media_type="application/json")
-
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """The HTTP API over one gateway."""
+    """The HTTP API over one gateway. Raises UnstatedRouteError when a route does not say which key it asks for.
+
+    The same holds for a route that somebody adds to the app before it starts: the start fails.
+    """
+
+    async def document() -> Response:
+        return JSONResponse(app.openapi())
+
+    table = route_table(gateway.api, document)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        table.check(app)
         gateway.start()
         yield
         await gateway.close()
@@ -340,40 +260,49 @@ def create_app(gateway: Gateway) -> FastAPI:
         title="disagg gateway",
         version=disagg.__version__,
         lifespan=lifespan,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
+    table.add_to(app)
     _add_errors(app, gateway)
-    _add_openai(app, gateway)
-    _add_operations(app, gateway)
+    app.add_middleware(
+        Edge,
+        table=table,
+        keys=gateway.api_keys,
+        admin_key=gateway.admin_key,
+        max_header_bytes=gateway.config.max_header_bytes,
+        retry_after_s=gateway.config.retry_after_s,
+        refuse=partial(_answer, gateway),
+    )
 
-    def document() -> dict[str, Any]:
+    def key_of(method: str, path: str) -> str | None:
+        key = table.key_for(method, path)
+        return None if key == "open" or (key == "client" and gateway.api_keys is None) else key
+
+    def openapi_document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            keys = {path: key_for(path) for path in schema["paths"]}
-            if gateway.api_keys is None:
-                keys = {path: key if key == "admin" else None for path, key in keys.items()}
-            openapi.secure(schema, keys)
-            app.openapi_schema = schema
+            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            openapi.secure(app.openapi_schema, key_of)
         return app.openapi_schema
 
-    app.openapi = document  # type: ignore[method-assign]
+    app.openapi = openapi_document  # type: ignore[method-assign]
     return app
 
 
-def _add_errors(app: FastAPI, gateway: Gateway) -> None:
-    def answer(request: Request, error: DisaggError) -> Response:
-        status = shape_of(error).status
-        headers = {"x-request-id": request_id_of(request)} if gateway.echo_request_id else {}
-        if status == 503:
-            headers["retry-after"] = str(gateway.config.retry_after_s)
-        if status == 401:
-            headers["www-authenticate"] = "Bearer"
-        gateway.metrics.requests.labels("other", "none", str(status)).inc()
-        return error_response(error, headers)
+def _answer(gateway: Gateway, request: Request, error: DisaggError) -> Response:
+    """The response that says an error."""
+    status = shape_of(error).status
+    headers = {"x-request-id": request_id_of(request)} if gateway.echo_request_id else {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    gateway.metrics.requests.labels("other", "none", str(status)).inc()
+    return error_response(error, headers)
 
-    app.add_middleware(Edge, keys=gateway.api_keys, max_header_bytes=gateway.config.max_header_bytes, refuse=answer)
+
+def _add_errors(app: FastAPI, gateway: Gateway) -> None:
+    answer = partial(_answer, gateway)
 
     @app.exception_handler(DisaggError)
     async def disagg_error(request: Request, error: DisaggError) -> Response:
@@ -400,101 +329,3 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
     async def bug(request: Request, error: Exception) -> Response:
         logger.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
         return answer(request, DisaggError("internal error of the gateway; its log has the details"))
-
-
-def _add_openai(app: FastAPI, gateway: Gateway) -> None:
-    async def received(request: Request) -> tuple[bytes, dict[str, Any], Store | None]:
-        raw = await read_body(request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s)
-        body = parse_json(request, raw)
-        check_fields(body, model_id=gateway.model_id)
-        store, raw = take_store(body, raw)
-        return raw, body, store
-
-    def operation(schema: dict[str, Any]) -> dict[str, Any]:
-        return openapi.operation(openapi.for_model(schema, gateway.model_id))
-
-    refusals = openapi.errors(400, 401, 404, 405, 408, 413, 415, 429, 431, 503)
-
-    @app.post("/v1/chat/completions", openapi_extra=operation(openapi.CHAT), responses=refusals)
-    async def chat_completions(request: Request) -> Response:
-        raw, body, store = await received(request)
-        return gateway.answered(request, "chat", body, raw, store)
-
-    @app.post("/v1/completions", openapi_extra=operation(openapi.COMPLETIONS), responses=refusals)
-    async def completions(request: Request) -> Response:
-        raw, body, store = await received(request)
-        return gateway.answered(request, "completions", body, raw, store)
-
-    @app.post("/tokenize", openapi_extra=operation(openapi.TOKENIZE), responses=refusals)
-    async def tokenize(request: Request) -> Response:
-        raw, *_ = await received(request)
-        return await gateway.passed_on(request, "POST", "/tokenize", raw)
-
-    @app.post("/detokenize", openapi_extra=operation(openapi.DETOKENIZE), responses=refusals)
-    async def detokenize(request: Request) -> Response:
-        raw, *_ = await received(request)
-        return await gateway.passed_on(request, "POST", "/detokenize", raw)
-
-    def card() -> dict[str, Any]:
-        return {
-            "id": gateway.model_id,
-            "object": "model",
-            "created": gateway.created,
-            "owned_by": "disagg",
-            "max_model_len": gateway.max_model_len,
-        }
-
-    @app.get("/v1/models")
-    async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [card()]})
-
-    @app.get("/v1/models/{model_id:path}", responses=openapi.errors(404))
-    async def model(model_id: str) -> JSONResponse:
-        if model_id != gateway.model_id:
-            raise ModelNotFoundError(f"The model {model_id!r} does not exist; this server has {gateway.model_id!r}.")
-        return JSONResponse(card())
-
-
-def _add_operations(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health", responses={503: {"description": "No request could be served"}})
-    async def health() -> JSONResponse:
-        status, body = gateway.health()
-        headers = {"retry-after": str(gateway.config.retry_after_s)} if status == 503 else {}
-        return JSONResponse(body, status, headers=headers)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/admin/v1/pools", responses=openapi.errors(401, 403))
-    async def pools(request: Request) -> JSONResponse:
-        gateway.admin_key.check(request)
-        return JSONResponse(await gateway.admin.pools())
-
-    @app.get(
-        "/admin/v1/handoffs",
-        openapi_extra={"parameters": ledger_query.PARAMETERS},
-        responses=openapi.errors(400, 401, 403),
-    )
-    async def handoffs(request: Request) -> JSONResponse:
-        gateway.admin_key.check(request)
-        return JSONResponse(gateway.admin.handoffs(request.query_params.multi_items()))
-
-    @app.get("/admin/v1/handoffs/{handoff_id}", responses=openapi.errors(401, 403, 404))
-    async def handoff(handoff_id: str, request: Request) -> JSONResponse:
-        gateway.admin_key.check(request)
-        return JSONResponse(gateway.admin.handoff(handoff_id))
-
-    @app.post(
-        "/admin/v1/pools/{name}/scale",
-        openapi_extra=openapi.operation(openapi.SCALE),
-        responses=openapi.errors(400, 401, 403, 404, 409),
-        status_code=202,
-    )
-    async def scale(name: str, request: Request) -> JSONResponse:
-        gateway.admin_key.check(request)
-        raw = await read_body(request, max_bytes=gateway.config.max_body_bytes, timeout_s=gateway.config.body_timeout_s)
-        body = parse_json(request, raw)
-        if not body:
-            raise InvalidRequestError("num_replicas is missing", param="num_replicas")
-        return JSONResponse(await gateway.admin.scale(name, body), 202)

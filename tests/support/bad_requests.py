@@ -297,10 +297,9 @@ def _routes(model: str) -> list[BadRequest]:
 
     posts = {"chat": CHAT, "completions": COMPLETIONS, "tokenize": "/tokenize", "detokenize": "/detokenize"}
     gets = {"models": "/v1/models", "model": f"/v1/models/{model}", "health": "/health", "metrics": "/metrics"}
-    gets |= {"pools": "/admin/v1/pools"}
     good = _good(model)
     return [
-        *(bare(f"GET {name}", "GET", path, 405) for name, path in {**posts, "scale": SCALE}.items()),
+        *(bare(f"GET {name}", "GET", path, 405) for name, path in posts.items()),
         *(bare(f"DELETE {name}", "DELETE", path, 405) for name, path in posts.items()),
         *(bare(f"PUT {name}", "PUT", path, 405) for name, path in posts.items()),
         *(_post(f"POST {name}", path, good, 405) for name, path in gets.items()),
@@ -337,6 +336,10 @@ def _admin() -> list[BadRequest]:
         return _post(name, path, body, *statuses, **keyed, **more)
 
     return [
+        BadRequest("GET scale", "GET", SCALE, (), b"", (405,), **keyed),
+        bad("POST pools", four, 405, path="/admin/v1/pools"),
+        BadRequest("GET scale without key", "GET", SCALE, (), b"", (401, 403)),
+        _post("POST pools without key", "/admin/v1/pools", four, 401, 403),
         BadRequest("pools without key", "GET", "/admin/v1/pools", (), b"", (401, 403)),
         BadRequest("pools with a wrong key", "GET", "/admin/v1/pools", with_key("Bearer wrong"), b"", (401, 403)),
         _post("scale without key", SCALE, four, 401, 403),

@@ -6,7 +6,7 @@ They name what the OpenAI API documents; vLLM takes more and checks everything, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 _STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
@@ -162,6 +162,12 @@ ERROR: dict[str, Any] = {
 }
 
 
+RETRY_AFTER: dict[str, Any] = {
+    "Retry-After": {"description": "Seconds after which to ask again", "schema": {"type": "integer", "minimum": 1}}
+}
+"""Headers of every 429 and 503."""
+
+
 def for_model(schema: dict[str, Any], model_id: str) -> dict[str, Any]:
     """A request schema that names the one model of this server."""
     return {**schema, "properties": {**schema["properties"], "model": {"type": "string", "enum": [model_id]}}}
@@ -172,18 +178,24 @@ def operation(schema: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def secure(document: dict[str, Any], key_of: Mapping[str, str | None]) -> None:
-    """Say in a document which key each path asks for: the name of a bearer scheme, or None for an open one."""
-    schemes = sorted({name for name in key_of.values() if name is not None})
-    document.setdefault("components", {})["securitySchemes"] = {
-        name: {"type": "http", "scheme": "bearer"} for name in schemes
-    }
+def secure(document: dict[str, Any], key_of: Callable[[str, str], str | None]) -> None:
+    """Say in a document which key each operation asks for.
+
+    Args:
+        key_of: of a method and a path, the name of a bearer scheme, or None for an open operation.
+    """
+    schemes: set[str] = set()
     for path, operations in document["paths"].items():
-        name = key_of[path]
-        for operation in operations.values():
+        for method, operation in operations.items():
+            name = key_of(method.upper(), path)
             operation["security"] = [] if name is None else [{name: []}]
+            schemes |= set() if name is None else {name}
+    document.setdefault("components", {})["securitySchemes"] = {
+        name: {"type": "http", "scheme": "bearer"} for name in sorted(schemes)
+    }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: the error shape under each status it may answer."""
-    return {status: {"description": "Error", "content": {"application/json": {"schema": ERROR}}} for status in statuses}
+    shape = {"description": "Error", "content": {"application/json": {"schema": ERROR}}}
+    return {status: {**shape, **({"headers": RETRY_AFTER} if status in (429, 503) else {})} for status in statuses}

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from disagg.config import GatewayConfig
-from disagg.errors import RateLimitError, StreamLimitError
+from disagg.errors import StreamLimitError
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.limits import apart, within
 from disagg.gateway.front.responses import error_event, error_response, shape_of
@@ -31,7 +31,7 @@ from disagg.gateway.stream.resuming import Resumer, Resuming, resume_plan
 from disagg.gateway.stream.sent_tokens import SentTokens
 from disagg.gateway.stream.splice import protocol_of, splice_of
 from disagg.observability.metrics import Metrics
-from pools.errors import NoReplicaError, ReplicaLostError
+from pools.errors import ReplicaLostError
 from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)
@@ -130,8 +130,6 @@ class _AnsweredCall(Response):
         if isinstance(error, ReplicaLostError):
             logger.warning("request %s was lost: %s", self._request_id, error)
         headers = {"x-request-id": self._request_id} if self._to.echo_request_id else {}
-        if isinstance(error, NoReplicaError | RateLimitError):
-            headers["retry-after"] = str(self._config.retry_after_s)
         self._count("none", shape_of(error).status)
         return error_response(error, headers)
 

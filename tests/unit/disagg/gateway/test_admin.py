@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.requests import Request
 
 from disagg.config import AdminConfig, GatewayConfig
 from disagg.errors import AuthenticationError, ConflictError, PermissionDeniedError
-from disagg.gateway.admin import AdminKey
+from disagg.gateway.front.admin_key import AdminKey
 from tests.support.gateway_stack import FAST, Replica, Stack, running_stack
 
 SCALE = "/admin/v1/pools/decode/scale"
-
-
-def request(authorization: bytes | None) -> Request:
-    headers = [] if authorization is None else [(b"authorization", authorization)]
-    return Request({"type": "http", "headers": headers})
 
 
 @pytest.fixture
@@ -34,7 +28,7 @@ def key_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("given", [b"Bearer secret-1", b"bearer secret-1", b"BEARER  secret-1 "])
 def test_right_key(key_file: Path, given: bytes) -> None:
     """The key passes, whatever the case of the scheme and the blanks around."""
-    AdminKey(str(key_file)).check(request(given))
+    AdminKey(str(key_file)).check(given)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +48,7 @@ def test_right_key(key_file: Path, given: bytes) -> None:
 def test_wrong_key(key_file: Path, given: bytes | None) -> None:
     """Anything else is refused."""
     with pytest.raises(AuthenticationError):
-        AdminKey(str(key_file)).check(request(given))
+        AdminKey(str(key_file)).check(given)
 
 
 def test_no_key_to_match(tmp_path: Path) -> None:
@@ -74,20 +68,20 @@ def test_no_key_to_match(tmp_path: Path) -> None:
     }.items():
         for given in (b"Bearer ", b"Bearer None", None):
             with pytest.raises(PermissionDeniedError, match=words):
-                AdminKey(path).check(request(given))
+                AdminKey(path).check(given)
 
 
 def test_key_is_replaced_without_a_restart(key_file: Path) -> None:
     """The file is read at each use."""
     key = AdminKey(str(key_file))
-    key.check(request(b"Bearer secret-1"))
+    key.check(b"Bearer secret-1")
     key_file.write_text("secret-2")
-    key.check(request(b"Bearer secret-2"))
+    key.check(b"Bearer secret-2")
     with pytest.raises(AuthenticationError):
-        key.check(request(b"Bearer secret-1"))
+        key.check(b"Bearer secret-1")
     key_file.unlink()
     with pytest.raises(PermissionDeniedError):
-        key.check(request(b"Bearer secret-2"))
+        key.check(b"Bearer secret-2")
 
 
 def test_key_is_compared_in_constant_time(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +94,7 @@ def test_key_is_compared_in_constant_time(key_file: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     with pytest.raises(AuthenticationError):
-        AdminKey(str(key_file)).check(request(b"Bearer secret-1"))
+        AdminKey(str(key_file)).check(b"Bearer secret-1")
     assert compared == [(b"secret-1", b"secret-1")]
 
 

@@ -351,7 +351,7 @@ def test_off_by_default() -> None:
 
     async def test() -> None:
         async with running_stack() as stack:
-            assert stack.gateway.answering.shadow is None
+            assert stack.gateway.api.answering.shadow is None
             await ask(stack, "completion")
             assert "return_token_ids" not in stack.decode[0].engine.seen[-1].body
 

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes of the gateway: what answers each, and which key it asks for.
+
+`route_table` is the one list of them. FastAPI's routes, what the edge lets in and the security of the OpenAPI document
+are made from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from disagg.config import GatewayConfig
+from disagg.errors import InvalidRequestError, ModelNotFoundError
+from disagg.gateway.admin import Admin
+from disagg.gateway.front import openapi
+from disagg.gateway.front.edge import Handler, KeyKind, Route, RouteTable, tenant_of
+from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.front.in_flight import InFlight
+from disagg.gateway.front.intake import (
+    check_fields,
+    forwarded_headers,
+    parse_json,
+    read_body,
+    request_id_of,
+    take_store,
+)
+from disagg.gateway.front.limits import check_prompt_tokens, check_prompts
+from disagg.gateway.front.render import Renderer
+from disagg.gateway.front.tenants import check_media_ids, salted
+from disagg.gateway.handoff.call import Call
+from disagg.gateway.handoff.local_prefill import no_replica
+from disagg.gateway.ledger import query as ledger_query
+from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.membership import POOLS, Membership
+from disagg.gateway.stream.answering import Answering
+from disagg.observability.metrics import Metrics
+from disagg.routing.constraints import errand
+from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
+from transport.handoff_params import Store
+
+logger = logging.getLogger(__name__)
+
+_PASSED_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """The one model of the application."""
+
+    id: str
+    created: int
+    """Unix seconds."""
+    max_model_len: int | None
+
+    def card(self) -> dict[str, Any]:
+        """As `/v1/models` lists it."""
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "disagg",
+            "max_model_len": self.max_model_len,
+        }
+
+
+@dataclass(frozen=True)
+class Api:
+    """The handlers of the routes, over the parts of one gateway. None of them asks for a key: the edge has."""
+
+    model: Model
+    config: GatewayConfig
+    renderer: Renderer
+    membership: Membership
+    chooser: Chooser
+    answering: Answering
+    admin: Admin
+    in_flight: InFlight
+    metrics: Metrics
+    echo_request_id: bool
+
+    async def chat_completions(self, request: Request) -> Response:
+        raw, body, store = await self._received(request)
+        return self._answered(request, "chat", body, raw, store)
+
+    async def completions(self, request: Request) -> Response:
+        raw, body, store = await self._received(request)
+        return self._answered(request, "completions", body, raw, store)
+
+    async def tokenize(self, request: Request) -> Response:
+        raw, *_ = await self._received(request)
+        return await self._passed_on(request, "/tokenize", raw)
+
+    async def detokenize(self, request: Request) -> Response:
+        raw, *_ = await self._received(request)
+        return await self._passed_on(request, "/detokenize", raw)
+
+    async def list_models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [self.model.card()]})
+
+    async def show_model(self, model_id: str) -> Response:
+        if model_id != self.model.id:
+            raise ModelNotFoundError(f"The model {model_id!r} does not exist; this server has {self.model.id!r}.")
+        return JSONResponse(self.model.card())
+
+    async def health(self) -> Response:
+        status, body = self._health()
+        return JSONResponse(body, status)
+
+    async def prometheus(self) -> Response:
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def pools(self) -> Response:
+        return JSONResponse(await self.admin.pools())
+
+    async def handoffs(self, request: Request) -> Response:
+        return JSONResponse(self.admin.handoffs(request.query_params.multi_items()))
+
+    async def handoff(self, handoff_id: str) -> Response:
+        return JSONResponse(self.admin.handoff(handoff_id))
+
+    async def scale(self, name: str, request: Request) -> Response:
+        body = parse_json(request, await self._body(request))
+        if not body:
+            raise InvalidRequestError("num_replicas is missing", param="num_replicas")
+        return JSONResponse(await self.admin.scale(name, body), 202)
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, max_bytes=self.config.max_body_bytes, timeout_s=self.config.body_timeout_s)
+
+    async def _received(self, request: Request) -> tuple[bytes, dict[str, Any], Store | None]:
+        """The checked body as bytes and parsed, both without what only the gateway reads, which follows."""
+        raw = await self._body(request)
+        body = parse_json(request, raw)
+        check_fields(body, model_id=self.model.id)
+        store, raw = take_store(body, raw)
+        return raw, body, store
+
+    def _answered(
+        self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes, store: Store | None
+    ) -> Response:
+        """The response that runs one completion request. `body` and `raw` hold nothing that only the gateway reads."""
+        self._check_room()
+        request_id = request_id_of(request)
+        check_prompts(body, self.config.max_prompts)
+        tenant = tenant_of(request.scope)
+        check_media_ids(body, tenant)
+        raw = salted(body, raw, tenant)
+
+        async def prepare() -> Call:
+            with self.metrics.render_seconds.time():
+                prompts = await self.renderer.prompts(endpoint, body)
+            check_prompt_tokens(prompts, self.config.max_prompt_tokens)
+            name = tenant.name if tenant else None
+            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request), store, name)
+
+        if store is not None:
+            self.metrics.stores.labels(store).inc()
+        return self.answering.response(prepare, endpoint=endpoint, request_id=request_id)
+
+    def _check_room(self) -> None:
+        """Raises PoolOverloadedError when the gateway carries as many requests as it may.
+
+        Raises NoReplicaError when the decode replicas that are left only finish what they have.
+        """
+        if self.membership.finishes_only:
+            raise NoReplicaError("every decode replica leaves")
+        if self.in_flight.num >= self.config.max_num_requests:
+            raise PoolOverloadedError(
+                f"the gateway carries {self.in_flight.num} requests, its limit (gateway.max_num_requests)"
+            )
+
+    async def _passed_on(self, request: Request, path: str, raw: bytes) -> Response:
+        """One decode replica's answer to a route that needs no KV."""
+        self._check_room()
+        with self.in_flight.carried():
+            return await self._passed(request, path, raw)
+
+    async def _passed(self, request: Request, path: str, raw: bytes) -> Response:
+        request_id, tried = request_id_of(request), frozenset[str]()
+        while True:
+            with self.chooser.reserve(errand(tried)) as reservation:
+                if reservation.decision.refusal is not None:
+                    raise no_replica(reservation.decision.refusal)
+                if len(tried) >= self.config.max_attempts:
+                    raise AttemptsExhaustedError(
+                        f"the request was lost on {len(tried)} decode replicas, and no more are tried for it "
+                        "(gateway.max_attempts)"
+                    )
+                member = reservation.decode
+                try:
+                    answer = await member.client.forward("POST", path, raw, timeout_s=_PASSED_TIMEOUT_S)
+                except ReplicaLostError as exc:
+                    logger.warning("request %s was lost on %s: %s", request_id, member.info.replica_id, exc)
+                    if exc.unreachable:
+                        self.membership.mark_unreachable(member)
+                    tried |= {member.info.replica_id}
+                    continue
+            headers = {"x-request-id": request_id} if self.echo_request_id else {}
+            return Response(answer.payload, answer.status, headers, media_type="application/json")
+
+    def _health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of `/health`: 200 exactly when a request could be served."""
+        application = self.membership.application()
+        states = {pool: self.membership.pool_standing(pool) for pool in POOLS}
+        return (503 if application.status == "unavailable" else 200), {
+            "status": application.status,
+            "reason": application.reason,
+            "pools": {pool: self.membership.num_routable(pool) for pool in POOLS},
+            "states": {pool: {"state": found.state, "reason": found.reason} for pool, found in states.items()},
+            "num_warm_pairs": self.membership.num_warm_pairs(),
+            "num_cold_pairs": len(self.membership.cold_pairs()),
+        }
+
+
+def route_table(api: Api, document: Handler) -> RouteTable:
+    """Every route, with its key. `document` answers the OpenAPI document of them. Raises UnstatedRouteError."""
+
+    def reads(schema: dict[str, Any]) -> dict[str, Any]:
+        """Of a route that reads a completion request or what is passed on to an engine."""
+        refusals = openapi.errors(400, 401, 404, 405, 408, 413, 415, 429, 431, 503)
+        return {"openapi_extra": openapi.operation(openapi.for_model(schema, api.model.id)), "responses": refusals}
+
+    def get(path: str, handler: Handler, key: KeyKind, **document: Any) -> Route:
+        return Route("GET", path, handler, key, document)
+
+    def post(path: str, handler: Handler, key: KeyKind, **document: Any) -> Route:
+        return Route("POST", path, handler, key, document)
+
+    refused = openapi.errors
+    books = {"parameters": ledger_query.PARAMETERS}
+    unavailable = {503: {"description": "No request could be served", "headers": openapi.RETRY_AFTER}}
+    sizes = {"openapi_extra": openapi.operation(openapi.SCALE), "responses": refused(400, 401, 403, 404, 409)}
+    return RouteTable(
+        [
+            post("/v1/chat/completions", api.chat_completions, "client", **reads(openapi.CHAT)),
+            post("/v1/completions", api.completions, "client", **reads(openapi.COMPLETIONS)),
+            post("/tokenize", api.tokenize, "client", **reads(openapi.TOKENIZE)),
+            post("/detokenize", api.detokenize, "client", **reads(openapi.DETOKENIZE)),
+            get("/v1/models", api.list_models, "client"),
+            get("/v1/models/{model_id:path}", api.show_model, "client", responses=refused(404)),
+            get("/health", api.health, "open", responses=unavailable),
+            get("/metrics", api.prometheus, "open"),
+            get("/admin/v1/pools", api.pools, "admin", responses=refused(401, 403)),
+            post("/admin/v1/pools/{name}/scale", api.scale, "admin", status_code=202, **sizes),
+            get("/admin/v1/handoffs", api.handoffs, "admin", openapi_extra=books, responses=refused(400, 401, 403)),
+            get("/admin/v1/handoffs/{handoff_id}", api.handoff, "admin", responses=refused(401, 403, 404)),
+            get("/openapi.json", document, "client", include_in_schema=False),
+        ]
+    )
