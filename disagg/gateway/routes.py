@@ -167,7 +167,7 @@ class Api:
 
         Raises NoReplicaError when the decode replicas that are left only finish what they have.
         """
-        if self.membership.finishes_only:
+        if self.membership.roster.finishes_only:
             raise NoReplicaError("every decode replica leaves")
         if self.in_flight.num >= self.config.max_num_requests:
             raise PoolOverloadedError(

@@ -23,7 +23,12 @@ def pairs(request: RequestView, snapshot: Snapshot) -> list[PairView]:
     decodes = [replica for replica in snapshot.decode if _allowed(request, replica)]
     without, chosen = request.without, snapshot.pairs_chosen
     return [
-        PairView(prefill, decode, chosen.get((prefill.replica_id, decode.replica_id), 0))
+        PairView(
+            prefill,
+            decode,
+            chosen.get((prefill.replica_id, decode.replica_id), 0),
+            prefill.slow or decode.slow,
+        )
         for prefill in snapshot.prefill
         if prefill.replica_id not in without
         for decode in decodes

@@ -3,39 +3,24 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from disagg.routing.candidates import decided
-from disagg.routing.views import Decision, PairView, ReplicaView, RequestView, Snapshot
+from disagg.routing.views import Decision, RequestView, Snapshot
+
+_PAIR_RANK = attrgetter("slow", "prefill.num_in_flight", "decode.num_in_flight", "last_chosen", "decode.last_chosen")
+"""Pairs with a slow replica come last. Then prefill load comes first, because it decides the first token.
+
+The last-chosen tie-break is over pairs and not over replicas: taking turns on each side alone would use only two of
+four pairs.
+"""
+
+_DECODE_RANK = attrgetter("slow", "local_prefill_tokens", "num_in_flight", "last_chosen", "replica_id")
+"""The prompts that a replica computes already come first, because they decide the first token."""
 
 
 class LeastLoaded:
     """Goes by what this gateway has running on each replica."""
 
     def choose(self, request: RequestView, snapshot: Snapshot) -> Decision:
-        return decided(request, snapshot, pair_rank=_pair_rank, decode_rank=_decode_rank)
-
-
-def _pair_rank(pair: PairView) -> tuple[bool, int, int, int, int]:
-    """Pairs with a slow replica come last. Then prefill load comes first, because it decides the first token.
-
-    The last-chosen tie-break is over pairs and not over replicas: taking turns on each side alone would use only two of
-    four pairs.
-    """
-    prefill, decode = pair.prefill, pair.decode
-    return (
-        prefill.slow or decode.slow,
-        prefill.num_in_flight,
-        decode.num_in_flight,
-        pair.last_chosen,
-        decode.last_chosen,
-    )
-
-
-def _decode_rank(replica: ReplicaView) -> tuple[bool, int, int, int, str]:
-    """The prompts that it computes already come first, because they decide the first token."""
-    return (
-        replica.slow,
-        replica.local_prefill_tokens,
-        replica.num_in_flight,
-        replica.last_chosen,
-        replica.replica_id,
-    )
+        return decided(request, snapshot, pair_rank=_PAIR_RANK, decode_rank=_DECODE_RANK)

@@ -108,6 +108,9 @@ class PairView:
     prefill: ReplicaView
     decode: ReplicaView
     last_chosen: int
+    """As in `ReplicaView`, of the two together."""
+    slow: bool = False
+    """One of them is."""
 
 
 @dataclass(frozen=True, slots=True)

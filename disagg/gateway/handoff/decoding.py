@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from disagg.gateway.front.fields import PATHS
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.settling import UnderWay
-from disagg.gateway.replicas.reservation import Hold
+from disagg.gateway.replicas.choosing import Hold
 from pools.client.http1 import Exchange
 from pools.client.replica import OpenedLeg
 

@@ -26,9 +26,8 @@ from disagg.gateway.handoff.prefilling import NotOffered, Prefilling
 from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import Transfer
 from disagg.gateway.ledger.ledger import Ledger
-from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.choosing import Chooser, Hold, Reservation
 from disagg.gateway.replicas.membership import Membership
-from disagg.gateway.replicas.reservation import Hold, Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import OTHER_KV_FIT
 from disagg.routing.constraints import alone, resumed, view_of

@@ -11,9 +11,8 @@ from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate
 from disagg.gateway.handoff.decoding import Answer, decoded
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.choosing import Chooser, Reservation
 from disagg.gateway.replicas.membership import DECODE, Membership
-from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_ROOM, OTHER_KV_FIT
 from disagg.routing.constraints import alone

@@ -23,9 +23,8 @@ from disagg.gateway.handoff.legs import prefill_body
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
-from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.choosing import Chooser, Reservation
 from disagg.gateway.replicas.membership import Member, Membership, Pair
-from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.constraints import pair_only

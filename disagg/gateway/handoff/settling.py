@@ -16,8 +16,8 @@ from typing import Literal
 from disagg.gateway.background import Background
 from disagg.gateway.handoff.transfer import PrefillLeg
 from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.choosing import Reservation
 from disagg.gateway.replicas.membership import Member, Pair
-from disagg.gateway.replicas.reservation import Reservation
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)

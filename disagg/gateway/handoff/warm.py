@@ -15,9 +15,9 @@ from typing import Any
 
 from disagg.gateway.background import Background
 from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
+from disagg.gateway.replicas.choosing import Hold
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import Member, Membership, Pair
-from disagg.gateway.replicas.reservation import Hold
 from disagg.observability.metrics import Metrics
 from pools.client.messages import PrefillReply, Probed, offered
 from pools.client.replica import NO_TRACE

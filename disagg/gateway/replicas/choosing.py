@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts every choice of a replica to the one policy, over a snapshot of the membership. No other module picks a replica.
+"""Puts every choice of a replica to the one policy, and holds what is chosen. No other module picks a replica.
 
-What has been tried and what is settled comes as constraints of the view. Belongs to the gateway's loop.
+What has been tried and what is settled comes as constraints of the view. What runs on a replica is counted from the
+decision on, until the leg or the request ends; nothing else writes the counts of a `Member`. A call holds its
+reservation, and a leg that answers to the client or outlives the call's interest in it takes its hold over. Belongs to
+the gateway's loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import replace
+from types import TracebackType
+from typing import Self
 
-from disagg.gateway.replicas.membership import Membership
-from disagg.gateway.replicas.reservation import Reservation
+from disagg.gateway.replicas.membership import DECODE, PREFILL, Member, Membership, Pair, Roster
 from disagg.routing.candidates import decodes
 from disagg.routing.policy import Policy
-from disagg.routing.views import Decision, RequestView, Snapshot
+from disagg.routing.views import Decision, ReplicaView, RequestView, Snapshot
 
 
 class Chooser:
-    """The policy of one gateway replica, and the replicas that it chooses from."""
+    """The policy of one gateway replica, the replicas that it chooses from, and whose turn it is."""
 
     def __init__(self, membership: Membership, policy: Policy, *, max_local_prefill_tokens: int) -> None:
         """Chooses from `membership` as it is at each call.
@@ -28,21 +33,154 @@ class Chooser:
         self._membership = membership
         self._policy = policy
         self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._sequence = 0
+        # Sequence number of the last decision for a prefill and a decode replica.
+        self._pairs_chosen: dict[tuple[str, str], int] = {}
+        self._roster = membership.roster
 
     def reserve(self, request: RequestView) -> Reservation:
         """Decide, and hold what was chosen. The decision takes its turn, so that the next one looks elsewhere."""
-        decision = self.decide(request)
-        prefill, decode = self._membership.take_turn(decision.prefill_id, decision.decode_id)
-        return Reservation(decision, prefill, decode, request.num_tokens if decision.mode == "local" else 0)
+        roster = self._membership.roster
+        decision = self._policy.choose(request, self._snapshot(roster))
+        prefill_id, decode_id = decision.prefill_id, decision.decode_id
+        if decode_id is None:
+            return Reservation(decision, None, None)
+        self._sequence += 1
+        decode = roster.decode.get(decode_id) or roster.last_resort[decode_id]
+        decode.last_chosen = self._sequence
+        if prefill_id is None:
+            return Reservation(decision, None, decode, request.num_tokens)
+        prefill = roster.prefill[prefill_id]
+        prefill.last_chosen = self._pairs_chosen[prefill_id, decode_id] = self._sequence
+        return Reservation(decision, prefill, decode)
 
     def decide(self, request: RequestView) -> Decision:
         """What `reserve` would choose. Holds nothing and takes no turn."""
-        return self._policy.choose(request, self._snapshot())
+        return self._policy.choose(request, self._snapshot(self._membership.roster))
 
     def sparing(self, request: RequestView, replica_ids: Collection[str]) -> RequestView:
         """The request without these replicas as long as a decode replica is left for it, else as it is."""
         spared = replace(request, without=request.without.union(replica_ids))
-        return spared if decodes(spared, self._snapshot()) else request
+        return spared if decodes(spared, self._snapshot(self._membership.roster)) else request
 
-    def _snapshot(self) -> Snapshot:
-        return self._membership.snapshot(max_local_prefill_tokens=self._max_local_prefill_tokens)
+    def _snapshot(self, roster: Roster) -> Snapshot:
+        if roster is not self._roster:
+            self._roster = roster
+            self._forget_gone()
+        return Snapshot(
+            tuple([replica_view(member) for member in roster.prefill.values()]),
+            tuple([replica_view(member) for member in roster.decode.values()]),
+            tuple([replica_view(member) for member in roster.last_resort.values()]),
+            self._pairs_chosen.copy(),
+            self._max_local_prefill_tokens,
+        )
+
+    def _forget_gone(self) -> None:
+        """Keep the turns of the pairs that Serve has in its lists."""
+        listed = {member.info.replica_id for pool in (PREFILL, DECODE) for member in self._membership.members(pool)}
+        self._pairs_chosen = {pair: at for pair, at in self._pairs_chosen.items() if listed.issuperset(pair)}
+
+
+def replica_view(member: Member) -> ReplicaView:
+    """A member as a policy sees it."""
+    return ReplicaView(
+        member.info.replica_id,
+        member.num_in_flight,
+        member.last_chosen,
+        member.local_prefill_tokens,
+        member.slow,
+        member.draining,
+        member.info.kv_fit,
+        member.warm_peers,
+    )
+
+
+class Hold:
+    """One leg on one replica, and the prompt tokens that the replica computes for it without a hand-off."""
+
+    __slots__ = ("_held", "_num_tokens", "_timer", "member")
+
+    def __init__(self, member: Member, num_tokens: int = 0) -> None:
+        """Counted from here until `release`."""
+        self.member = member
+        self._held = True
+        self._num_tokens = num_tokens
+        self._timer: asyncio.TimerHandle | None = None
+        member.num_in_flight += 1
+        member.local_prefill_tokens += num_tokens
+
+    def release(self) -> None:
+        """The leg is over. Idempotent."""
+        if self._held:
+            self._held = False
+            self.member.num_in_flight -= 1
+            self.prompt_computed()
+
+    def prompt_computed(self) -> None:
+        """The replica computes the leg's prompt no longer. Idempotent."""
+        self.member.local_prefill_tokens -= self._num_tokens
+        self._num_tokens = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def expect_prompt_within(self, seconds: float) -> None:
+        """Take the prompt as computed after so long, where the answer does not show when it is."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.prompt_computed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Reservation:
+    """A decision, and the legs that it holds room for on the replicas it has chosen.
+
+    Release it where the call ends: as a context manager, or with `release`. A leg that takes its hold over releases it
+    itself.
+    """
+
+    __slots__ = ("_decode", "_prefill", "decision", "pair")
+
+    def __init__(self, decision: Decision, prefill: Member | None, decode: Member | None, num_tokens: int = 0) -> None:
+        """`num_tokens`: prompt tokens that `decode` computes for it."""
+        self.decision = decision
+        self.pair = None if prefill is None or decode is None else Pair(prefill, decode)
+        self._prefill = None if prefill is None else Hold(prefill)
+        self._decode = None if decode is None else Hold(decode, num_tokens)
+
+    @property
+    def decode(self) -> Member:
+        """The decode replica; for decisions that have one."""
+        assert self._decode is not None
+        return self._decode.member
+
+    def take_prefill(self) -> Hold:
+        """The hold of the prefill leg, from here on the taker's to release. Take it once."""
+        hold, self._prefill = self._prefill, None
+        assert hold is not None
+        return hold
+
+    def take_decode(self) -> Hold:
+        """The hold of the decode leg, from here on the taker's to release. Take it once."""
+        hold, self._decode = self._decode, None
+        assert hold is not None
+        return hold
+
+    def release(self) -> None:
+        """Give back what nobody has taken over. Idempotent."""
+        for hold in (self._prefill, self._decode):
+            if hold is not None:
+                hold.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()

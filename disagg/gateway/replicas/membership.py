@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from disagg.gateway.replicas.serving import (
@@ -26,7 +26,7 @@ from disagg.gateway.replicas.serving import (
     replica_standing,
 )
 from disagg.routing.pairs import misfit
-from disagg.routing.views import ReplicaInfo, ReplicaView, Snapshot
+from disagg.routing.views import ReplicaInfo
 from pools.client.replica import ReplicaClient
 from pools.errors import ReplicaLostError
 
@@ -44,8 +44,9 @@ class Member:
     info: ReplicaInfo
     client: ReplicaClient
     num_in_flight: int = 0
-    """Legs of this gateway there; written by `disagg.gateway.replicas.reservation` alone."""
+    """Legs of this gateway there; like the other counts written by `disagg.gateway.replicas.choosing` alone."""
     last_chosen: int = 0
+    """Sequence number of the last decision that took it; 0 before the first."""
     reachable: bool = True
     """False after a failed connection, until it answers again."""
     quarantined: str | None = None
@@ -59,36 +60,12 @@ class Member:
     warm_peers: frozenset[str] = frozenset()
     """Replica ids of the other pool that KV has moved with."""
     local_prefill_tokens: int = 0
-    """Prompt tokens that it computes for this gateway without a hand-off; written by
-    `disagg.gateway.replicas.reservation` alone."""
-
-    _view: ReplicaView | None = field(default=None, init=False, repr=False, compare=False)
+    """Prompt tokens that it computes for this gateway without a hand-off."""
 
     @property
     def usable(self) -> bool:
         """Whether nothing is wrong with it; see `serving.is_well`."""
         return is_well(self)
-
-    def view(self) -> ReplicaView:
-        """The member as a policy sees it. Kept until something is written: each request writes to a few of them."""
-        if self._view is None:
-            view = ReplicaView(
-                self.info.replica_id,
-                self.num_in_flight,
-                self.last_chosen,
-                self.local_prefill_tokens,
-                self.slow,
-                self.draining,
-                self.info.kv_fit,
-                self.warm_peers,
-            )
-            object.__setattr__(self, "_view", view)
-            return view
-        return self._view
-
-    def __setattr__(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-        object.__setattr__(self, "_view", None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +79,19 @@ class Pair:
     def key(self) -> tuple[str, str]:
         """Their incarnations."""
         return self.prefill.info.incarnation, self.decode.info.incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who may serve, by replica id; made anew with each change of what is known of a replica."""
+
+    prefill: Mapping[str, Member] = field(default_factory=dict)
+    decode: Mapping[str, Member] = field(default_factory=dict)
+    last_resort: Mapping[str, Member] = field(default_factory=dict)
+    """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
+    finishes_only: bool = False
+    """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when the
+    drain is over: what was accepted before goes there, and nothing new."""
 
 
 class Membership:
@@ -124,12 +114,11 @@ class Membership:
         self._members: dict[str, dict[str, Member]] = {pool: {} for pool in POOLS}
         # By incarnation: what Serve has taken out of its lists and this gateway has not let go of.
         self._leaving: dict[str, Member] = {}
-        self._pair_chosen: dict[tuple[str, str], int] = {}
         # By incarnations: pairs that are left alone, and until when; see `handoff.breaker` and `kv_paths`.
         self._resting: dict[tuple[str, str], float] = {}
         self._clock = clock
-        self._sequence = 0
         self._on_change = on_change
+        self.roster = Roster()
 
     def members(self, pool: str) -> list[Member]:
         return list(self._members[pool].values())
@@ -156,10 +145,7 @@ class Membership:
                 left.client.close()
         for other in self._members[DECODE if pool == PREFILL else PREFILL].values():
             other.warm_peers &= kept
-        self._pair_chosen = {
-            pair: at for pair, at in self._pair_chosen.items() if pair[0 if pool == PREFILL else 1] in kept
-        }
-        self._on_change()
+        self._changed()
 
     def cold_pairs(self) -> list[Pair]:
         """Pairs of live replicas that have not moved KV yet."""
@@ -188,7 +174,7 @@ class Membership:
             return True
         if member.num_in_flight:
             return False
-        if carrying and member.info.pool == DECODE and not any(map(may_serve, self._members[DECODE].values())):
+        if carrying and member.info.pool == DECODE and not self.roster.decode:
             return False
         self.forget(incarnation)
         return True
@@ -198,7 +184,7 @@ class Membership:
         member = self._leaving.pop(incarnation, None)
         if member is not None:
             member.client.close()
-            self._on_change()
+            self._changed()
 
     def mark_warm(self, pair: Pair) -> None:
         """Make a pair routable; ignored when one of the two has gone meanwhile, or it or one of them was taken out."""
@@ -207,7 +193,7 @@ class Membership:
             pair.prefill.warm_peers |= {pair.decode.info.replica_id}
             pair.decode.warm_peers |= {pair.prefill.info.replica_id}
             pair.prefill.reachable = pair.decode.reachable = True
-            self._on_change()
+            self._changed()
 
     def mark_cold(self, pair: Pair, *, rest_s: float = 0.0) -> None:
         """Take a pair out of routing until it is warmed again, not before `rest_s` are over and `rested` says so.
@@ -219,7 +205,7 @@ class Membership:
             self._resting[pair.key] = max(until, self._resting.get(pair.key, until))
         pair.prefill.warm_peers -= {pair.decode.info.replica_id}
         pair.decode.warm_peers -= {pair.prefill.info.replica_id}
-        self._on_change()
+        self._changed()
 
     def is_resting(self, pair: Pair) -> bool:
         return pair.key in self._resting
@@ -232,14 +218,14 @@ class Membership:
         left = until - self._clock()
         if left <= 0:
             del self._resting[pair.key]
-            self._on_change()
+            self._changed()
         return max(0.0, left)
 
     def mark_unreachable(self, member: Member) -> None:
         """Stop choosing a replica that cannot be connected to, until it answers or is replaced."""
         if member.reachable:
             member.reachable = False
-            self._on_change()
+            self._changed()
 
     def lost(self, member: Member, error: ReplicaLostError) -> None:
         """A leg was lost there: stop choosing it if it could not be connected to."""
@@ -250,7 +236,7 @@ class Membership:
     def mark_reachable(self, member: Member) -> None:
         if not member.reachable:
             member.reachable = True
-            self._on_change()
+            self._changed()
 
     def quarantine(self, member: Member, reason: str) -> bool:
         """Take a replica out, and with it what its pairs have proved; whether it was in."""
@@ -260,18 +246,23 @@ class Membership:
         member.warm_peers = frozenset()
         for other in self.members(DECODE if member.info.pool == PREFILL else PREFILL):
             other.warm_peers -= {member.info.replica_id}
-        self._on_change()
+        self._changed()
         return True
 
     def release(self, member: Member, *, draining: bool = False) -> None:
         """A replica works, or works and is `draining`; a pair of it carries traffic once it is warm again."""
         if (member.quarantined, member.draining) != (None, draining):
             member.quarantined, member.draining = None, draining
-            self._on_change()
+            self._changed()
+
+    def put_on_probation(self, member: Member) -> None:
+        """Choose a replica only once `end_probation` says so, for its pool loses one after the other."""
+        member.on_probation = True
+        self.roster = self._roster()
 
     def end_probation(self, member: Member) -> None:
         member.on_probation = False
-        self._on_change()
+        self._changed()
 
     def is_warm(self, member: Member) -> bool:
         """Whether it has moved KV with some replica, or there is none in the other pool that it could have."""
@@ -291,30 +282,6 @@ class Membership:
         listed = (member.info.incarnation for pool in POOLS for member in self._members[pool].values())
         return frozenset([*listed, *self._leaving])
 
-    def snapshot(self, *, max_local_prefill_tokens: int) -> Snapshot:
-        """Who may serve at this moment, for one decision."""
-        prefills, decodes = self._members[PREFILL].values(), self._members[DECODE].values()
-        return Snapshot(
-            tuple([m.view() for m in prefills if may_serve(m)]),
-            tuple([m.view() for m in decodes if may_serve(m)]),
-            tuple([m.view() for m in self._last_resort()]),
-            self._pair_chosen.copy(),
-            max_local_prefill_tokens,
-        )
-
-    def take_turn(self, prefill_id: str | None, decode_id: str | None) -> tuple[Member | None, Member | None]:
-        """The members of a decision on the last `snapshot`, which are the last ones chosen from here on."""
-        if decode_id is None:
-            return None, None
-        self._sequence += 1
-        decode = self._decode(decode_id)
-        decode.last_chosen = self._sequence
-        if prefill_id is None:
-            return None, decode
-        prefill = self._members[PREFILL][prefill_id]
-        self._pair_chosen[prefill_id, decode_id] = prefill.last_chosen = self._sequence
-        return prefill, decode
-
     # States, see `serving`
 
     def standing(self, member: Member) -> Standing:
@@ -330,14 +297,8 @@ class Membership:
         return application(
             prefill=self.pool_standing(PREFILL),
             decode=self.pool_standing(DECODE),
-            any_pair=any(
-                d.info.replica_id in p.warm_peers
-                for p in self.members(PREFILL)
-                if may_serve(p)
-                for d in self.members(DECODE)
-                if may_serve(d)
-            ),
-            any_decode=self._any_decode() and not self.finishes_only,
+            any_pair=any(not p.warm_peers.isdisjoint(self.roster.decode) for p in self.roster.prefill.values()),
+            any_decode=bool(self.roster.decode or self.roster.last_resort) and not self.roster.finishes_only,
         )
 
     def num_routable(self, pool: str) -> int:
@@ -347,29 +308,22 @@ class Membership:
     def num_warm_pairs(self) -> int:
         return sum(len(m.warm_peers) for m in self.members(PREFILL))
 
-    @property
-    def finishes_only(self) -> bool:
-        """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when
-        the drain is over: what was accepted before goes there, and nothing new."""
-        if any(map(may_serve, self._members[DECODE].values())):
-            return False
-        last = self._last_resort()
-        return bool(last) and all(member.draining for member in last)
+    def _changed(self) -> None:
+        """Something that is known of a replica is different."""
+        self.roster = self._roster()
+        self._on_change()
 
-    def _any_decode(self) -> bool:
-        return any(map(may_serve, self._members[DECODE].values())) or bool(self._last_resort())
-
-    def _last_resort(self) -> list[Member]:
-        """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
-        leaving = [m for m in self._leaving.values() if m.info.pool == DECODE and may_finish(m)]
-        return leaving + [m for m in self._members[DECODE].values() if m.on_probation and is_well(m)]
-
-    def _decode(self, replica_id: str) -> Member:
-        """A decode replica of a snapshot: Serve's own, else one that leaves."""
-        listed = self._members[DECODE].get(replica_id)
-        if listed is not None and is_well(listed):
-            return listed
-        return next(m for m in self._last_resort() if m.info.replica_id == replica_id)
+    def _roster(self) -> Roster:
+        decodes = self._members[DECODE]
+        well = {replica_id: member for replica_id, member in decodes.items() if may_serve(member)}
+        last_resort = {m.info.replica_id: m for m in self._leaving.values() if m.info.pool == DECODE and may_finish(m)}
+        last_resort |= {replica_id: m for replica_id, m in decodes.items() if m.on_probation and is_well(m)}
+        return Roster(
+            prefill={replica_id: member for replica_id, member in self._members[PREFILL].items() if may_serve(member)},
+            decode=well,
+            last_resort=last_resort,
+            finishes_only=not well and bool(last_resort) and all(m.draining for m in last_resort.values()),
+        )
 
     def _back(self, info: ReplicaInfo) -> Member:
         """A new member, or one that was out of Serve's list for a while, as around a restart of its controller."""

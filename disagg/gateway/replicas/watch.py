@@ -87,7 +87,7 @@ class Watch:
                 self._count_loss(member)
             if member.info.incarnation not in self._watched:
                 if self._crash_loops[member.info.pool].is_on(self._clock()):
-                    member.on_probation = True
+                    self._membership.put_on_probation(member)
                 watched = self._watched[member.info.incarnation] = _Watched(member)
                 self._background.forever(self._follow(watched))
         for watched in self._watched.values():

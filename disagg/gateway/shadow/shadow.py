@@ -25,10 +25,9 @@ from disagg.gateway.handoff.pair_faults import rest
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids, without_ids
 from disagg.gateway.ledger.ledger import Ledger
-from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.choosing import Chooser, Hold
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
-from disagg.gateway.replicas.reservation import Hold
 from disagg.gateway.shadow.rules import Computed, Difference, computed, difference, may_check, shadow_body
 from disagg.observability.metrics import Metrics
 from disagg.routing.constraints import errand

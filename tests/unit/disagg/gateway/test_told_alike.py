@@ -126,7 +126,7 @@ async def test_other_states_of_the_prefill_pool(what: str, config: GatewayConfig
             stack.prefill[0].server.health = lambda: Health(state="draining")
             await until(lambda: p0.draining)
         elif what == "crash_loop":
-            p0.on_probation = True
+            stack.gateway.membership.put_on_probation(p0)
         elif what == "slow":
             p0.slow = True
         elif what == "empty":

@@ -16,8 +16,8 @@ from disagg.gateway.handoff import breaker
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.handoff.transfer import PrefillLeg
+from disagg.gateway.replicas.choosing import Reservation
 from disagg.gateway.replicas.membership import Membership, Pair
-from disagg.gateway.replicas.reservation import Reservation
 from disagg.observability.metrics import Metrics
 from disagg.routing.views import Decision
 from pools.engine.base import Message, Receive, Scope, Send

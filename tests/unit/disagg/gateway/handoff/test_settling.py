@@ -17,8 +17,8 @@ from disagg.gateway.handoff import settling
 from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import PrefillLeg
 from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.replicas.choosing import Reservation
 from disagg.gateway.replicas.membership import Pair
-from disagg.gateway.replicas.reservation import Reservation
 from disagg.routing.views import Decision
 from pools.client.replica import ReplicaClient
 from pools.engine.base import Receive, Scope, Send

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 
@@ -40,7 +41,9 @@ LIMIT = 100
 """Prompt tokens that a decode replica may compute at a time."""
 
 
+@lru_cache(maxsize=1)
 def chooser(members: Membership) -> Chooser:
+    """The one of these members, which knows whose turn it is."""
     return Chooser(members, LeastLoaded(), max_local_prefill_tokens=LIMIT)
 
 
@@ -337,7 +340,8 @@ def test_quarantine_ends_with_the_incarnation(members: Membership) -> None:
     """A successor under the same name is a new replica, with nothing against it."""
     d0 = members.members(DECODE)[0]
     members.quarantine(d0, "hang")
-    d0.slow = d0.on_probation = True
+    d0.slow = True
+    members.put_on_probation(d0)
     members.replace(DECODE, [info("d0", "2"), info("d1")])
     new = members.members(DECODE)[0]
     assert (new.quarantined, new.slow, new.on_probation, new.draining) == (None, False, False, False)
@@ -357,7 +361,8 @@ def test_slow_replicas_come_last(members: Membership) -> None:
 def test_probation(members: Membership) -> None:
     """A replica on probation is warmed and not chosen; a decode replica is, where there is no other."""
     p0, d0 = members.members(PREFILL)[0], members.members(DECODE)[0]
-    p0.on_probation = d0.on_probation = True
+    members.put_on_probation(p0)
+    members.put_on_probation(d0)
     assert {ids([pair]).pop() for _ in range(4) if (pair := pick_pair(members))} == {"p1-d1"}
     assert members.num_routable(DECODE) == 1
     assert pick_decode(members, without={"d1"}) is d0 and pick_pair(members, without={"d1"}) is None
@@ -386,14 +391,14 @@ def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
     members.let_go("1", carrying=False)
     d0 = members.members(DECODE)[0]
     members.replace(DECODE, [])
-    assert pick_decode(members) is d0 and not members.finishes_only
+    assert pick_decode(members) is d0 and not members.roster.finishes_only
     members.release(d0, draining=True)
-    assert pick_decode(members) is d0 and members.finishes_only
+    assert pick_decode(members) is d0 and members.roster.finishes_only
     members.replace(DECODE, [info("d1", "8")])
-    assert not members.finishes_only
-    members.members(DECODE)[0].on_probation = True
-    assert not members.finishes_only
-    assert not lonely_membership().finishes_only
+    assert not members.roster.finishes_only
+    members.put_on_probation(members.members(DECODE)[0])
+    assert not members.roster.finishes_only
+    assert not lonely_membership().roster.finishes_only
 
 
 def test_draining_replicas_are_not_chosen(members: Membership) -> None:

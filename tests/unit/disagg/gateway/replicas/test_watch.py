@@ -207,7 +207,7 @@ async def test_probation_of_a_decode_replica_does_not_wait_for_prefill() -> None
         say(stack.prefill[0], HANGS)
         await until(lambda: state(stack, "p0").quarantined)
         member = state(stack, "d0")
-        member.on_probation = True
+        stack.gateway.membership.put_on_probation(member)
         # The prefill replica may be warmed at any time, as far as membership knows.
         stack.gateway.membership.is_warm = lambda member: False  # type: ignore[method-assign]
         stack.gateway.watch._probation_s = 0.0
@@ -293,7 +293,7 @@ async def test_crash_loop_puts_new_replicas_on_probation(caplog: pytest.LogCaptu
 async def test_probation_does_not_leave_nobody() -> None:
     """A decode replica on probation serves when there is no other, without a hand-off."""
     async with running_stack(num_decode=1, config=PROBATION) as stack:
-        state(stack, "d0").on_probation = True
+        stack.gateway.membership.put_on_probation(state(stack, "d0"))
         reply = await stack.complete(PROMPT)
         assert (reply.status, reply.headers["x-disagg-prefill"]) == (200, "local")
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import disagg
-from disagg.gateway.replicas.choosing import Chooser
+from disagg.gateway.replicas.choosing import Chooser, Hold
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership
-from disagg.gateway.replicas.reservation import Hold
 from disagg.routing.constraints import errand
 from disagg.routing.least_loaded import LeastLoaded
 from disagg.routing.views import RequestView
@@ -119,7 +118,7 @@ def test_nothing_else_writes_the_counts() -> None:
             for target in targets:
                 if isinstance(target, ast.Attribute) and target.attr in COUNTS and ast.unparse(target.value) != "self":
                     writers.add(path.name)
-    assert writers == {"reservation.py"}
+    assert writers == {"choosing.py"}
 
 
 def test_nobody_else_calls_a_policy() -> None:
