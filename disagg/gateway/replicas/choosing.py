@@ -82,8 +82,19 @@ class Chooser:
 
 
 def replica_view(member: Member) -> ReplicaView:
-    """A member as a policy sees it."""
-    return ReplicaView(
+    """A member as a policy sees it: the last view as long as that holds, because a request changes few members."""
+    last = member.last_view
+    if (
+        last is not None
+        and last.num_in_flight == member.num_in_flight
+        and last.last_chosen == member.last_chosen
+        and last.local_prefill_tokens == member.local_prefill_tokens
+        and last.slow is member.slow
+        and last.draining is member.draining
+        and last.warm_peers is member.warm_peers
+    ):
+        return last
+    member.last_view = view = ReplicaView(
         member.info.replica_id,
         member.num_in_flight,
         member.last_chosen,
@@ -93,6 +104,7 @@ def replica_view(member: Member) -> ReplicaView:
         member.info.kv_fit,
         member.warm_peers,
     )
+    return view
 
 
 class Hold:

@@ -26,7 +26,7 @@ from disagg.gateway.replicas.serving import (
     replica_standing,
 )
 from disagg.routing.pairs import misfit
-from disagg.routing.views import ReplicaInfo
+from disagg.routing.views import ReplicaInfo, ReplicaView
 from pools.client.replica import ReplicaClient
 from pools.errors import ReplicaLostError
 
@@ -61,6 +61,8 @@ class Member:
     """Replica ids of the other pool that KV has moved with."""
     local_prefill_tokens: int = 0
     """Prompt tokens that it computes for this gateway without a hand-off."""
+    last_view: ReplicaView | None = field(default=None, init=False, repr=False, compare=False)
+    """What a policy saw of it last; see `choosing.replica_view`."""
 
     @property
     def usable(self) -> bool:
