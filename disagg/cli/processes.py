@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds, by session and descent, every process of one `disagg serve`, and what it leaves in shared memory.
 
-Reads `/proc` only, so it works on Linux. Never looks at names: other Ray clusters on the machine stay untouched.
+Never looks at names: other Ray clusters on the machine stay untouched.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pools.process.shared_files import SHARED_MEMORY, mapped_by
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -28,9 +30,9 @@ class Process:
     pid: int
     parent: int
     session: int
-    state: str
-    """One letter; `Z` has ended and waits to be collected."""
     name: str
+    ended: bool = False
+    """It waits to be collected."""
 
 
 def adopt_orphans() -> None:
@@ -42,20 +44,13 @@ def adopt_orphans() -> None:
 def process_table() -> dict[int, Process]:
     """All processes by pid."""
     table = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            with suppress(OSError, ValueError, IndexError):
-                process = parse_stat(Path("/proc", entry, "stat").read_text(errors="replace"))
-                table[process.pid] = process
+    for process in psutil.process_iter():
+        # It may end between two looks.
+        with suppress(psutil.NoSuchProcess, ProcessLookupError), process.oneshot():
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            session = os.getsid(process.pid)
+            table[process.pid] = Process(process.pid, process.ppid(), session, process.name(), ended)
     return table
-
-
-def parse_stat(text: str) -> Process:
-    """The process that a line of `/proc/<pid>/stat` describes. Its name may hold spaces and brackets."""
-    head, _, tail = text.rpartition(")")
-    pid, _, name = head.partition(" (")
-    state, parent, _group, session = tail.split()[:4]
-    return Process(int(pid), int(parent), int(session), state, name)
 
 
 def belonging_to(root: int, table: Mapping[int, Process], *, me: int) -> list[Process]:
@@ -75,13 +70,13 @@ def belonging_to(root: int, table: Mapping[int, Process], *, me: int) -> list[Pr
         if process.pid not in found and process.pid != me:
             found[process.pid] = process
             queue += children.get(process.pid, [])
-    return [process for process in found.values() if process.state != "Z"]
+    return [process for process in found.values() if not process.ended]
 
 
 def collect_ended(root: int) -> None:
     """Reaps adopted children that ended. Leaves `root` to whoever started it."""
     for process in process_table().values():
-        if process.parent == os.getpid() and process.state == "Z" and process.pid != root:
+        if process.parent == os.getpid() and process.ended and process.pid != root:
             with suppress(ChildProcessError):
                 os.waitpid(process.pid, os.WNOHANG)
 

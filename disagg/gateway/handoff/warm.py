@@ -14,6 +14,7 @@ import uuid
 from typing import Any
 
 from disagg.gateway.background import Background
+from disagg.gateway.backoff import Backoff
 from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
 from disagg.gateway.replicas.choosing import Hold
 from disagg.gateway.replicas.kv_paths import KvPaths
@@ -80,7 +81,7 @@ class PairWarmer:
         self._misfits = set(found)
 
     async def _warm(self, pair: Pair, key: tuple[str, str]) -> None:
-        delay = _FIRST_RETRY_S
+        backoff = Backoff(_FIRST_RETRY_S, _MAX_RETRY_S)
         try:
             while self._is_cold(pair):
                 async with self._slots:
@@ -92,15 +93,15 @@ class PairWarmer:
                     return
                 self._metrics.warm_attempts.labels("failed").inc()
                 self._paths.not_warmed(pair.key)
+                delay_s = backoff.next_s()
                 logger.warning(
-                    "no KV moved yet from %s to %s: %s; trying again in %g s",
+                    "no KV moved yet from %s to %s: %s; trying again in %.1f s",
                     pair.prefill.info.replica_id,
                     pair.decode.info.replica_id,
                     failure,
-                    delay,
+                    delay_s,
                 )
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, _MAX_RETRY_S)
+                await asyncio.sleep(delay_s)
         finally:
             self._in_progress.discard(key)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from disagg.gateway.background import Background
+from disagg.gateway.backoff import Backoff
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.observability.metrics import Metrics
@@ -126,13 +127,13 @@ class LedgerFeed:
         info = followed.info
         client = ReplicaClient(info.url, key=info.secret, connect_timeout_s=self._connect_timeout_s, observer=None)
         loop = asyncio.get_running_loop()
-        delay = _FIRST_RETRY_S
+        backoff = Backoff(_FIRST_RETRY_S, _MAX_RETRY_S)
         followed.heard_at = loop.time()
         try:
             while True:
                 try:
                     found = await self._poll(client, followed)
-                    delay = _FIRST_RETRY_S
+                    backoff.reset()
                     followed.heard_at = loop.time()
                     if found:
                         await asyncio.sleep(_PACE_S)
@@ -146,8 +147,7 @@ class LedgerFeed:
                 if followed.leaving and (_is_gone(problem) or loop.time() - followed.heard_at > _SILENT_S):
                     return
                 self._metrics.ledger_feed_errors.inc()
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, _MAX_RETRY_S)
+                await asyncio.sleep(backoff.next_s())
         finally:
             client.close()
             self._followed.pop(followed.info.incarnation, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError
+from disagg.gateway.backoff import Backoff
 from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_event
 from disagg.gateway.handoff.call import Call
@@ -184,7 +185,7 @@ class Resuming:
         call = continued(self._plan.call, self.sent.token_ids[: cut.num_tokens])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.resume_wait_s
-        delay = _FIRST_RETRY_S
+        backoff = Backoff(_FIRST_RETRY_S, _MAX_RETRY_S)
         while True:
             try:
                 return await self._begun(call)
@@ -193,8 +194,7 @@ class Resuming:
                 left = deadline - loop.time()
                 if final or left <= 0:
                     raise
-                await asyncio.sleep(min(delay, left))
-                delay = min(2 * delay, _MAX_RETRY_S)
+                await asyncio.sleep(min(backoff.next_s(), left))
 
     async def _begun(self, call: Call) -> Answer:
         """A stream that goes on. Raises DisaggError, an InvalidRequestError when nobody would answer otherwise."""

@@ -6,14 +6,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from disagg.cli import serving
 from disagg.cli.main import main
-from disagg.cli.processes import Process, belonging_to, parse_stat, process_table, remove_shared
+from disagg.cli.processes import Process, belonging_to, process_table, remove_shared
 from disagg.cli.supervise import child_env, is_fatal, reason
 from disagg.key_lines import parse
 from pools.process.shared_files import mapped_by
@@ -85,23 +87,34 @@ def test_whose_processes() -> None:
     """Session members, adopted orphans and all descendants belong; others and ended ones do not."""
     me, root = 10, 20
     rows = [
-        Process(10, 1, 10, "S", "disagg"),
-        Process(20, 10, 20, "S", "serve"),
-        Process(21, 20, 20, "S", "raylet"),
-        Process(22, 21, 22, "S", "own session"),
-        Process(23, 10, 23, "S", "orphan"),
-        Process(24, 1, 20, "S", "same session"),
-        Process(25, 20, 20, "Z", "ended"),
-        Process(30, 1, 30, "S", "other cluster"),
+        Process(10, 1, 10, "disagg"),
+        Process(20, 10, 20, "serve"),
+        Process(21, 20, 20, "raylet"),
+        Process(22, 21, 22, "own session"),
+        Process(23, 10, 23, "orphan"),
+        Process(24, 1, 20, "same session"),
+        Process(25, 20, 20, "ended", ended=True),
+        Process(30, 1, 30, "other cluster"),
     ]
     found = belonging_to(root, {row.pid: row for row in rows}, me=me)
     assert sorted(process.pid for process in found) == [20, 21, 22, 23, 24]
 
 
-def test_stat_line() -> None:
-    """Names may hold spaces and brackets."""
-    assert parse_stat("7 (a) b (c) S 1 7 5 0") == Process(7, 1, 5, "S", "a) b (c")
-    assert os.getpid() in process_table()
+def test_process_table(tmp_path: Path) -> None:
+    """Each process is there with its parent, its session and its name, brackets in it or not, until it is collected."""
+    odd = tmp_path / "a) b (c"
+    shutil.copy("/bin/sleep", odd)
+    child = subprocess.Popen([odd, "60"], start_new_session=True)
+    try:
+        assert process_table()[child.pid] == Process(child.pid, os.getpid(), child.pid, "a) b (c")
+    finally:
+        child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_table()[child.pid].ended
+    child.wait()
+    table = process_table()
+    assert child.pid not in table
+    assert (table[os.getpid()].parent, table[os.getpid()].session) == (os.getppid(), os.getsid(0))
 
 
 def test_shared_memory(tmp_path: Path) -> None:
