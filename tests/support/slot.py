@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -17,11 +18,18 @@ class Slot:
         self._context = ExitStack()
 
     def take(self, key: str, make: Callable[[], AbstractContextManager[Any]]) -> Any:
-        """What is held under `key`; when it is another one, that one is left first and `make()` entered."""
+        """What is held under `key`. When it is another one, that one is left while `make()` is entered.
+
+        Returns when both are done. Raises what either raised.
+        """
         if self._key != key:
-            self.empty()
-            self._held = self._context.enter_context(make())
-            self._key = key
+            former = self._context
+            self._key, self._held, self._context = None, None, ExitStack()
+            with ThreadPoolExecutor(1) as leaving:
+                left = leaving.submit(former.close)
+                self._held = self._context.enter_context(make())
+                self._key = key
+            left.result()
         return self._held
 
     def empty(self) -> None:
