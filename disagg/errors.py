@@ -4,6 +4,7 @@
     DisaggError
     ├── ConfigError                  a field of the configuration cannot work
     ├── TransportError               KV could not be moved
+    ├── UpstreamChangedError         vLLM, LMCache or Ray is not the one this is made for
     ├── PoolError                    a pool or one of its replicas
     │   ├── EngineStartError         an engine did not come up
     │   ├── EngineDeadError          an engine is gone for good
@@ -51,7 +52,7 @@ from pools.errors import (
     PoolOverloadedError,
     ReplicaLostError,
 )
-from transport.errors import ConfigError, DisaggError, TransportError
+from transport.errors import ConfigError, DisaggError, TransportError, UpstreamChangedError
 
 __all__ = [
     "APIConnectionError",
@@ -86,6 +87,7 @@ __all__ = [
     "StreamLimitError",
     "TransportError",
     "UnsupportedMediaTypeError",
+    "UpstreamChangedError",
 ]
 
 

@@ -29,3 +29,7 @@ def _config_error(message: str, path: str | None) -> ConfigError:
 
 class TransportError(DisaggError):
     """KV could not be moved. Prefill again, on this engine or another."""
+
+
+class UpstreamChangedError(DisaggError):
+    """A package that we rely on is not the one this version is made for. Install the tested one, or adapt the code."""

@@ -15,20 +15,27 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import scripts
 
+from pools.borrowed import BORROWED, SERVE_SHUTDOWN
+from transport.upstream.guard import require
+from transport.upstream.replacing import replace
+
 _LOOK_S = 0.2
 
 
 def main() -> None:
     """Arguments: the config file, and the seconds that running requests get."""
     config, drain_s = sys.argv[1], float(sys.argv[2])
-    at_once = serve.shutdown
+    require(BORROWED, "disagg.cli.serve_child")
 
-    def after_drain() -> None:
-        drain(drain_s)
-        at_once()
+    def drained_first(at_once: Callable[[], None]) -> Callable[[], None]:
+        def after_drain() -> None:
+            drain(drain_s)
+            at_once()
+
+        return after_drain
 
     # `serve run` ends with this name, whatever ended it.
-    scripts.serve.shutdown = after_drain
+    replace(SERVE_SHUTDOWN, drained_first)
     sys.argv = ["serve", "run", config]
     scripts.cli()
 

@@ -25,12 +25,14 @@ from disagg.gateway.front.render import VllmRenderer
 from disagg.gateway.stream import splice
 from disagg.routing import feed
 from disagg.routing.views import ReplicaInfo
+from pools.borrowed import BORROWED
 from pools.plan.launch import engine_args, merged_engine_kwargs
 from pools.plan.placement import placement
 from pools.process.descriptors import raise_limit
 from pools.process.log_targets import kept_log_targets
 from transport.errors import DisaggError
 from transport.transports import describe
+from transport.upstream.guard import require
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class GatewayDeployment:
     ) -> None:
         # A stream takes two: the client's and the engine's.
         raise_limit()
+        require(BORROWED, "disagg.gateway.deployment")
+        require(BORROWED, "disagg.routing")
         splice.install()
         self._config = AppConfig.model_validate(config)
         trouble = strangers_served(self._config.gateway, await asyncio.to_thread(serve_host))

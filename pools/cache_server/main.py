@@ -16,9 +16,11 @@ from typing import Any
 
 import zmq
 from lmcache.logging import init_logger
-from lmcache.v1.multiprocess.transport.zmq_impl.mq import MessageQueueServer
 
+from pools.borrowed import BORROWED, MAIN_LOOP
 from pools.process.descriptors import raise_limit
+from transport.upstream.guard import require
+from transport.upstream.replacing import replace
 
 logger = init_logger(__name__)
 
@@ -51,7 +53,8 @@ def main() -> None:
     from lmcache.cli.main import main as lmcache_main
 
     raise_limit()
-    MessageQueueServer._main_loop = steadfast(MessageQueueServer._main_loop)
+    require(BORROWED, "pools.cache_server.main")
+    replace(MAIN_LOOP, steadfast)
     lmcache_main()
 
 

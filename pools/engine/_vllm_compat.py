@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every vLLM name that is private or has moved between releases, in one place.
 
-Written against vLLM 0.32; `tests/component/test_vllm_compat.py` fails when one of them is gone. Nothing here decides
-anything: `vllm_engine.py` does.
+They are checked on import against their entries in `pools.borrowed`. Nothing here decides anything: `vllm_engine.py`
+does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, IncrementalDe
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from pools.borrowed import BORROWED
 from transport.handoff_params import settle_params
+from transport.upstream.guard import require
 
 __all__ = [
     "AsyncEngineArgs",
@@ -40,6 +42,8 @@ __all__ = [
     "split_args",
     "vllm_app",
 ]
+
+require(BORROWED, "pools.engine")
 
 
 def split_args(arguments: Mapping[str, Any]) -> tuple[AsyncEngineArgs, argparse.Namespace]:

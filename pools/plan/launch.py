@@ -12,8 +12,10 @@ from typing import Any
 from pools.config import CpuConfig, ModelConfig, Platform, PoolConfig
 from pools.plan.placement import Placement
 
-HOST_WORKER_EXTENSION = "transport.in_engine.patches.host_platform.HostWorkerExtension"
+HOST_WORKER_EXTENSION = "transport.in_engine.patches.worker.HostWorkerExtension"
 """Loaded in the workers on a machine without an accelerator, and only there."""
+PLATFORM_VARIABLE = "DISAGG_ENGINE_PLATFORM"
+"""How the plugin of `transport.in_engine.plugin` knows our own engines among those of the environment."""
 
 _CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16"}
 
@@ -57,7 +59,7 @@ def engine_env(platform: Platform, cpu: CpuConfig, *, host: str) -> dict[str, st
     Args:
         host: address of the replica's node, as other nodes reach it.
     """
-    env = {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    env = {PLATFORM_VARIABLE: platform, "VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if platform == "cpu":
         env["VLLM_CPU_KVCACHE_SPACE"] = str(cpu.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl
 import msgspec
 import uvicorn
 
+from pools.borrowed import BORROWED
 from pools.client import routes
 from pools.client.messages import (
     Abort,
@@ -43,6 +44,7 @@ from pools.health.health import Health
 from pools.replica.engine_key import EngineKey
 from pools.replica.readers import Readers
 from transport.bounded_http import HttpLimits, bounded_protocol, closed_by
+from transport.upstream.guard import require
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,7 +100,8 @@ class EngineServer:
         return self._num_in_flight
 
     async def start(self) -> str:
-        """Listen; returns the base URL."""
+        """Listen; returns the base URL. Raises UpstreamChangedError when uvicorn is not the one that ours extends."""
+        require(BORROWED, "transport.bounded_http")
         sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((self._host, 0))

@@ -14,6 +14,8 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from disagg.gateway.front.fields import Endpoint
+from pools.borrowed import BORROWED
+from transport.upstream.guard import require
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class VllmRenderer:
 
         from pools.engine._vllm_compat import split_args
 
+        require(BORROWED, "disagg.gateway.front.render")
         left_out = {"kv_transfer_config", "worker_extension_cls", "distributed_executor_backend"}
         engine_args, args = split_args({k: v for k, v in arguments.items() if k not in left_out})
         model_config = engine_args.create_model_config()

@@ -13,10 +13,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
-import uvicorn.protocols.http.auto as uvicorn_auto
-
+from pools.borrowed import BORROWED, HTTP_PROTOCOL
 from pools.client.http1 import Exchange
 from transport.bounded_http import BoundedProtocol, Door, HttpLimits
+from transport.upstream.guard import require
+from transport.upstream.replacing import replace
 
 _EXTENSION = "disagg.splice"
 _LIMITS = HttpLimits(body_s=600.0, max_head_bytes=2**20, max_connections=16_384)
@@ -77,8 +78,18 @@ class SplicingProtocol(BoundedProtocol):
 
 
 def install() -> None:
-    """Make every uvicorn server that starts later in this process speak through `SplicingProtocol`."""
-    uvicorn_auto.AutoHTTPProtocol = SplicingProtocol
+    """Make every uvicorn server that starts later in this process speak through `SplicingProtocol`.
+
+    Raises:
+        UpstreamChangedError: uvicorn's protocol is not the one that it extends.
+    """
+    require(BORROWED, "disagg.gateway.stream.splice")
+    replace(HTTP_PROTOCOL, splicing)
+
+
+def splicing(original: object) -> type[SplicingProtocol]:
+    """What stands where uvicorn keeps the class that it uses by default."""
+    return SplicingProtocol
 
 
 def protocol_of(scope: Any) -> SplicingProtocol | None:

@@ -24,6 +24,10 @@ from transport.in_engine.host_offload.memory import (
 )
 from transport.in_engine.host_offload.pages import PageTable
 from transport.in_engine.host_offload.worker import HostOffloadingWorker
+from transport.in_engine.patches.borrowed import BORROWED
+from transport.upstream.guard import require
+
+require(BORROWED, "transport.in_engine.host_offload")
 
 
 def _check(spec: CPUOffloadingSpec) -> None:

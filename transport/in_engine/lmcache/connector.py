@@ -40,13 +40,17 @@ from transport.in_engine.lmcache.sink import Rescues, Store, leading_tokens
 from transport.in_engine.lmcache.sink_manager import SinkManager
 from transport.in_engine.lmcache.worker import Finished, WorkerGuard
 from transport.in_engine.lmcache.write_through import WriteThrough
+from transport.in_engine.patches.borrowed import BORROWED
 from transport.in_engine.protocols import Event, Outcome
+from transport.upstream.guard import require
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
+
+require(BORROWED, "transport.in_engine.lmcache")
 
 SINK_KEY = "disagg.sink"
 TIMEOUT_KEY = "disagg.operation_timeout"

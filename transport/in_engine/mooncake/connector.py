@@ -14,15 +14,18 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import mooncake_connector as vllm_mooncake
 
-from transport.in_engine.mooncake import upstream as mooncake_fit
 from transport.in_engine.mooncake.door import BootstrapServer, DoorContext
 from transport.in_engine.mooncake.metrics import MooncakePromMetrics
 from transport.in_engine.mooncake.receiver import Receiving
 from transport.in_engine.mooncake.scheduler import Scheduler
 from transport.in_engine.mooncake.sender import Sending
+from transport.in_engine.patches.borrowed import BORROWED
+from transport.in_engine.patches.replaced import DEVICE_INDEX
 from transport.in_engine.protocols import Ended
+from transport.upstream.guard import require
+from transport.upstream.replacing import during
 
-mooncake_fit.check()
+require(BORROWED, "transport.in_engine.mooncake")
 
 
 class Worker(Sending, Receiving):
@@ -105,9 +108,5 @@ def _device_index() -> Iterator[None]:
     if torch.accelerator.is_available():
         yield
         return
-    current = torch.accelerator.current_device_index
-    torch.accelerator.current_device_index = lambda: 0
-    try:
+    with during(DEVICE_INDEX, lambda original: lambda: 0):
         yield
-    finally:
-        torch.accelerator.current_device_index = current

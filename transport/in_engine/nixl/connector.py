@@ -19,11 +19,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 
 from transport.handoff_params import DO_REMOTE_PREFILL, handoff_id_of
 from transport.in_engine.nixl import listener as nixl_listener
-from transport.in_engine.patches.gloo_listeners import listening
+from transport.in_engine.patches.borrowed import BORROWED
 from transport.in_engine.patches.nixl_ports import close_unnamed
+from transport.in_engine.patches.ports import listening
 from transport.in_engine.protocols import Ended
+from transport.upstream.guard import require
 
-nixl_listener.check()
+require(BORROWED, "transport.in_engine.nixl")
 
 
 class NixlConnector(NixlPullConnector):

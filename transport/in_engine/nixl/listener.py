@@ -8,7 +8,6 @@ none, and takes messages of any size.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
@@ -16,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import zmq
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import NixlBaseConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 from vllm.utils.network_utils import is_valid_ipv6_address, make_zmq_path
 
@@ -34,37 +32,6 @@ _POLL_MS = 1000
 
 Answerer = Callable[[list[bytes]], list[bytes] | None]
 """From one message as it came to its answer, None for one that it does not know."""
-
-_EXPECTED: tuple[tuple[object, tuple[str, ...]], ...] = (
-    (
-        NixlBaseConnectorScheduler._nixl_handshake_listener,
-        (
-            "identity, _, msg = sock.recv_multipart()",
-            "msg, target_pp_rank, target_tp_rank = msgspec.msgpack.decode(msg)",
-            "if msg != GET_META_MSG:",
-            "ts = msgspec.msgpack.encode(time.perf_counter())",
-            '(identity, b"", encoded_data[(target_pp_rank, target_tp_rank)], ts)',
-        ),
-    ),
-    (
-        NixlBaseConnectorScheduler.set_xfer_handshake_metadata,
-        ("target=self._nixl_handshake_listener", "self.side_channel_host", "ready_event.wait()"),
-    ),
-    (NixlBaseConnectorScheduler.shutdown, ("self._stop_event.set()", "self._nixl_handshake_listener_t.join()")),
-)
-
-
-def check() -> None:
-    """Raise RuntimeError, which ends the engine's start, when vLLM's listener no longer looks as in vLLM 0.32."""
-    for source_of, fragments in _EXPECTED:
-        source = inspect.getsource(source_of)  # type: ignore[arg-type]
-        for fragment in fragments:
-            if fragment not in source:
-                name = getattr(source_of, "__qualname__", source_of)
-                raise RuntimeError(
-                    f"{name} of this vLLM is not the one that transport/in_engine/nixl/listener.py replaces: "
-                    f"{fragment!r} is gone. Read the new code, then adapt the listener."
-                )
 
 
 def listen(

@@ -13,14 +13,13 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector as vllm_nixl
 
-from transport.in_engine.nixl import listener as nixl_listener
-from transport.in_engine.nixl_push import upstream
 from transport.in_engine.nixl_push.scheduler import PushScheduler
 from transport.in_engine.nixl_push.worker import PushWorker
+from transport.in_engine.patches.borrowed import BORROWED
 from transport.in_engine.protocols import Ended
+from transport.upstream.guard import require
 
-nixl_listener.check()
-upstream.check()
+require(BORROWED, "transport.in_engine.nixl_push")
 
 
 class NixlPushConnector(vllm_nixl.NixlPushConnector):

@@ -22,8 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import PUSH_REG_
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker import NixlPushConnectorWorker
 
 from transport.in_engine.nixl_push.waits import WRITABLE_LEASES
-from transport.in_engine.patches.gloo_listeners import listening
 from transport.in_engine.patches.nixl_ports import close_unnamed
+from transport.in_engine.patches.ports import listening
 from transport.in_engine.protocols import Ended
 
 logger = logging.getLogger(__name__)

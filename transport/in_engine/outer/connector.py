@@ -29,6 +29,8 @@ from transport.in_engine.outer.holds import Holds
 from transport.in_engine.outer.metadata import HandoffMetadata, HandoffWorkerMetadata
 from transport.in_engine.outer.stats import STATS_KEY, HandoffStats, MultiPromMetrics
 from transport.in_engine.outer.tier_loads import TierLoads, new_block_ids
+from transport.in_engine.patches.borrowed import BORROWED
+from transport.in_engine.patches.gloo_listeners import close_group_ports
 from transport.in_engine.protocols import (
     Chunked,
     EarlySettler,
@@ -38,6 +40,9 @@ from transport.in_engine.protocols import (
     TransferScheduler,
     TransferWorker,
 )
+from transport.upstream.guard import require
+
+require(BORROWED, "transport.in_engine.outer")
 
 _BLOCKS_OF_STEP = "_current_batch_allocated_block_ids"
 _SOURCES = {"OffloadingConnector": "offload", "LMCacheMPConnector": "lmcache"}
@@ -59,6 +64,9 @@ class MultiConnector(VllmMultiConnector):
         self._loads = TierLoads()
         self._blocks_of_step = _blocks_of_step(tiers, role)
         self._block_bytes = block_bytes(kv_cache_config) * vllm_config.parallel_config.world_size
+        if role == KVConnectorRole.WORKER:
+            # All groups of the worker are made by now, and their members connected.
+            close_group_ports()
 
     # Scheduler side: a request's way in.
 

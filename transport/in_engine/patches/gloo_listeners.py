@@ -1,71 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes the ports that torch's Gloo process groups leave open in an engine's processes.
+"""Closes the ports that torch's Gloo process groups leave open in an engine's workers. Replaces nothing.
 
 Each group listens on a port of its own for its members, about twenty a worker, on the node's address. Once a group is
 made all its members are connected, and the port serves nobody; but it goes on taking connections, keeps those that
 send nothing for ever, and when file descriptors run out it ends the process (`gloo::EnforceNotMet` in its thread).
-Source: PyTorch 2 `ProcessGroupGloo`, whose constructor ends with Gloo's `connectFullMesh`, unless it is told to connect
-at the first use (`TORCH_GLOO_LAZY_INIT`).
+
+Our outer connector calls this in each worker: vLLM makes its groups when it finds the device, and the connector when
+the model is loaded. A port is closed only when its group itself has written the port's address down for its members,
+so no socket of another library or thread can be meant. A group that connects at the first use
+(`TORCH_GLOO_LAZY_INIT`) has written nothing down yet and keeps its port.
+
+Source: PyTorch 2.13 `ProcessGroupGloo`, whose constructor ends with Gloo's `connectFullMesh`; that one stores the
+addresses of a rank's devices, each with its `sockaddr`, under `<device>/<rank>` in the group's store.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import stat
-from pathlib import Path
-from typing import Any
+import logging
+import socket
+import struct
+from collections.abc import Iterable, Mapping
 
-_MARK = "_disagg_closes_its_port"
-_LISTENING = "0A"
-"""State of a listening socket in /proc/net/tcp."""
+from transport.in_engine.patches.ports import Listener, close_sockets, listening
 
+logger = logging.getLogger(__name__)
 
-def close_after_connecting() -> None:
-    """Make every Gloo group of this process, from here on, close its port once it is connected. Idempotent."""
-    from torch.distributed.distributed_c10d import ProcessGroupGloo
-
-    make = ProcessGroupGloo.__init__
-    if hasattr(make, _MARK):
-        return
-
-    @functools.wraps(make)
-    def connected(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
-        before = listening()
-        make(self, store, rank, size, *args, **kwargs)
-        if size == 1 or os.environ.get("TORCH_GLOO_LAZY_INIT", "0") in ("", "0"):
-            close_sockets(listening() - before)
-
-    setattr(connected, _MARK, True)
-    ProcessGroupGloo.__init__ = connected
+_ADDRESSES = "cpu//0/{rank}"
+"""Key in a group's store of what Gloo tells the other ranks. The first part is torch's, the rest is Gloo's."""
 
 
-def listening() -> set[int]:
-    """File descriptors of this process that listen on TCP."""
-    inodes = set()
-    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
-        if Path(table).exists():
-            rows = (line.split() for line in Path(table).read_text().splitlines()[1:])
-            inodes |= {int(row[9]) for row in rows if row[3] == _LISTENING}
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            status = os.fstat(int(name))
-        except OSError:
-            # The one that listed the directory, or one that another thread has just closed.
-            continue
-        if stat.S_ISSOCK(status.st_mode) and status.st_ino in inodes:
-            found.add(int(name))
-    return found
+def close_group_ports() -> int:
+    """Close the ports of the Gloo groups that this process is a member of; the number of ports closed. Idempotent."""
+    from torch.distributed import distributed_c10d
+
+    published = []
+    for group, (backend, store) in distributed_c10d._world.pg_map.items():
+        key = _ADDRESSES.format(rank=group.rank())
+        if "gloo" in backend and store.check([key]):
+            published.append(store.get(key))
+    ports = listening()
+    closed = published_in(ports, published)
+    close_sockets(closed)
+    logger.info("closed %d of %d ports of %d process groups", len(closed), len(ports), len(published))
+    return len(closed)
 
 
-def close_sockets(descriptors: set[int]) -> None:
-    """End the sockets but keep their numbers taken, by /dev/null: their owners close those numbers some day."""
-    if not descriptors:
-        return
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        for descriptor in descriptors:
-            os.dup2(nothing, descriptor, inheritable=False)
-    finally:
-        os.close(nothing)
+def published_in(ports: Mapping[int, Listener], published: Iterable[bytes]) -> set[int]:
+    """Descriptors of the ports whose address is in what some group has published. Pure."""
+    texts = list(published)
+    return {fd for fd, listener in ports.items() if any(_sockaddr(listener) in text for text in texts)}
+
+
+def _sockaddr(listener: Listener) -> bytes:
+    """The head of the kernel's `sockaddr_in` or `sockaddr_in6` for this address."""
+    flow = b"\0\0\0\0" if listener.family == socket.AF_INET6 else b""
+    host = socket.inet_pton(listener.family, listener.host)
+    return struct.pack("=H", listener.family) + struct.pack("!H", listener.port) + flow + host

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes the ports of NIXL's UCX threads, to which nobody connects.
+"""Closes the ports of NIXL's UCX threads, to which nobody connects. Replaces nothing.
 
 An agent with `num_threads` (4 by default in vLLM) has a UCX worker for each of them beside the one that peers talk to,
 and each listens on TCP at every address of the node. Peers learn the ports of that one worker alone. The others take
 connections all the same, but look at them only while they transfer: whatever a port scanner opens there keeps its file
 descriptor for good, and with the last one UCX ends all its ports, the one that peers need included.
+
+A port is closed only when it was opened while our NIXL worker was made, and as UCX opens them. What another thread
+opens in the meantime through Python or ZMQ is left alone.
 
 Source: NIXL 1.5 `ucx_backend.cpp`, where `getConnInfo` is the address of the first worker; UCX 1.2x `tcp_cm.c`, whose
 worker address has the port in network byte order.
@@ -13,45 +16,33 @@ worker address has the port in network byte order.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from transport.in_engine.patches.gloo_listeners import close_sockets, listening
+from transport.in_engine.patches.ports import Listener, close_sockets, listening
 
 logger = logging.getLogger(__name__)
 
 
-def close_unnamed(before: set[int], metadata: bytes) -> int:
-    """Close what listens since `before` and is not named in the agent's `metadata`; the number of ports closed.
+def close_unnamed(before: Collection[int], metadata: bytes) -> int:
+    """Close UCX's ports that listen since `before` and are not named in the agent's `metadata`; how many were closed.
 
     Args:
         before: file descriptors that listened before the agent was made.
         metadata: what peers are given.
     """
-    unnamed = without_name(_ports(listening() - before), metadata)
+    unnamed = without_name({fd: port for fd, port in listening().items() if fd not in before}, metadata)
     close_sockets(unnamed)
     return len(unnamed)
 
 
-def without_name(ports: Mapping[int, int], metadata: bytes) -> set[int]:
-    """Descriptors of the ports whose number is nowhere in `metadata`; none when no port is named at all. Pure.
+def without_name(ports: Mapping[int, Listener], metadata: bytes) -> set[int]:
+    """Descriptors of the ports that are made as a named one is, and whose own number is nowhere in `metadata`. Pure.
 
-    Args:
-        ports: port by file descriptor.
+    None when no port is named at all: another version may write its addresses in another way.
     """
-    named = {descriptor for descriptor, port in ports.items() if struct.pack(">H", port) in metadata}
-    if not named:
-        if ports:
-            logger.warning("NIXL's metadata name none of its %d ports: all are left open", len(ports))
-        return set()
-    return set(ports) - named
-
-
-def _ports(descriptors: set[int]) -> dict[int, int]:
-    found = {}
-    for descriptor in descriptors:
-        with socket.socket(fileno=os.dup(descriptor)) as sock:
-            found[descriptor] = sock.getsockname()[1]
-    return found
+    named = {fd for fd, listener in ports.items() if struct.pack(">H", listener.port) in metadata}
+    if ports and not named:
+        logger.warning("NIXL's metadata name none of its %d ports: all are left open", len(ports))
+    made_as = {ports[fd].made_as for fd in named}
+    return {fd for fd, listener in ports.items() if fd not in named and listener.made_as in made_as}

@@ -74,6 +74,7 @@ def test_pool_wins_over_model() -> None:
 def test_environment(platform: Platform, extra: dict[str, str]) -> None:
     """Every engine knows its address and sends no statistics; a CPU engine also its KV space and threads."""
     assert engine_env(platform, CpuConfig(kv_cache_gib=2, omp_threads=3), host="10.0.0.5") == {
+        "DISAGG_ENGINE_PLATFORM": platform,
         "VLLM_HOST_IP": "10.0.0.5",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

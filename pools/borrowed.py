@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name that `pools`, `disagg` and uvicorn's protocol in `transport` take from other packages without a promise.
+
+Data only; what runs inside vLLM's processes has its own list, `transport/in_engine/patches/borrowed.py`. Whoever uses
+names of this list checks them before it serves.
+"""
+
+from __future__ import annotations
+
+from transport.upstream.names import Borrowed, Replacement, has, of
+
+_COMPAT = ("pools.engine._vllm_compat",)
+_ENGINE = ("pools.engine.vllm_engine",)
+_TALLY = ("pools.engine.vllm_tally",)
+_KWARGS = ("pools.plan.engine_kwargs",)
+_CACHE_SERVER = ("pools.cache_server.main",)
+_PROBE = ("pools.cache_server.probe",)
+_HTTP = ("transport.bounded_http",)
+_SPLICE = ("disagg.gateway.stream.splice",)
+_RENDER = ("disagg.gateway.front.render",)
+_ROUTER = ("disagg.routing.serve",)
+_GATEWAY = ("disagg.gateway.deployment",)
+_SERVE_CHILD = ("disagg.cli.serve_child",)
+_LOG = ("pools.process.log_targets",)
+
+VLLM = (
+    *of(
+        "vllm.v1.engine.async_llm:AsyncLLM",
+        (*_COMPAT, *_ENGINE),
+        has("from_engine_args", takes="engine_args, stat_loggers"),
+        has("add_request", takes="request_id, prompt, params"),
+        has(
+            "notify_kv_transfer_request_rejected",
+            "self, request_id, kv_transfer_params, *, data_parallel_rank",
+            body="eb06af69c0ae",
+        ),
+        has("generate", takes="prompt, sampling_params, request_id"),
+        has("abort", takes="request_id, internal"),
+        has("get_supported_tasks", "self"),
+        has("reset_prefix_cache"),
+        has("shutdown"),
+        has("errored"),
+        has("engine_core"),
+        has("output_processor"),
+    ),
+    Borrowed("vllm.v1.engine.output_processor:OutputProcessor.external_req_ids", _ENGINE),
+    Borrowed("vllm.v1.engine.core_client:AsyncMPClient.add_request_async", _ENGINE, "self, request"),
+    *of(
+        "vllm.v1.engine:EngineCoreRequest",
+        _COMPAT,
+        has("request_id"),
+        has("prompt_token_ids"),
+        has("mm_features"),
+        has("sampling_params"),
+        has("pooling_params"),
+        has("arrival_time"),
+        has("lora_request"),
+        has("cache_salt"),
+        has("data_parallel_rank"),
+        has("abort_immediately"),
+    ),
+    Borrowed(
+        "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+        _COMPAT,
+        "engine_client, state, args, supported_tasks",
+    ),
+    Borrowed("vllm.entrypoints.launchers.app:build_app", _COMPAT, takes="args, supported_tasks, model_config"),
+    Borrowed("vllm.entrypoints.launchers.cli_args:FrontendArgs", (*_COMPAT, *_KWARGS)),
+    Borrowed("vllm.engine.arg_utils:AsyncEngineArgs", (*_COMPAT, *_KWARGS)),
+    *of("vllm.exceptions:VLLMValidationError", (*_COMPAT, *_ENGINE), has("__init__", takes="message, parameter")),
+    Borrowed("vllm.v1.engine.exceptions:EngineDeadError", _COMPAT),
+    *of(
+        "vllm.v1.engine.detokenizer:IncrementalDetokenizer",
+        (*_COMPAT, *_RENDER),
+        has("from_new_request", "cls, tokenizer, request"),
+    ),
+    *of(
+        "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer",
+        (*_COMPAT, *_RENDER),
+        has("update", "self, new_token_ids, stop_terminated"),
+        has("output_text"),
+    ),
+    Borrowed("vllm.sampling_params:RequestOutputKind.FINAL_ONLY", _ENGINE),
+    *of(
+        "vllm.v1.metrics.loggers:StatLoggerBase",
+        (*_COMPAT, *_ENGINE),
+        has("__init__", "self, vllm_config, engine_index"),
+        has("record", "self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx"),
+        has("log_engine_initialized", "self"),
+    ),
+    *of(
+        "vllm.v1.metrics.stats:SchedulerStats",
+        _TALLY,
+        has("num_running_reqs"),
+        has("num_waiting_reqs"),
+        has("num_skipped_waiting_reqs"),
+        has("num_kv_fetch_reqs_by_stage"),
+        has("kv_cache_usage"),
+        has("connector_prefix_cache_stats"),
+        has("kv_connector_stats"),
+    ),
+    *of(
+        "vllm.v1.metrics.stats:IterationStats",
+        _TALLY,
+        has("prompt_token_stats"),
+        has("num_generation_tokens"),
+        has("num_preempted_reqs"),
+    ),
+    *of("vllm.v1.metrics.stats:PromptTokenStats", _TALLY, has("total"), has("computed")),
+    # `abort` finds a caller's requests by the prefixes that these put before the request's id.
+    Borrowed(
+        "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat",
+        _ENGINE,
+        holds=('f"chatcmpl-{self._base_request_id(',),
+    ),
+    Borrowed(
+        "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion",
+        _ENGINE,
+        holds=('f"cmpl-{self._base_request_id(', 'f"{request_id}-{i}"'),
+    ),
+    Borrowed("starlette.datastructures:State._state", _COMPAT),
+)
+
+RENDERER = (
+    Borrowed("vllm.config:VllmConfig", _RENDER),
+    *of("vllm.entrypoints.openai.chat_completion.protocol", _RENDER, has("ChatCompletionRequest")),
+    *of("vllm.entrypoints.openai.completion.protocol", _RENDER, has("CompletionRequest")),
+    *of("vllm.entrypoints.serve.engine.protocol", _RENDER, has("ErrorResponse")),
+    Borrowed("vllm.renderers:renderer_from_config", _RENDER),
+    Borrowed("vllm.renderers.chat_utils:load_chat_template", _RENDER),
+    *of(
+        "vllm.engine.arg_utils:EngineArgs",
+        _RENDER,
+        has("create_model_config"),
+        has("create_structured_outputs_config"),
+    ),
+    *of(
+        "vllm.renderers.online_renderer:OnlineRenderer",
+        _RENDER,
+        has(
+            "__init__",
+            takes="model_config, renderer, request_logger, chat_template, chat_template_content_format, "
+            "trust_request_chat_template, trust_request_mm_kwargs, enable_auto_tools, "
+            "exclude_tools_when_tool_choice_none, tool_parser, tool_strict_level, reasoning_parser, "
+            "default_chat_template_kwargs",
+        ),
+        has("warmup"),
+        has("render_chat", takes="request, skip_mm_cache"),
+        has("render_completion", takes="request, skip_mm_cache"),
+        has("renderer"),
+    ),
+)
+
+UVICORN = (
+    *of(
+        "uvicorn.protocols.http.httptools_impl:HttpToolsProtocol",
+        (*_HTTP, *_SPLICE),
+        has("connection_made", "self, transport"),
+        has("connection_lost", "self, exc"),
+        has("data_received", "self, data", body="aa0c03304a21"),
+        has("on_message_begin", "self"),
+        has("on_headers_complete", "self"),
+        has("on_message_complete", "self"),
+        has("pause_writing", "self"),
+        has("resume_writing", "self"),
+        has("_unset_keepalive_if_required", "self"),
+        has("connections"),
+        has("cycle"),
+        has("flow"),
+        has("headers"),
+        has("loop"),
+        has("parser"),
+        has("scope"),
+        has("transport"),
+        has("url"),
+    ),
+    *of(
+        "uvicorn.protocols.http.httptools_impl:RequestResponseCycle",
+        (*_HTTP, *_SPLICE),
+        has("response_started"),
+        has("response_complete"),
+        has("chunked_encoding"),
+    ),
+    *of("uvicorn.protocols.http.flow_control:FlowControl", (*_HTTP, *_SPLICE), has("read_paused"), has("write_paused")),
+    Borrowed("uvicorn.protocols.http.auto:AutoHTTPProtocol", _SPLICE),
+)
+
+RAY = (
+    *of(
+        "ray.serve.request_router:RequestRouter",
+        _ROUTER,
+        has("choose_replicas", "self, candidate_replicas, pending_request"),
+        has("update_replicas", "self, replicas"),
+        has("_deployment_id"),
+    ),
+    *of(
+        "ray.serve.request_router",
+        _ROUTER,
+        has("PendingRequest.routing_context"),
+        has("RunningReplica.replica_metadata"),
+    ),
+    *of(
+        "ray.serve._private.controller:ServeController",
+        _GATEWAY,
+        has("get_serve_instance_details", takes="self"),
+        has("update_deployment_replicas", takes="self, deployment_id, target_num_replicas"),
+        has("get_proxy_location", "self"),
+        has("get_http_config", "self"),
+    ),
+    Borrowed("ray.serve._private.constants:SERVE_CONTROLLER_NAME", _GATEWAY),
+    Borrowed("ray.serve._private.common:DeploymentID", _GATEWAY),
+    Borrowed("ray.serve._private.exceptions:ExternalScalerDisabledError", _GATEWAY),
+    Borrowed("ray.serve:shutdown", _SERVE_CHILD),
+    Borrowed("ray.serve:delete", _SERVE_CHILD, takes="name, _blocking"),
+    *of("ray.serve.scripts", _SERVE_CHILD, has("cli"), has("serve"), has("run")),
+)
+
+LMCACHE = (
+    *of(
+        "lmcache.v1.multiprocess.transport.zmq_impl.mq:MessageQueueServer",
+        _CACHE_SERVER,
+        has("_main_loop", "self", body="6924ef9729d5"),
+    ),
+    Borrowed("lmcache.cli.main:main", _CACHE_SERVER),
+    Borrowed("lmcache.logging:init_logger", _CACHE_SERVER),
+)
+
+PAGES = (Borrowed("prometheus_client.metrics:MetricWrapperBase._labelnames", ("disagg.pages.metrics",)),)
+
+BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *UVICORN, *RAY, *LMCACHE, *PAGES)
+"""All of it, by package."""
+
+ADD_REQUEST = Replacement(
+    name="vllm.v1.engine.async_llm:AsyncLLM.add_request",
+    by="pools.engine.vllm_engine:VllmEngine._guard_admissions",
+    processes=frozenset({"api"}),
+    platforms=frozenset({"cpu", "cuda"}),
+    of="one instance",
+    why="hand-off parameters are used once, and a request whose caller leaves while it is added is aborted",
+    source="vLLM 0.32 `v1/engine/async_llm.py`, which has no hook before a request is admitted",
+    way_out="vLLM calls something of ours, or of its connectors, before it admits a request",
+)
+REJECTED = Replacement(
+    name="vllm.v1.engine.async_llm:AsyncLLM.notify_kv_transfer_request_rejected",
+    by="pools.engine.vllm_engine:VllmEngine._guard_admissions",
+    processes=frozenset({"api"}),
+    platforms=frozenset({"cpu", "cuda"}),
+    of="one instance",
+    why="vLLM would notify the producer as a reader does; the gateway settles the hand-off there instead",
+    source="vLLM 0.32 `v1/engine/async_llm.py`, called by `entrypoints/openai` for a request that it refuses",
+    way_out="a connector is asked what to do with a refused request",
+)
+HTTP_PROTOCOL = Replacement(
+    name="uvicorn.protocols.http.auto:AutoHTTPProtocol",
+    by="disagg.gateway.stream.splice:splicing",
+    processes=frozenset({"gateway"}),
+    platforms=frozenset({"cpu", "cuda"}),
+    why="Serve makes the uvicorn server of a replica, and names the protocol `auto`",
+    source="Ray 2.60 `serve/_private/http_util.py`; uvicorn 0.54 `config.py`, `HTTP_PROTOCOLS`",
+    way_out="Serve lets an ingress choose the `http` of its uvicorn config",
+)
+SERVE_SHUTDOWN = Replacement(
+    name="ray.serve:shutdown",
+    by="disagg.cli.serve_child:main",
+    processes=frozenset({"serve_child"}),
+    platforms=frozenset({"cpu", "cuda"}),
+    why="`serve run` ends with it and kills the proxies at once; the applications are drained first",
+    source="Ray 2.60 `serve/scripts.py`, `run`",
+    way_out="`serve run` drains its applications behind living proxies",
+)
+MAIN_LOOP = Replacement(
+    name="lmcache.v1.multiprocess.transport.zmq_impl.mq:MessageQueueServer._main_loop",
+    by="pools.cache_server.main:steadfast",
+    processes=frozenset({"cache_server"}),
+    platforms=frozenset({"cpu", "cuda"}),
+    why="its thread ends with the first message that it cannot take apart, and the server answers nothing any more",
+    source="LMCache 0.5.6 `v1/multiprocess/transport/zmq_impl/mq.py`",
+    way_out="LMCache refuses such a message and goes on",
+)
+
+REPLACED: tuple[Replacement, ...] = (ADD_REQUEST, REJECTED, HTTP_PROTOCOL, SERVE_SHUTDOWN, MAIN_LOOP)
+"""Everything outside vLLM's own processes, and on the engine object of a replica."""
