@@ -12,7 +12,7 @@ WORKERS ?= 2
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
 .PHONY: help setup install serve test test-unit test-component test-engine test-e2e lint format type bench bench-probes \
-	prove-serve prove-tiers prove-faults prove-house lock clean
+	prove-serve prove-tiers prove-faults prove-house check-upstream lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ prove-faults: setup ## the same for failures, drains and tenants (LINE=n for one
 
 prove-house: setup ## the same for the rooms, seams and doors of the code (LINE=n for one)
 	$(PY) -m tests.prove.house $(if $(LINE),--line $(LINE))
+
+check-upstream: setup ## what the newest vLLM, Ray, LMCache and NIXL still have of what we borrow (ARGS="--diff vllm==0.33.0")
+	$(PY) scripts/check_upstream.py $(ARGS)
 
 lock: ## resolve requirements/cpu.lock again, from pyproject.toml
 	$(or $(wildcard $(PY)),python3.11) scripts/lock.py

@@ -106,15 +106,16 @@ def _run(script: str, writer: Connection) -> None:
 def test_host_platform_fixes_fit() -> None:
     """Each fix for machines without an accelerator finds the code it replaces, and applies twice without harm."""
     script = (
+        "import os; os.environ['DISAGG_ENGINE_PLATFORM'] = 'cpu'\n"
         "from transport.in_engine.plugin import register; register(); register()\n"
-        "import transport.in_engine.patches.host_platform as fixes\n"
-        "fixes.unpin_worker(); fixes.stop_progress_thread(); fixes.keep_seeded_generators()\n"
+        "import importlib, transport.in_engine.patches.worker as worker; importlib.reload(worker)\n"
         "from vllm.platforms.cpu import CpuPlatform\n"
         "assert CpuPlatform.discover_numa_topology() == []\n"
         "from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker\n"
         "assert base_worker.nixl_agent_config(num_threads=1).enable_pthread is False\n"
         "from vllm.distributed.device_communicators.shm_broadcast import SpinCondition\n"
-        "assert SpinCondition.wait.__name__ == 'resting_wait'\n"
+        "from transport.upstream.loaded import is_ours\n"
+        "assert is_ours(SpinCondition.wait) and not is_ours(SpinCondition.wait.__wrapped__)\n"
     )
     _runs(script)
 
@@ -123,7 +124,8 @@ def test_an_idle_reader_of_a_queue_rests() -> None:
     """In the half second after a message it looks a few dozen times; without a notification it looks all the same."""
     script = (
         "import time, zmq\n"
-        "from transport.in_engine.plugin import stop_spinning; stop_spinning()\n"
+        "import os; os.environ['DISAGG_ENGINE_PLATFORM'] = 'cpu'\n"
+        "from transport.in_engine.plugin import register; register()\n"
         "from vllm.distributed.device_communicators.shm_broadcast import SpinCondition\n"
         "from vllm.utils.network_utils import get_open_zmq_ipc_path\n"
         "context, address = zmq.Context(), get_open_zmq_ipc_path()\n"

@@ -10,10 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from pools.testing.contract import CHECKS, Check, Engines
 from tests.support.engines import transfer_engine
+from tests.support.replaced import ask, engine_processes, listed, listener
 from tests.support.stack import side_by_side
 from transport.config import NixlConfig
 from transport.handoff_params import HANDOFF_ID, REMOTE_DECODE
@@ -40,6 +42,21 @@ def engines() -> Iterator[Engines]:
 def test_vllm_engines_keep_the_contract(check: Check, engines: Engines) -> None:
     """Two vLLM engines over NIXL pass every check that the fake ones pass."""
     asyncio.run(check(engines))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_what_is_replaced_in_each_process_is_what_the_lists_say(role: str, engines: Engines) -> None:
+    """API process, EngineCore and worker of a running engine hold the replacements of their process and no other."""
+    found = engine_processes(listener(getattr(engines, role)))
+    assert set(found) == {"api", "engine_core", "worker"}
+    assert {name: ask(process.pid) for name, process in found.items()} == {name: listed(name) for name in found}
+
+
+def test_a_worker_listens_for_peers_alone(engines: Engines) -> None:
+    """Of all process groups of torch none has a port in a worker; NIXL has those that its peers are told."""
+    worker = engine_processes(listener(engines.prefill))["worker"]
+    ports = [c for c in worker.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert 1 <= len(ports) <= 4, ports
 
 
 def test_seeded_chunked_prefill_lives(engines: Engines) -> None:

@@ -30,6 +30,7 @@ from disagg.sdk.client import Client
 from pools.client.routes import ENGINE_KEY_HEADER
 from pools.config import CpuConfig
 from pools.plan.launch import HOST_WORKER_EXTENSION, engine_env
+from tests.support.replaced import PYTHONPATH
 from tests.support.zygote import ForkedProcess, Zygote
 
 T = TypeVar("T")
@@ -172,7 +173,7 @@ def running(
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"},
     )
     stack = Stack(f"http://127.0.0.1:{port}", "", process, log)
     reader = threading.Thread(target=_collect, args=(process, stack.output), daemon=True)
@@ -277,7 +278,7 @@ def _spawn_engine(settings: Mapping[str, Any], log: BinaryIO) -> subprocess.Pope
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env={**os.environ, **_engine_env(), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **_engine_env(), "PYTHONPATH": PYTHONPATH},
     )
 
 

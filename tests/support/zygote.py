@@ -25,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tests.support.replaced import PYTHONPATH
+
 MAX_REQUEST_BYTES = 65536
 
 
@@ -57,7 +59,7 @@ class Zygote:
     """The program, started with the first fork. Its environment is what every engine forked from it has in common."""
 
     def __init__(self, env: Mapping[str, str], *, cwd: Path, log: Path) -> None:
-        self._env, self._cwd, self._log = {**os.environ, **env, "PYTHONPATH": str(cwd)}, cwd, log
+        self._env, self._cwd, self._log = {**os.environ, **env, "PYTHONPATH": PYTHONPATH}, cwd, log
         self._folder = tempfile.TemporaryDirectory(prefix="disagg-zygote-")
         self._path = str(Path(self._folder.name) / "socket")
         self._lock = threading.Lock()

@@ -172,7 +172,7 @@ NIXL = (
     ),
     *of(
         f"{_V1}.nixl.base_scheduler:NixlBaseConnectorScheduler",
-        _LISTENER,
+        (*_LISTENER, *_NIXL),
         has("_nixl_handshake_listener", "encoded_data, ready_event, stop_event, host, port", body="df444614c810"),
         has(
             "set_xfer_handshake_metadata",
@@ -418,6 +418,7 @@ MOONCAKE = (
     Borrowed("vllm.v1.metrics.utils:create_metric_per_engine", _MOONCAKE_METRICS),
     Borrowed("vllm.envs:VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", _SENDER),
     Borrowed("zmq.asyncio:Context._socket_class", _DOOR),
+    Borrowed("zmq.asyncio:Socket.__init__", _DOOR),
     Borrowed("zmq.asyncio:Socket.recv_multipart", _DOOR, "self, flags, copy, track"),
 )
 

@@ -104,7 +104,7 @@ def test_the_guard_names_all_that_does_not_hold(upstream: Any) -> None:
 def test_only_what_the_list_says_is_replaced(
     upstream: Any, process: Process, platform: Platform, applied: list[str]
 ) -> None:
-    """Other processes, other platforms, and what is for an instance or a moment are left out; twice is as good as once."""
+    """Other processes and platforms, and what is for an instance or a moment, are left out; twice is as once."""
     entries = [entry("make"), entry("Queue.build", of="one instance"), entry("Queue.size", of="a moment")]
     before = upstream.make
     for _ in range(2):
