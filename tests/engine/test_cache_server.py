@@ -27,6 +27,8 @@ from pools.cache_server.supervisor import CacheServer, CacheServerAddress, has_m
 from pools.errors import EngineStartError
 from tests.support.garbage import silence, throw_all
 from tests.support.redis import PASSWORD, redis_command, redis_server
+from tests.support.replaced import PYTHONPATH, listed
+from tests.support.replaced import ask as replaced_in
 from tests.support.stack import ROOT, free_port
 from transport.lmcache_server import shm_stem
 from transport.tiers import ExternalServerConfig, ManagedServerConfig
@@ -245,9 +247,17 @@ async def test_redis_is_storage_behind_memory(redis: int, monkeypatch: pytest.Mo
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared() -> AsyncIterator[CacheServer]:
-    """One server for the tests that leave it as it was."""
-    async with _running(_server()) as server:
-        yield server
+    """One server for the tests that leave it as it was. It can be asked what it has replaced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)
+        async with _running(_server()) as server:
+            yield server
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_loop_of_its_queue_is_all_that_is_replaced(shared: CacheServer) -> None:
+    """What the server holds of ours in other packages is what the list says of its process."""
+    assert await asyncio.to_thread(replaced_in, _pid(shared)) == listed("cache_server")
 
 
 @pytest.mark.asyncio(loop_scope="module")
