@@ -12,7 +12,8 @@
     │   ├── NoReplicaError           no replica is ready
     │   ├── PoolOverloadedError      the gateway carries as many requests as it may
     │   ├── AttemptsExhaustedError   a request cost as many decode replicas as it may
-    │   └── ReplicaLostError         a replica cannot be reached
+    │   ├── ReplicaLostError         a replica cannot be reached
+    │   └── UnusableAnswerError      a replica answered what cannot be read
     ├── RequestError                 the client's fault
     │   ├── InvalidRequestError      a field of the request is wrong
     │   ├── ModelNotFoundError       no such model
@@ -51,6 +52,7 @@ from pools.errors import (
     PoolError,
     PoolOverloadedError,
     ReplicaLostError,
+    UnusableAnswerError,
 )
 from transport.errors import ConfigError, DisaggError, TransportError, UpstreamChangedError
 
@@ -87,6 +89,7 @@ __all__ = [
     "StreamLimitError",
     "TransportError",
     "UnsupportedMediaTypeError",
+    "UnusableAnswerError",
     "UpstreamChangedError",
 ]
 

@@ -73,7 +73,7 @@ def _both_platforms() -> Row:
     return Row(LINE, "attributes before and after, on cpu and on cuda", last[:34], "2 passed", done.returncode == 0)
 
 
-def next_release() -> list[Row]:
+def newest() -> list[Row]:
     """Line 9: the report on vLLM 0.33.0; what it finds is judged by hand in the closing note."""
     started = time.monotonic()
     version, findings = check("vllm", NEXT)
