@@ -53,10 +53,10 @@ def test_what_is_replaced_in_each_process_is_what_the_lists_say(role: str, engin
 
 
 def test_a_worker_listens_for_peers_alone(engines: Engines) -> None:
-    """Of all process groups of torch none has a port in a worker; NIXL has those that its peers are told."""
+    """A worker has some twenty process groups and fewer ports than that: of NIXL those that its peers are told."""
     worker = engine_processes(listener(engines.prefill))["worker"]
     ports = [c for c in worker.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert 1 <= len(ports) <= 4, ports
+    assert 1 <= len(ports) <= 8, ports
 
 
 def test_seeded_chunked_prefill_lives(engines: Engines) -> None:

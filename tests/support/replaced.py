@@ -45,7 +45,11 @@ def write() -> None:
 
 
 def _of_instances() -> Iterator[str]:
-    for one in gc.get_objects():
+    # vLLM freezes what is there when an engine has started, and frozen objects are not told.
+    gc.unfreeze()
+    objects = gc.get_objects()
+    gc.freeze()
+    for one in objects:
         cls = type(one)
         if cls.__module__.partition(".")[0] in ("builtins", *OURS) or not cls.__module__.startswith(
             ("vllm", "lmcache")

@@ -95,13 +95,15 @@ def _is_function(value: Any) -> bool:
 
 
 def is_ours(value: Any) -> bool:
-    """Whether the object is a function, a class or an instance of a class that one of our packages made.
+    """Whether the object is a function, a class or a callable instance of a class that one of our packages made.
 
-    `functools.wraps` copies names, so a function tells by the module in which it looks its globals up.
+    `functools.wraps` copies names, so a function tells by the module in which it looks its globals up. Other instances
+    are not counted: vLLM keeps the connector that it was told to make in a variable of its own.
     """
     behind = _function(value)
     if isinstance(behind, FunctionType):
         module = behind.__globals__.get("__name__", "")
     else:
-        module = getattr(behind if inspect.isclass(behind) else type(behind), "__module__", "")
+        is_code = inspect.isclass(behind) or callable(behind)
+        module = getattr(behind if inspect.isclass(behind) else type(behind), "__module__", "") if is_code else ""
     return isinstance(module, str) and module.partition(".")[0] in OURS
