@@ -16,6 +16,7 @@ _KWARGS = ("pools.plan.engine_kwargs",)
 _CACHE_SERVER = ("pools.cache_server.main",)
 _PROBE = ("pools.cache_server.probe",)
 _HTTP = ("transport.bounded_http",)
+_EDGE = ("disagg.gateway.front.edge",)
 _SPLICE = ("disagg.gateway.stream.splice",)
 _RENDER = ("disagg.gateway.front.render",)
 _ROUTER = ("disagg.routing.serve",)
@@ -225,9 +226,11 @@ LMCACHE = (
     Borrowed("lmcache.logging:init_logger", _CACHE_SERVER),
 )
 
+STARLETTE = (Borrowed("starlette.routing:compile_path", _EDGE, takes="path"),)
+
 PAGES = (Borrowed("prometheus_client.metrics:MetricWrapperBase._labelnames", ("disagg.pages.metrics",)),)
 
-BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *UVICORN, *RAY, *LMCACHE, *PAGES)
+BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *UVICORN, *RAY, *LMCACHE, *STARLETTE, *PAGES)
 """All of it, by package."""
 
 ADD_REQUEST = Replacement(

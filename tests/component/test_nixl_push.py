@@ -23,12 +23,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker import NixlPu
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats
 from vllm.v1.request import RequestStatus
 
+from transport.errors import UpstreamChangedError
 from transport.handoff_params import DO_REMOTE_PREFILL, HANDOFF_ID, offer_params
-from transport.in_engine.nixl_push import upstream
 from transport.in_engine.nixl_push.offers import Offers
 from transport.in_engine.nixl_push.scheduler import PushScheduler
 from transport.in_engine.nixl_push.waits import Waits
 from transport.in_engine.nixl_push.worker import OneAtATime, PushWorker
+from transport.in_engine.patches.borrowed import BORROWED
+from transport.upstream.guard import require
+from transport.upstream.names import Borrowed
 
 CONSUME: dict[str, Any] = {
     DO_REMOTE_PREFILL: True,
@@ -43,12 +46,13 @@ PRODUCE = offer_params("g")
 LEASE_S = 30
 
 
-def test_fit_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_is_checked() -> None:
     """The installed vLLM has what is extended here, and one that has not is refused with the name of the method."""
-    upstream.check()
-    monkeypatch.setattr(upstream, "_EXPECTED", ((PushScheduler.settle, ("no such line",)),))
-    with pytest.raises(RuntimeError, match=r"PushScheduler\.settle .*'no such line' is gone"):
-        upstream.check()
+    require(BORROWED, "transport.in_engine.nixl_push")
+    name = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker:NixlPushConnectorWorker._xfer_blocks"
+    wrong = Borrowed(name, ("transport.in_engine.nixl_push.worker",), holds=("no such line",))
+    with pytest.raises(UpstreamChangedError, match=r"NixlPushConnectorWorker\._xfer_blocks .*'no such line'"):
+        require([wrong], "transport.in_engine.nixl_push")
 
 
 # The scheduler's half
