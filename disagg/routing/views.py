@@ -151,7 +151,7 @@ class Decision:
         return self.reasons[-1] if self.mode == "none" else None
 
     @property
-    def lost(self) -> tuple[PairView | ReplicaView, ...]:
+    def not_chosen(self) -> tuple[PairView | ReplicaView, ...]:
         """The candidates that were not chosen."""
         return tuple(candidate for candidate in self.candidates if not self._is_chosen(candidate))
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 from disagg.errors import ClientError
-from disagg.sdk import messages as wire
+from disagg.sdk import messages
 
 if TYPE_CHECKING:
     import httpx
@@ -53,11 +53,11 @@ class Client:
 
     def health(self) -> Health:
         """Whether requests are served. Needs no key. Raises `ClientError` when nobody answers."""
-        return wire.read_health(self._send(wire.get_health()))
+        return messages.read_health(self._send(messages.get_health()))
 
     def pools(self) -> list[Pool]:
         """All pools with their replicas."""
-        return wire.read_pools(self._send(wire.list_pools()))
+        return messages.read_pools(self._send(messages.list_pools()))
 
     def handoffs(
         self,
@@ -87,7 +87,7 @@ class Client:
         Raises:
             APIStatusError: 400 a filter that the server does not know, 401 and 403 key trouble.
         """
-        call = wire.list_handoffs(
+        call = messages.list_handoffs(
             gateway=gateway,
             outcome=outcome,
             replica=replica,
@@ -96,7 +96,7 @@ class Client:
             since=since,
             limit=limit,
         )
-        return wire.read_handoffs(self._send(call), call)
+        return messages.read_handoffs(self._send(call), call)
 
     def pool(self, name: str) -> PoolHandle:
         """Handle of the pool called `name`. Asks the server nothing."""
@@ -114,7 +114,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _send(self, call: wire.Call) -> wire.Reply:
+    def _send(self, call: messages.ApiCall) -> messages.Reply:
         return self._http.send(call)
 
 
@@ -127,7 +127,7 @@ class PoolHandle:
 
     def status(self) -> Pool:
         """The pool as it stands. Raises `APIStatusError` (404) when there is none of this name."""
-        return wire.find_pool(self._client.pools(), self.name)
+        return messages.find_pool(self._client.pools(), self.name)
 
     def scale(self, num_replicas: int) -> ScaleOperation:
         """Set the pool's size, 1 to 1024, and return at once; the operation can be waited for.
@@ -136,8 +136,8 @@ class PoolHandle:
             APIStatusError: 404 unknown pool, 409 the application is not set up for it, 401 and 403 key trouble.
         """
         started = time.monotonic()
-        call = wire.scale_pool(self.name, num_replicas)
-        wire.read_accepted(self._client._send(call), call)
+        call = messages.scale_pool(self.name, num_replicas)
+        messages.read_accepted(self._client._send(call), call)
         return ScaleOperation(self, num_replicas, started=started)
 
 
@@ -173,7 +173,7 @@ class ScaleOperation:
             try:
                 pool = self._pool.status()
             except ClientError as exc:
-                if not wire.is_transient(exc):
+                if not messages.is_transient(exc):
                     raise
                 trouble = exc
             if pool is not None and trouble is None:
@@ -184,7 +184,7 @@ class ScaleOperation:
                     return pool
             left = deadline - time.monotonic()
             if left <= 0:
-                raise wire.scale_timeout(
+                raise messages.scale_timeout(
                     self._pool.name, self.num_replicas, elapsed_s=self.elapsed_s, pool=pool, trouble=trouble
                 )
             time.sleep(min(poll_s, left))
@@ -208,11 +208,11 @@ class AsyncClient:
 
     async def health(self) -> Health:
         """As `Client.health`."""
-        return wire.read_health(await self._send(wire.get_health()))
+        return messages.read_health(await self._send(messages.get_health()))
 
     async def pools(self) -> list[Pool]:
         """As `Client.pools`."""
-        return wire.read_pools(await self._send(wire.list_pools()))
+        return messages.read_pools(await self._send(messages.list_pools()))
 
     async def handoffs(
         self,
@@ -226,7 +226,7 @@ class AsyncClient:
         limit: int | None = None,
     ) -> Handoffs:
         """As `Client.handoffs`."""
-        call = wire.list_handoffs(
+        call = messages.list_handoffs(
             gateway=gateway,
             outcome=outcome,
             replica=replica,
@@ -235,7 +235,7 @@ class AsyncClient:
             since=since,
             limit=limit,
         )
-        return wire.read_handoffs(await self._send(call), call)
+        return messages.read_handoffs(await self._send(call), call)
 
     def pool(self, name: str) -> AsyncPoolHandle:
         """As `Client.pool`."""
@@ -253,7 +253,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _send(self, call: wire.Call) -> wire.Reply:
+    async def _send(self, call: messages.ApiCall) -> messages.Reply:
         return await self._http.send(call)
 
 
@@ -266,13 +266,13 @@ class AsyncPoolHandle:
 
     async def status(self) -> Pool:
         """As `PoolHandle.status`."""
-        return wire.find_pool(await self._client.pools(), self.name)
+        return messages.find_pool(await self._client.pools(), self.name)
 
     async def scale(self, num_replicas: int) -> AsyncScaleOperation:
         """As `PoolHandle.scale`."""
         started = time.monotonic()
-        call = wire.scale_pool(self.name, num_replicas)
-        wire.read_accepted(await self._client._send(call), call)
+        call = messages.scale_pool(self.name, num_replicas)
+        messages.read_accepted(await self._client._send(call), call)
         return AsyncScaleOperation(self, num_replicas, started=started)
 
 
@@ -301,7 +301,7 @@ class AsyncScaleOperation:
             try:
                 pool = await self._pool.status()
             except ClientError as exc:
-                if not wire.is_transient(exc):
+                if not messages.is_transient(exc):
                     raise
                 trouble = exc
             if pool is not None and trouble is None:
@@ -312,7 +312,7 @@ class AsyncScaleOperation:
                     return pool
             left = deadline - time.monotonic()
             if left <= 0:
-                raise wire.scale_timeout(
+                raise messages.scale_timeout(
                     self._pool.name, self.num_replicas, elapsed_s=self.elapsed_s, pool=pool, trouble=trouble
                 )
             await asyncio.sleep(min(poll_s, left))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import httpx
 
 from disagg.errors import APIConnectionError, APITimeoutError, ClientError
-from disagg.sdk.messages import Call, Reply, headers
+from disagg.sdk.messages import ApiCall, Reply, headers
 
 
 class Http:
@@ -23,7 +23,7 @@ class Http:
         self._timeout_s = timeout_s
         self._client = httpx.Client(headers=headers(api_key), timeout=timeout_s, transport=transport)
 
-    def send(self, call: Call) -> Reply:
+    def send(self, call: ApiCall) -> Reply:
         """The server's answer, whatever its status. Raises `ClientError` when there is none."""
         url = self.base_url + call.path
         try:
@@ -47,7 +47,7 @@ class AsyncHttp:
         self._timeout_s = timeout_s
         self._client = httpx.AsyncClient(headers=headers(api_key), timeout=timeout_s, transport=transport)
 
-    async def send(self, call: Call) -> Reply:
+    async def send(self, call: ApiCall) -> Reply:
         """As `Http.send`."""
         url = self.base_url + call.path
         try:

@@ -40,7 +40,7 @@ _ADVICE = {
 
 
 @dataclass(frozen=True)
-class Call:
+class ApiCall:
     """One HTTP request, without the server it goes to."""
 
     method: str
@@ -51,7 +51,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered to a `Call`."""
+    """What a server answered to a `ApiCall`."""
 
     method: str
     url: str
@@ -70,19 +70,19 @@ def headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key.strip()}"}
 
 
-def list_pools() -> Call:
+def list_pools() -> ApiCall:
     """Asks for all pools."""
-    return Call("GET", "/admin/v1/pools")
+    return ApiCall("GET", "/admin/v1/pools")
 
 
-def scale_pool(name: str, num_replicas: int) -> Call:
+def scale_pool(name: str, num_replicas: int) -> ApiCall:
     """Asks for a new size. Raises `ValueError` for a size that no server takes."""
     if isinstance(num_replicas, bool) or not isinstance(num_replicas, int):
         raise ValueError(f"num_replicas must be an integer, got {num_replicas!r}")
     if not 1 <= num_replicas <= MAX_NUM_REPLICAS:
         raise ValueError(f"num_replicas must be 1 to {MAX_NUM_REPLICAS}, got {num_replicas}")
     path = f"/admin/v1/pools/{quote(name, safe='')}/scale"
-    return Call("POST", path, json={"num_replicas": num_replicas}, accept=frozenset({200, 202}))
+    return ApiCall("POST", path, json={"num_replicas": num_replicas}, accept=frozenset({200, 202}))
 
 
 def list_handoffs(
@@ -94,7 +94,7 @@ def list_handoffs(
     tenant: str | None = None,
     since: float | None = None,
     limit: int | None = None,
-) -> Call:
+) -> ApiCall:
     """Asks for the ledger of hand-offs. What is None does not filter."""
     given = {
         "gateway": gateway,
@@ -106,12 +106,12 @@ def list_handoffs(
         "limit": limit,
     }
     query = urlencode({name: value for name, value in given.items() if value is not None})
-    return Call("GET", f"/admin/v1/handoffs?{query}" if query else "/admin/v1/handoffs")
+    return ApiCall("GET", f"/admin/v1/handoffs?{query}" if query else "/admin/v1/handoffs")
 
 
-def get_health() -> Call:
+def get_health() -> ApiCall:
     """Asks whether requests are served. 503 is an answer too."""
-    return Call("GET", "/health", accept=frozenset({200, 503}))
+    return ApiCall("GET", "/health", accept=frozenset({200, 503}))
 
 
 def read_pools(reply: Reply) -> list[Pool]:
@@ -121,14 +121,14 @@ def read_pools(reply: Reply) -> list[Pool]:
     return list(_read(reply, list_pools(), Pools).pools)
 
 
-def read_handoffs(reply: Reply, call: Call) -> Handoffs:
+def read_handoffs(reply: Reply, call: ApiCall) -> Handoffs:
     """The answer to `list_handoffs`."""
     from disagg.sdk.types import Handoffs
 
     return _read(reply, call, Handoffs)
 
 
-def read_accepted(reply: Reply, call: Call) -> Accepted:
+def read_accepted(reply: Reply, call: ApiCall) -> Accepted:
     """The answer to `scale_pool`."""
     from disagg.sdk.types import Accepted
 
@@ -194,7 +194,7 @@ def missing(pool: Pool | None, num_replicas: int) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _read(reply: Reply, call: Call, answer: type[AnswerT]) -> AnswerT:
+def _read(reply: Reply, call: ApiCall, answer: type[AnswerT]) -> AnswerT:
     from pydantic import ValidationError
 
     if reply.status not in call.accept:

@@ -166,7 +166,7 @@ class Handoff:
             return await self._local.answer(call, alone(request, exc.reason), losses)
         except DecodeLost as exc:
             self._metrics.retries.labels("decode").inc()
-            losses.lost(exc.replica_id, had_it=exc.had_it)
+            losses.add(exc.replica_id, had_it=exc.had_it)
             return await self._local.answer(call, alone(request, "decode_lost", (exc.replica_id,)), losses)
         if answer.status < 500:
             return answer
@@ -198,9 +198,9 @@ class Handoff:
 
     def _lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
         """The decode side of a hand-off broke off."""
-        self._membership.lost(under_way.pair.decode, error)
+        self._membership.mark_lost(under_way.pair.decode, error)
         self._settling.decode_lost(under_way, error)
-        self._faults.lost(under_way, error)
+        self._faults.decode_broke_off(under_way, error)
 
     def _answered(self, under_way: UnderWay, status: int) -> None:
         """The decode side of a hand-off has a status."""
@@ -210,7 +210,7 @@ class Handoff:
     async def _after_error(self, call: Call, answer: Answer, losses: Losses, request: RequestView) -> Answer:
         """Locally after a decode replica has answered 5xx, at another one while there is one."""
         answer.close()
-        losses.lost(answer.decode_id)
+        losses.add(answer.decode_id)
         request = self._chooser.sparing(alone(request, "decode_error"), (answer.decode_id,))
         return await self._local.answer(call, request, losses)
 
@@ -244,9 +244,9 @@ class Handoff:
         try:
             answer = await decoded(Hold(decode), call, call.raw, mode="primed", prefill_id=prefill_ids[0])
         except ReplicaLostError as exc:
-            self._membership.lost(decode, exc)
+            self._membership.mark_lost(decode, exc)
             self._metrics.retries.labels("decode").inc()
-            losses.lost(decode.info.replica_id, had_it=exc.sent)
+            losses.add(decode.info.replica_id, had_it=exc.sent)
             return await self._local.answer(call, alone(request, "decode_lost", losses.replica_ids), losses)
         return answer if answer.status < 500 else await self._after_error(call, answer, losses, request)
 

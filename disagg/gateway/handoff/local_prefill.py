@@ -76,13 +76,13 @@ class LocalPrefill:
                 try:
                     answer = await self._computed(reservation, call, request.num_tokens)
                 except ReplicaLostError as exc:
-                    self._membership.lost(member, exc)
-                    losses.lost(member.info.replica_id, had_it=exc.sent)
+                    self._membership.mark_lost(member, exc)
+                    losses.add(member.info.replica_id, had_it=exc.sent)
                 else:
                     if answer.status < 500:
                         return answer
                     failed = answer
-                    losses.lost(member.info.replica_id)
+                    losses.add(member.info.replica_id)
             self._metrics.retries.labels("decode").inc()
             request = alone(request, reason, (member.info.replica_id,))
 

@@ -20,14 +20,14 @@ class Losses:
 
     _broken: set[str] = field(default_factory=set)
 
-    def stream_lost(self, replica_id: str, kv_fit: str = "") -> None:
+    def add_stream(self, replica_id: str, kv_fit: str = "") -> None:
         """A replica broke off with the answer under way; each time counts, for it had worked before."""
         self.kv_fit = kv_fit
         self.replica_ids.add(replica_id)
         self._broken.add(replica_id)
         self.count += 1
 
-    def lost(self, replica_id: str, *, had_it: bool = True) -> None:
+    def add(self, replica_id: str, *, had_it: bool = True) -> None:
         """A replica broke off or answered 5xx before anything was shown.
 
         One that was lost before does so until its process ends: that breaks nothing more. `had_it`: whether it may have

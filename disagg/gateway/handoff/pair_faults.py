@@ -50,7 +50,7 @@ class PairFaults:
         self._breaker.begin(under_way.handoff_id, under_way.pair)
         self._failed(under_way.handoff_id)
 
-    def lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
+    def decode_broke_off(self, under_way: UnderWay, error: ReplicaLostError) -> None:
         """The decode leg broke off: the pair's fault if the decode replica still answers. Returns at once."""
         self._breaker.over(under_way.handoff_id)
         if error.sent:
@@ -96,12 +96,12 @@ class PairFaults:
                 pair.decode.info.replica_id,
             )
         self._membership.mark_cold(pair, rest_s=opened.rest_s)
-        self._background.forever(rest(self._membership, pair))
+        self._background.forever(end_rest_later(self._membership, pair))
         members = self._membership.members
         self._breaker.retain({Pair(p, d).key for p in members(PREFILL) for d in members(DECODE)})
 
 
-async def rest(membership: Membership, pair: Pair) -> None:
+async def end_rest_later(membership: Membership, pair: Pair) -> None:
     """Let a pair that was marked cold be warmed again when its rest is over."""
-    while (left := membership.rested(pair)) > 0:
+    while (left := membership.end_rest(pair)) > 0:
         await asyncio.sleep(left)

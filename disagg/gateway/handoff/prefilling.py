@@ -260,7 +260,7 @@ class Prefilling:
     def _failed(self, tries: Tries, prefill: Member, error: PrefillFailed) -> None:
         """A prefill replica failed: it is not tried again for this prompt."""
         if isinstance(error.__cause__, ReplicaLostError):
-            self._membership.lost(prefill, error.__cause__)
+            self._membership.mark_lost(prefill, error.__cause__)
         without = tries.request.without | {prefill.info.replica_id}
         tries.request = replace(tries.request, without=without)
 

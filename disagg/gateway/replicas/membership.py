@@ -198,7 +198,7 @@ class Membership:
             self._changed()
 
     def mark_cold(self, pair: Pair, *, rest_s: float = 0.0) -> None:
-        """Take a pair out of routing until it is warmed again, not before `rest_s` are over and `rested` says so.
+        """Take a pair out of routing until it is warmed again, not before `rest_s` are over and `end_rest` says so.
 
         Of several rests the one that ends last counts.
         """
@@ -212,7 +212,7 @@ class Membership:
     def is_resting(self, pair: Pair) -> bool:
         return pair.key in self._resting
 
-    def rested(self, pair: Pair) -> float:
+    def end_rest(self, pair: Pair) -> float:
         """Let a pair be warmed again if its rest is over; seconds for which it has to rest yet."""
         until = self._resting.get(pair.key)
         if until is None:
@@ -229,7 +229,7 @@ class Membership:
             member.reachable = False
             self._changed()
 
-    def lost(self, member: Member, error: ReplicaLostError) -> None:
+    def mark_lost(self, member: Member, error: ReplicaLostError) -> None:
         """A leg was lost there: stop choosing it if it could not be connected to."""
         logger.warning("replica %s lost: %s", member.info.replica_id, error)
         if error.unreachable:

@@ -57,7 +57,7 @@ class CrashLoop:
         self._lost_at: deque[float] = deque(maxlen=_LOSSES)
         self._counted: OrderedDict[str, None] = OrderedDict()
 
-    def lost(self, incarnation: str, now: float) -> bool:
+    def count_loss(self, incarnation: str, now: float) -> bool:
         """Count a replica, once; whether the pool's replicas die one after the other only since this one."""
         if incarnation in self._counted:
             return False

@@ -231,7 +231,7 @@ class Watch:
 
     def _count_loss(self, member: Member) -> None:
         info = member.info
-        if self._crash_loops[info.pool].lost(info.incarnation, self._clock()):
+        if self._crash_loops[info.pool].count_loss(info.incarnation, self._clock()):
             self._metrics.crash_loops.labels(info.pool).inc()
             logger.error(
                 "the %s pool loses one replica after the other; new ones are used only after %g s without trouble",

@@ -21,7 +21,7 @@ from disagg.gateway.background import Background
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.decoding import Answer
-from disagg.gateway.handoff.pair_faults import rest
+from disagg.gateway.handoff.pair_faults import end_rest_later
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids, without_ids
 from disagg.gateway.ledger.ledger import Ledger
@@ -198,7 +198,7 @@ class Shadow:
             rest_s,
         )
         self._membership.mark_cold(pair, rest_s=rest_s)
-        self._background.forever(rest(self._membership, pair))
+        self._background.forever(end_rest_later(self._membership, pair))
 
 
 @dataclass

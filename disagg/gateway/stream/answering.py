@@ -195,7 +195,7 @@ class _AnsweredCall(Response):
                 lost = ReplicaLostError(str(exc), reason="the client took nothing of it")
                 return apart(self._last, error_event(lost))
             return apart(self._last, await resuming.run(answer, exc, write))
-        return resuming.sent.rest() if resuming.sent else b""
+        return resuming.sent.unfinished() if resuming.sent else b""
 
     async def _carry(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
         """Send what comes from the first replica. Raises ReplicaLostError."""

@@ -38,13 +38,13 @@ class ResumedStream:
         again = sent.cut(cut.num_tokens)
         self._again = again if greedy else []
         self._text_offset = sent.next_text_offset
-        self._rest = b""
+        self._partial = b""
         self.fault: bytes | None = None
         """The error event with which this engine broke off; it does not go to the client."""
 
     def feed(self, data: bytes) -> bytes:
         """What of `data` goes to the client. Raises DivergedError."""
-        *events, self._rest = (self._rest + data).split(b"\n\n")
+        *events, self._partial = (self._partial + data).split(b"\n\n")
         return b"".join([self._event(event + b"\n\n") for event in events])
 
     def close(self) -> None:

@@ -117,7 +117,7 @@ class Resuming:
             answer.close()
             lost_at = asyncio.get_running_loop().time()
             lost_id = answer.decode_id
-            self._losses.stream_lost(lost_id, answer.decode_fit)
+            self._losses.add_stream(lost_id, answer.decode_fit)
             try:
                 if (end := self._ending()) is not None:
                     return end

@@ -102,7 +102,7 @@ class SentTokens:
         """`client_ids`: whether the client asked for token ids itself, and so gets them."""
         self._client_ids = client_ids
         self._plain = _PLAIN[endpoint]
-        self._rest = b""
+        self._partial = b""
         self._events: list[bytes] = []
         self._texts: list[str] = []
         self.token_ids = array("I")
@@ -119,14 +119,14 @@ class SentTokens:
     def feed(self, data: bytes) -> bytes:
         """What of `data` goes to the client now. Never raises: what it cannot read goes on as it is."""
         # No newline is inside an event of vLLM's: JSON escapes them.
-        if not self._rest and len(data) > 1 and data.find(b"\n") == len(data) - 2:
+        if not self._partial and len(data) > 1 and data.find(b"\n") == len(data) - 2:
             return self._event(data)
         return self._feed_events(data)
 
-    def rest(self) -> bytes:
+    def unfinished(self) -> bytes:
         """What is left of a stream that ended in the middle of an event."""
-        rest, self._rest = self._rest, b""
-        return rest
+        partial, self._partial = self._partial, b""
+        return partial
 
     @property
     def text(self) -> str:
@@ -169,13 +169,13 @@ class SentTokens:
         return behind
 
     def _feed_events(self, data: bytes) -> bytes:
-        if self._rest:
-            data = self._rest + data
+        if self._partial:
+            data = self._partial + data
         end = data.rfind(_END) + 2
         if end == 1:
-            self._rest = data
+            self._partial = data
             return b""
-        self._rest = data[end:]
+        self._partial = data[end:]
         return b"".join([self._event(event + _END) for event in data[: end - 2].split(_END)])
 
     def _event(self, event: bytes) -> bytes:

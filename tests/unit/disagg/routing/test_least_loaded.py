@@ -156,7 +156,7 @@ def test_no_candidates() -> None:
     """Nothing to choose from is a decision for nobody, not an error."""
     for request in (PLAIN, LOCAL):
         decision = LeastLoaded().choose(request, Snapshot((), ()))
-        assert (decision.mode, decision.refusal, decision.lost) == ("none", "no_replica", ())
+        assert (decision.mode, decision.refusal, decision.not_chosen) == ("none", "no_replica", ())
 
 
 def test_all_pairs_take_turns() -> None:
@@ -191,10 +191,10 @@ def after(snapshot: Snapshot, decision: Decision, at: int) -> Snapshot:
 def test_who_lost() -> None:
     """A decision names all that it weighed and did not choose."""
     decision = LeastLoaded().choose(PLAIN, TWO_BY_TWO)
-    assert len(decision.candidates) == 4 and len(decision.lost) == 3
-    assert decision.lost == (PairView(P0, D1, 0), PairView(P1, D0, 0), PairView(P1, D1, 0))
+    assert len(decision.candidates) == 4 and len(decision.not_chosen) == 3
+    assert decision.not_chosen == (PairView(P0, D1, 0), PairView(P1, D0, 0), PairView(P1, D1, 0))
     local = LeastLoaded().choose(LOCAL, TWO_BY_TWO)
-    assert (local.decode_id, local.lost) == ("d0", (D1,))
+    assert (local.decode_id, local.not_chosen) == ("d0", (D1,))
 
 
 def test_whether_there_is_another_prefill_replica() -> None:

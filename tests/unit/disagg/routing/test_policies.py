@@ -131,7 +131,7 @@ def test_decisions_are_values(name: PolicyName) -> None:
     for request, snapshot in CASES:
         decision = policy.choose(request, snapshot)
         assert policy.choose(request, snapshot) == decision
-        assert len(decision.lost) == len(decision.candidates) - (decision.mode != "none")
+        assert len(decision.not_chosen) == len(decision.candidates) - (decision.mode != "none")
         for candidate in decision.candidates:
             is_pair = isinstance(candidate, PairView)
             assert is_pair == (decision.mode in ("handoff", "primed"))

@@ -286,9 +286,9 @@ def test_a_pair_that_rests() -> None:
     assert members.is_resting(pair) and not members.cold_pairs() and members.num_warm_pairs() == 1
     changes: list[int] = []
     members._on_change = lambda: changes.append(1)
-    assert members.rested(pair) == 5 and members.is_resting(pair) and not changes
+    assert members.end_rest(pair) == 5 and members.is_resting(pair) and not changes
     now[0] += 5
-    assert [members.rested(pair), members.rested(pair)] == [0, 0]
+    assert [members.end_rest(pair), members.end_rest(pair)] == [0, 0]
     assert ids(members.cold_pairs()) == ids([pair]) and len(changes) == 1
     members.mark_warm(pair)
     assert members.num_warm_pairs() == 2
@@ -303,9 +303,9 @@ def test_the_longest_rest_counts() -> None:
     for pair, rests in zip(members.cold_pairs(), ([0.5, 60], [60, 0.5]), strict=True):
         for rest_s in rests:
             members.mark_cold(pair, rest_s=rest_s)
-        assert members.rested(pair) == 60
+        assert members.end_rest(pair) == 60
     now[0] = 59
-    assert [members.rested(Pair(members.members(PREFILL)[0], d)) for d in members.members(DECODE)] == [1, 1]
+    assert [members.end_rest(Pair(members.members(PREFILL)[0], d)) for d in members.members(DECODE)] == [1, 1]
     assert not members.cold_pairs()
 
 

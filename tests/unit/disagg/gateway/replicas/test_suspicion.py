@@ -39,10 +39,10 @@ def test_a_new_incarnation_begins_anew() -> None:
 def test_crash_loop() -> None:
     """Three replicas within two minutes; each counts once, and old losses are forgotten."""
     loop = CrashLoop()
-    assert not loop.lost("1", 0) and not loop.lost("2", 60) and not loop.lost("2", 61)
+    assert not loop.count_loss("1", 0) and not loop.count_loss("2", 60) and not loop.count_loss("2", 61)
     assert not loop.is_on(61)
-    assert loop.lost("3", 100) and loop.is_on(120)
-    assert not loop.lost("4", 110) and loop.is_on(180)
+    assert loop.count_loss("3", 100) and loop.is_on(120)
+    assert not loop.count_loss("4", 110) and loop.is_on(180)
     assert not loop.is_on(181)
-    assert not loop.lost("5", 300)
+    assert not loop.count_loss("5", 300)
     assert not loop.is_on(300)

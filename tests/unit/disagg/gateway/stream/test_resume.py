@@ -183,14 +183,14 @@ async def test_tries_to_go_on_come_further_apart(monkeypatch: pytest.MonkeyPatch
 def test_a_replica_breaks_once() -> None:
     """Lost with its stream and answering 5xx until its process ends is one loss; a second stream is another."""
     losses = Losses()
-    losses.stream_lost("d0")
+    losses.add_stream("d0")
     for _ in range(3):
-        losses.lost("d0")
+        losses.add("d0")
     assert (losses.count, losses.replica_ids) == (1, {"d0"})
-    losses.lost("d1", had_it=False)
+    losses.add("d1", had_it=False)
     assert (losses.count, losses.replica_ids) == (1, {"d0", "d1"})
-    losses.lost("d1")
-    losses.stream_lost("d0")
+    losses.add("d1")
+    losses.add_stream("d0")
     assert losses.count == 3
 
 

@@ -70,7 +70,7 @@ def test_pieces_and_several_events() -> None:
         tokens.parse()
         assert list(tokens.token_ids) == [1, *range(200)] and tokens.text.startswith("aé0é1")
         assert (tokens.done, tokens.finish_reason, tokens.response_id, tokens.created) == (True, "stop", "cmpl-1", 7)
-        assert tokens.rest() == b""
+        assert tokens.unfinished() == b""
 
 
 def test_chunks_for_ids_alone_are_dropped() -> None:
