@@ -26,11 +26,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import Nix
 
 from tests.support.garbage import messages, silence, still_open, throw_all
 from tests.support.stack import free_port
+from transport.errors import UpstreamChangedError
 from transport.in_engine.mooncake import door as mooncake_door
 from transport.in_engine.mooncake.connector import Worker
 from transport.in_engine.mooncake.door import BootstrapServer, DoorContext
 from transport.in_engine.nixl import listener as nixl_listener
 from transport.in_engine.nixl.connector import NixlScheduler
+from transport.upstream.guard import require
+from transport.upstream.names import Borrowed
 
 HOST = "127.0.0.1"
 ANSWERS = {(0, 0): b"of rank 0", (0, 1): b"of rank 1"}
@@ -111,11 +114,12 @@ def test_engines_load_ours() -> None:
     assert NixlScheduler._nixl_handshake_listener is nixl_listener.listen
 
 
-def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_vllm_is_refused() -> None:
     """A listener that speaks differently ends the start, with the name of what to read."""
-    monkeypatch.setattr(nixl_listener, "_EXPECTED", ((nixl_listener.listen, ("no such line",)),))
-    with pytest.raises(RuntimeError, match="no such line"):
-        nixl_listener.check()
+    name = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler:NixlBaseConnectorScheduler"
+    method = f"{name}._nixl_handshake_listener"
+    with pytest.raises(UpstreamChangedError, match=r"_nixl_handshake_listener .*'no such line'"):
+        require([Borrowed(method, ("transport.in_engine.nixl.listener",), holds=("no such line",))], "transport")
 
 
 class Sender(Worker):

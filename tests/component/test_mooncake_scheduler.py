@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
+from transport.errors import UpstreamChangedError
 from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, HANDOFF_ID, REMOTE_DECODE
-from transport.in_engine.mooncake import upstream as mooncake_fit
 from transport.in_engine.mooncake.scheduler import Scheduler
+from transport.in_engine.patches.borrowed import BORROWED
+from transport.upstream.guard import require
+from transport.upstream.names import Borrowed
 
 CONSUME = {
     DO_REMOTE_PREFILL: True,
@@ -40,12 +43,13 @@ def finished(role: str, params: dict[str, Any], status: RequestStatus, blocks: l
     return half, ended, half.request_finished(ended, (blocks,))
 
 
-def test_fit_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_is_checked() -> None:
     """The installed vLLM has what is extended here, and one that has not is refused with the name of the method."""
-    mooncake_fit.check()
-    monkeypatch.setattr(mooncake_fit, "_EXPECTED", ((Scheduler.settle, ("no such line",)),))
-    with pytest.raises(RuntimeError, match=r"Scheduler\.settle .*'no such line' is gone"):
-        mooncake_fit.check()
+    require(BORROWED, "transport.in_engine.mooncake")
+    owner = "vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector:MooncakeConnectorScheduler"
+    wrong = Borrowed(f"{owner}.request_finished", ("transport.in_engine.mooncake.scheduler",), holds=("no such line",))
+    with pytest.raises(UpstreamChangedError, match=r"MooncakeConnectorScheduler\.request_finished .*'no such line'"):
+        require([wrong], "transport.in_engine.mooncake")
 
 
 @pytest.mark.parametrize(

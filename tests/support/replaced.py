@@ -21,7 +21,7 @@ import psutil
 
 from pools.borrowed import REPLACED as OF_POOLS
 from transport.in_engine.patches.replaced import REPLACED as OF_ENGINES
-from transport.upstream.loaded import OURS, is_ours
+from transport.upstream.loaded import is_ours
 from transport.upstream.names import Platform, Process
 from transport.upstream.replacing import chosen, replaced
 
@@ -51,9 +51,8 @@ def _of_instances() -> Iterator[str]:
     gc.freeze()
     for one in objects:
         cls = type(one)
-        if cls.__module__.partition(".")[0] in ("builtins", *OURS) or not cls.__module__.startswith(
-            ("vllm", "lmcache")
-        ):
+        # Of some classes it is not a text.
+        if not str(cls.__module__).startswith(("vllm", "lmcache")):
             continue
         with contextlib.suppress(TypeError):
             own = vars(one)
