@@ -13,7 +13,7 @@ _COMPAT = ("pools.engine._vllm_compat",)
 _ENGINE = ("pools.engine.vllm_engine",)
 _TALLY = ("pools.engine.vllm_tally",)
 _KWARGS = ("pools.plan.engine_kwargs",)
-_CACHE_SERVER = ("pools.cache_server.main",)
+_CACHE_SERVER = ("pools.cache_server.main", "pools.cache_server.steadfast")
 _PROBE = ("pools.cache_server.probe",)
 _HTTP = ("transport.bounded_http",)
 _EDGE = ("disagg.gateway.front.edge",)
@@ -273,7 +273,7 @@ SERVE_SHUTDOWN = Replacement(
 )
 MAIN_LOOP = Replacement(
     name="lmcache.v1.multiprocess.transport.zmq_impl.mq:MessageQueueServer._main_loop",
-    by="pools.cache_server.main:steadfast",
+    by="pools.cache_server.steadfast:steadfast",
     processes=frozenset({"cache_server"}),
     platforms=frozenset({"cpu", "cuda"}),
     why="its thread ends with the first message that it cannot take apart, and the server answers nothing any more",

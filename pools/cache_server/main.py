@@ -10,43 +10,11 @@ Source: `MessageQueueServer._main_loop` in `lmcache/v1/multiprocess/transport/zm
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import zmq
-from lmcache.logging import init_logger
-
 from pools.borrowed import BORROWED, MAIN_LOOP
+from pools.cache_server.steadfast import steadfast
 from pools.process.descriptors import raise_limit
 from transport.upstream.guard import require
 from transport.upstream.replacing import replace
-
-logger = init_logger(__name__)
-
-Loop = Callable[[Any], None]
-
-
-def steadfast(loop: Loop) -> Loop:
-    """`loop` begun again after each exception: the message that caused it has been taken off the queue by then.
-
-    A `zmq.ZMQError` is raised: it tells of the socket, not of a message, and would come again at once.
-    """
-
-    @functools.wraps(loop)
-    def run(server: Any) -> None:
-        num_refused = 0
-        while True:
-            try:
-                return loop(server)
-            except zmq.ZMQError:
-                raise
-            except Exception as exc:
-                num_refused += 1
-                if num_refused == 1:
-                    logger.warning("a malformed message at the queue was refused (%r); others are not logged", exc)
-
-    return run
 
 
 def main() -> None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of LMCache's message queue, begun again after a message that it cannot take apart.
+
+Not in `main`, which runs as the program itself: what is replaced is told by the module that it comes from.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+from lmcache.logging import init_logger
+
+logger = init_logger(__name__)
+
+Loop = Callable[[Any], None]
+
+
+def steadfast(loop: Loop) -> Loop:
+    """`loop` begun again after each exception: the message that caused it has been taken off the queue by then.
+
+    A `zmq.ZMQError` is raised: it tells of the socket, not of a message, and would come again at once.
+    """
+
+    @functools.wraps(loop)
+    def run(server: Any) -> None:
+        num_refused = 0
+        while True:
+            try:
+                return loop(server)
+            except zmq.ZMQError:
+                raise
+            except Exception as exc:
+                num_refused += 1
+                if num_refused == 1:
+                    logger.warning("a malformed message at the queue was refused (%r); others are not logged", exc)
+
+    return run
