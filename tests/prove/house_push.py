@@ -11,14 +11,29 @@ from tests.prove.report import ROOT, Row
 from tests.prove.serve_leaving import leave
 from tests.prove.serve_tokens import mode_of, reference, wrong
 from tests.prove.tiers_offload import passes_of
-from tests.prove.tiers_rescue import nothing_is_wasted
+from tests.prove.tiers_rescue import leave as leave_unread
+from tests.prove.tiers_rescue import stored_bytes
 from tests.support.answers import ask_all, cases
 from tests.support.stack import running
-from tests.support.tiers import WHOLE_PROMPTS, balanced, prompts, settled_books, tiers
+from tests.support.tiers import (
+    WHOLE_PROMPTS,
+    asked,
+    balanced,
+    case_of,
+    events,
+    full_chunks,
+    orphan,
+    prompts,
+    replica_urls,
+    reset_caches,
+    settled_books,
+    tiers,
+)
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 NUM_REQUESTS = 100
 NUM_CLIENTS = 100
+LEASE_S = 10
 SAMPLE = 40
 SUBJECT = "NIXL push: the prefill engine writes"
 """Of the commit that added it."""
@@ -39,7 +54,7 @@ MOST_OTHERS = 3
 
 
 def line4() -> list[Row]:
-    return [*push_and_pull(), *nothing_is_wasted(line=4, mode="push"), *touched()]
+    return [*push_and_pull(), *unread(), *touched()]
 
 
 def push_and_pull() -> list[Row]:
@@ -84,6 +99,48 @@ def push_and_pull() -> list[Row]:
             f"{1e3 * push:.1f} / {1e3 * pull:.1f} ms = {push / pull:.2f}",
             "printed",
             push > 0,
+        ),
+    ]
+
+
+def unread(each: int = 20, num_consumed: int = 100) -> list[Row]:
+    """KV that no decode engine took, of clients that left and of leases that ran out, and what becomes of it.
+
+    A decode engine that hangs is no case of its own here: both legs are under way by then, and the gateway ends a
+    prefill leg whose decode replica it has taken out.
+    """
+    # One sequence at a time on decode: what comes after the first waits in the engine's queue, prefilled and unread.
+    change = tiers(mode="push", sink="unused", lease_s=LEASE_S, l1_gib=1.0, decode_kwargs={"max_num_seqs": 1})
+    lost = prompts(2 * each, seed=43, shortest=512, longest=2048)
+    with running(CONFIG, name="prove-push-unread", change=change) as stack:
+        before = stored_bytes(stack)
+        taken = prompts(num_consumed, seed=44, longest=600)
+        asked(stack.url, [case_of(f"c{i}", p, max_tokens=2) for i, p in enumerate(taken)], 4)
+        consumed = settled_books(stack)["consumed"]
+        grown = stored_bytes(stack) - before
+        leave_unread(stack, lost[:each])
+        totals = settled_books(stack)
+        ids = set(orphan(stack, lost[each:], settle=False))
+        [url] = replica_urls(stack, "prefill")
+        told = events(url)
+        expired = sum(e["kind"] == "ended" and e["outcome"] == "expired" and e["id"] in ids for e in told)
+        reset_caches(stack)
+        passes_of(stack, lost)
+        loads = [e for e in events(url)[len(told) :] if e["kind"] == "loaded" and e["source"] == "lmcache"]
+    loaded, wanted = sum(e["tokens"] for e in loads), sum(full_chunks(p) for p in lost)
+    share = loaded / wanted
+    return [
+        Row(4, "push: consumed, by the ledger", str(consumed), f"at least {num_consumed}", consumed >= num_consumed),
+        Row(4, "push: bytes of them stored in LMCache", f"{grown:.0f}", "0", grown == 0),
+        Row(4, "push: clients left, rescued", str(totals["rescued"]), str(each), totals["rescued"] == each),
+        Row(4, "push: the books balance then", _said(totals), "produced = sum of ends", balanced(totals)),
+        Row(4, "push: leases that ran out, all of them stored", str(expired), str(each), expired == each),
+        Row(
+            4,
+            "push: their full chunks that came from LMCache",
+            f"{loaded} of {wanted} = {100 * share:.1f} %",
+            "at least 95 %",
+            share >= 0.95,
         ),
     ]
 

@@ -40,12 +40,9 @@ NUM_CONSUMED = 200
 SHARE = 0.95
 
 
-def nothing_is_wasted(
-    each: int = EACH, num_consumed: int = NUM_CONSUMED, *, line: int = 3, mode: str | None = None
-) -> list[Row]:
-    """Rows of one application; `mode`: that of its transport."""
+def nothing_is_wasted(each: int = EACH, num_consumed: int = NUM_CONSUMED) -> list[Row]:
     # One sequence at a time on decode: what comes after the first waits in the engine's queue, prefilled and unread.
-    change = tiers(mode=mode, sink="unused", lease_s=LEASE_S, l1_gib=1.0, decode_kwargs={"max_num_seqs": 1})
+    change = tiers(sink="unused", lease_s=LEASE_S, l1_gib=1.0, decode_kwargs={"max_num_seqs": 1})
     lost = prompts(3 * each, seed=34, shortest=512, longest=2048)
     by_kind = {"client left": lost[:each], "decode killed": lost[each : 2 * each], "lease ran out": lost[2 * each :]}
     rows = []
@@ -58,11 +55,11 @@ def nothing_is_wasted(
         totals = settled_books(stack)
         grown = stored_bytes(stack) - stored_before
         rows.append(
-            Row(line, f"{num_consumed} consumed hand-offs: bytes stored in LMCache", f"{grown:.0f}", "0", grown == 0)
+            Row(3, f"{num_consumed} consumed hand-offs: bytes stored in LMCache", f"{grown:.0f}", "0", grown == 0)
         )
         rows.append(
             Row(
-                line,
+                3,
                 "consumed, by the ledger",
                 str(totals["consumed"]),
                 f"{num_consumed}",
@@ -76,7 +73,7 @@ def nothing_is_wasted(
         wait_until(lambda: is_warm(stack.url), 180, "the decode replica is replaced and warm", 0.5)
         print(f"    after the clients that left: {after_left}; after all: {totals}")
         rows.append(
-            Row(line, "rescued, by the ledger", str(totals["rescued"]), str(3 * each), totals["rescued"] == 3 * each)
+            Row(3, "rescued, by the ledger", str(totals["rescued"]), str(3 * each), totals["rescued"] == 3 * each)
         )
         reset_caches(stack)
         computed = statistics.median(passes_of(stack, prompts(3 * each, seed=36, shortest=512, longest=2048)))
@@ -91,16 +88,16 @@ def nothing_is_wasted(
     figure = f"{1e3 * computed:.0f} / {1e3 * from_cache:.0f} ms = {computed / from_cache:.2f}"
     rows += [
         Row(
-            line,
+            3,
             "prompt tokens in full chunks that came from LMCache",
             f"{loaded} of {wanted} = {100 * share:.1f} %",
             f"at least {100 * SHARE:g} %",
             share >= SHARE,
         ),
-        Row(line, "TTFT p50, computed / from LMCache", figure, "printed", from_cache > 0),
-        Row(line, "re-used, by the ledger", str(totals["reused"]), str(3 * each), totals["reused"] == 3 * each),
+        Row(3, "TTFT p50, computed / from LMCache", figure, "printed", from_cache > 0),
+        Row(3, "re-used, by the ledger", str(totals["reused"]), str(3 * each), totals["reused"] == 3 * each),
         Row(
-            line,
+            3,
             "the books balance",
             ", ".join(f"{k} {v}" for k, v in totals.items()),
             "produced = sum of ends",

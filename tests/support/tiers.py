@@ -197,8 +197,18 @@ def fresh_dir(name: str) -> str:
     return str(path)
 
 
-def orphan(stack: Stack, chosen: Sequence[Sequence[int]], transport: str = "nixl", timeout_s: float = 60.0) -> None:
-    """Prefill prompts for nobody, as a gateway whose client left: a leg, then `settle`. Returns when all are stored."""
+def orphan(
+    stack: Stack,
+    chosen: Sequence[Sequence[int]],
+    transport: str = "nixl",
+    timeout_s: float = 60.0,
+    *,
+    settle: bool = True,
+) -> list[str]:
+    """Prefill prompts for nobody: a leg, then `settle`, as a gateway whose client left; without it their lease ends.
+
+    Returns their ids when all are stored.
+    """
     [url] = replica_urls(stack, "prefill")
     ids = [f"orphan-{time.monotonic_ns()}-{i}" for i in range(len(chosen))]
     for handoff_id, prompt in zip(ids, chosen, strict=True):
@@ -206,14 +216,17 @@ def orphan(stack: Stack, chosen: Sequence[Sequence[int]], transport: str = "nixl
         if transport == "mooncake":
             params["transfer_id"] = handoff_id
         body = {"model": "tiny", "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-        leg, settle = {**body, "kv_transfer_params": params}, {"handoff_ids": [handoff_id]}
-        for path, sent in (("/v1/completions", leg), ("/disagg/v1/settle", settle)):
+        calls = [("/v1/completions", {**body, "kv_transfer_params": params})]
+        if settle:
+            calls.append(("/disagg/v1/settle", {"handoff_ids": [handoff_id]}))
+        for path, sent in calls:
             httpx.post(url + path, json=sent, headers=engine_headers(), timeout=60).raise_for_status()
 
     def stored() -> bool:
         return set(ids) <= {e["id"] for e in events(url) if e["kind"] == "rescued"}
 
     wait_until(stored, timeout_s, f"{len(ids)} orphaned prompts are stored", 0.25)
+    return ids
 
 
 def events(url: str) -> list[dict[str, Any]]:
