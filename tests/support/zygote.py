@@ -120,7 +120,10 @@ def preload() -> None:
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
     import vllm.v1.worker.cpu_worker
+    from vllm.platforms.cpu import CpuPlatform
 
+    import pools.engine.vllm_engine  # noqa: F401
+    import pools.replica.server  # noqa: F401
     import tests.support.engine_process  # noqa: F401
 
     for module in (
@@ -130,6 +133,12 @@ def preload() -> None:
         vllm.v1.executor.multiproc_executor,
     ):
         module.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+    # A worker puts C++ in the place of Triton's kernels and looks through all modules for them. That is before it loads
+    # a connector, but EngineCore, of which it is a copy here, has loaded its own, and vLLM's search trips over what
+    # LMCache imports (`vars(value).get` in llvmlite). So it is done here, before there is any connector.
+    CpuPlatform.register_triton_kernel_overrides()
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def serve(path: str) -> None:
