@@ -15,13 +15,15 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger(__name__)
 
+EXTENSION = "disagg.protocol"
+"""Under this name a scope's `extensions` have the protocol that the request came by."""
 _SECOND_LOOK_S = 0.2
 """A process that was busy finds its timers due before it has read what came meanwhile; so it reads first."""
 
@@ -143,6 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._stage, self._head_bytes = "head", 0
         super().on_message_begin()
+        cast(dict[str, Any], self.scope)["extensions"] = {EXTENSION: self}
 
     def on_headers_complete(self) -> None:
         self._waited()

@@ -161,6 +161,8 @@ class Gateway:
         )
         self.admin_key = AdminKey(config.admin.key_file)
         answering = Answering(
+            renderer=renderer,
+            membership=self.membership,
             handoff=self.handoff,
             resumer=Resumer(self.handoff, renderer, self.metrics, config),
             shadow=self._shadow(),
@@ -172,12 +174,10 @@ class Gateway:
         self.api = Api(
             model=Model(model_id, int(time.time()), max_model_len),
             config=config,
-            renderer=renderer,
             membership=self.membership,
             chooser=self.chooser,
             answering=answering,
             admin=Admin(self.membership, scaler, self.ledger, self.foreign),
-            in_flight=self.in_flight,
             metrics=self.metrics,
             echo_request_id=echo_request_id,
         )

@@ -18,21 +18,8 @@ from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError, ModelNotFoundError
 from disagg.gateway.admin import Admin
 from disagg.gateway.front import openapi
-from disagg.gateway.front.edge import Handler, KeyKind, Route, RouteTable, tenant_of
-from disagg.gateway.front.fields import Endpoint
-from disagg.gateway.front.in_flight import InFlight
-from disagg.gateway.front.intake import (
-    check_fields,
-    forwarded_headers,
-    parse_json,
-    read_body,
-    request_id_of,
-    take_store,
-)
-from disagg.gateway.front.limits import check_prompt_tokens, check_prompts
-from disagg.gateway.front.render import Renderer
-from disagg.gateway.front.tenants import check_media_ids, salted
-from disagg.gateway.handoff.call import Call
+from disagg.gateway.front.edge import Handler, KeyKind, Route, RouteTable
+from disagg.gateway.front.intake import check_fields, parse_json, read_body, request_id_of, take_store, taken_in
 from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.replicas.choosing import Chooser
@@ -40,8 +27,7 @@ from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.gateway.stream.answering import Answering
 from disagg.observability.metrics import Metrics
 from disagg.routing.constraints import errand
-from pools.errors import AttemptsExhaustedError, NoReplicaError, PoolOverloadedError, ReplicaLostError
-from transport.handoff_params import Store
+from pools.errors import AttemptsExhaustedError, ReplicaLostError
 
 logger = logging.getLogger(__name__)
 
@@ -74,30 +60,26 @@ class Api:
 
     model: Model
     config: GatewayConfig
-    renderer: Renderer
     membership: Membership
     chooser: Chooser
     answering: Answering
     admin: Admin
-    in_flight: InFlight
     metrics: Metrics
     echo_request_id: bool
 
     async def chat_completions(self, request: Request) -> Response:
-        raw, body, store = await self._received(request)
-        return self._answered(request, "chat", body, raw, store)
+        asked = await taken_in(request, "chat", config=self.config, model_id=self.model.id)
+        return self.answering.response(asked)
 
     async def completions(self, request: Request) -> Response:
-        raw, body, store = await self._received(request)
-        return self._answered(request, "completions", body, raw, store)
+        asked = await taken_in(request, "completions", config=self.config, model_id=self.model.id)
+        return self.answering.response(asked)
 
     async def tokenize(self, request: Request) -> Response:
-        raw, *_ = await self._received(request)
-        return await self._passed_on(request, "/tokenize", raw)
+        return await self._passed_on(request, "/tokenize")
 
     async def detokenize(self, request: Request) -> Response:
-        raw, *_ = await self._received(request)
-        return await self._passed_on(request, "/detokenize", raw)
+        return await self._passed_on(request, "/detokenize")
 
     async def list_models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self.model.card()]})
@@ -132,52 +114,13 @@ class Api:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, max_bytes=self.config.max_body_bytes, timeout_s=self.config.body_timeout_s)
 
-    async def _received(self, request: Request) -> tuple[bytes, dict[str, Any], Store | None]:
-        """The checked body as bytes and parsed, both without what only the gateway reads, which follows."""
+    async def _passed_on(self, request: Request, path: str) -> Response:
+        """One decode replica's answer to a route that needs no KV."""
         raw = await self._body(request)
         body = parse_json(request, raw)
         check_fields(body, model_id=self.model.id)
-        store, raw = take_store(body, raw)
-        return raw, body, store
-
-    def _answered(
-        self, request: Request, endpoint: Endpoint, body: dict[str, Any], raw: bytes, store: Store | None
-    ) -> Response:
-        """The response that runs one completion request. `body` and `raw` hold nothing that only the gateway reads."""
-        self._check_room()
-        request_id = request_id_of(request)
-        check_prompts(body, self.config.max_prompts)
-        tenant = tenant_of(request.scope)
-        check_media_ids(body, tenant)
-        raw = salted(body, raw, tenant)
-
-        async def prepare() -> Call:
-            with self.metrics.render_seconds.time():
-                prompts = await self.renderer.prompts(endpoint, body)
-            check_prompt_tokens(prompts, self.config.max_prompt_tokens)
-            name = tenant.name if tenant else None
-            return Call(endpoint, body, raw, prompts, request_id, forwarded_headers(request), store, name)
-
-        if store is not None:
-            self.metrics.stores.labels(store).inc()
-        return self.answering.response(prepare, endpoint=endpoint, request_id=request_id)
-
-    def _check_room(self) -> None:
-        """Raises PoolOverloadedError when the gateway carries as many requests as it may.
-
-        Raises NoReplicaError when the decode replicas that are left only finish what they have.
-        """
-        if self.membership.roster.finishes_only:
-            raise NoReplicaError("every decode replica leaves")
-        if self.in_flight.num >= self.config.max_num_requests:
-            raise PoolOverloadedError(
-                f"the gateway carries {self.in_flight.num} requests, its limit (gateway.max_num_requests)"
-            )
-
-    async def _passed_on(self, request: Request, path: str, raw: bytes) -> Response:
-        """One decode replica's answer to a route that needs no KV."""
-        self._check_room()
-        with self.in_flight.carried():
+        _, raw = take_store(body, raw)
+        with self.answering.carried():
             return await self._passed(request, path, raw)
 
     async def _passed(self, request: Request, path: str, raw: bytes) -> Response:

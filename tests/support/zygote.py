@@ -122,7 +122,7 @@ def preload() -> None:
     import vllm.v1.worker.cpu_worker
     from vllm.platforms.cpu import CpuPlatform
 
-    import pools.engine.vllm_engine  # noqa: F401
+    import pools.engine.vllm_engine
     import pools.replica.server  # noqa: F401
     import tests.support.engine_process  # noqa: F401
 

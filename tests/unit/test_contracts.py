@@ -35,7 +35,7 @@ FAULTS: list[tuple[str, str, str]] = [
     ("Routing decides", "disagg/routing/least_loaded.py", "import disagg.gateway.replicas.membership"),
     ("Routing decides", "disagg/routing/least_loaded.py", "import ray"),
     ("Observability is imported", "disagg/observability/metrics.py", "import disagg.routing.views"),
-    ("Advice never reaches", "disagg/advice/check.py", "import disagg.gateway.front.limits"),
+    ("Advice never reaches", "disagg/advice/check.py", "import disagg.gateway.front.edge"),
     ("The gateway's rooms", "disagg/gateway/replicas/membership.py", "import disagg.gateway.handoff.handoff"),
     ("The pools' rooms", "pools/plan/launch.py", "import pools.replica.spec"),
     ("Connectors in an engine", "transport/in_engine/nixl/connector.py", "import transport.in_engine.lmcache.sink"),

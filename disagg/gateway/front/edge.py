@@ -18,17 +18,17 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from disagg.errors import RequestError
+from disagg.errors import HeadersTooLargeError, RequestError
 from disagg.gateway.front.admin_key import AdminKey
 from disagg.gateway.front.api_keys import ApiKeys
-from disagg.gateway.front.limits import check_headers
-from disagg.gateway.front.tenants import Tenant
+from disagg.gateway.front.tenants import SCOPE_KEY
 
 KeyKind = Literal["open", "client", "admin"]
 """Anybody; one of `gateway.api_keys` where there are any; the admin key."""
 
 _STRICT: tuple[KeyKind, ...] = ("open", "client", "admin")
-_TENANT = "disagg.tenant"
+_HEADER_LINE_BYTES = 4
+"""Colon, space and line end."""
 _LATER = frozenset((429, 503))
 """Statuses after which the same request may succeed, so that a client is told when to send it again."""
 
@@ -150,18 +150,18 @@ class Edge:
 
     def _check(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        check_headers(headers, self._max_header_bytes)
+        size = 0
+        for name, value in headers:
+            size += len(name) + len(value) + _HEADER_LINE_BYTES
+        if size > self._max_header_bytes:
+            raise HeadersTooLargeError(
+                f"the request headers are larger than {self._max_header_bytes} bytes, the limit of this server"
+            )
         key = self._table.key_for(scope["method"], _route_path(scope))
         if key == "client" and self._keys is not None:
-            scope[_TENANT] = self._keys.tenant(_authorization(headers))
+            scope[SCOPE_KEY] = self._keys.tenant(_authorization(headers))
         elif key == "admin":
             self._admin_key.check(_authorization(headers))
-
-
-def tenant_of(scope: Any) -> Tenant | None:
-    """Who sends a request; None where clients need no key."""
-    found: Tenant | None = scope.get(_TENANT)
-    return found
 
 
 def _route_path(scope: Scope) -> str:

@@ -3,21 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 
+@dataclass
 class InFlight:
     """A count. Belongs to the gateway's loop."""
 
-    def __init__(self) -> None:
-        self.num = 0
-
-    @contextmanager
-    def carried(self) -> Iterator[None]:
-        """Count one request until the block ends."""
-        self.num += 1
-        try:
-            yield
-        finally:
-            self.num -= 1
+    num: int = 0

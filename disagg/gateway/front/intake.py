@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an HTTP request to a parsed body: limits, content type, JSON, and what a client must not send."""
+"""From an HTTP request to what it asks for: limits, content type, JSON, and what a client must not send."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import asyncio
 import re
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from disagg.config import GatewayConfig
 from disagg.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -19,13 +21,47 @@ from disagg.errors import (
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
-from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD
+from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD, Endpoint
+from disagg.gateway.front.tenants import SCOPE_KEY, Tenant, check_media_ids, salted
 from transport.handoff_params import Store
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_HEADERS = ("traceparent", "tracestate")
 _decode_json = msgspec.json.Decoder().decode
 _encode_json = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A completion request that was taken in: checked, and not rendered yet."""
+
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    """Without what only the gateway reads."""
+    raw: bytes
+    """`body` in the client's own bytes as far as that can be."""
+    request_id: str
+    trace: Mapping[str, str]
+    """The client's trace context."""
+    store: Store | None
+    """What the client says about KV that nobody consumes."""
+    tenant: str | None
+    """Whose API key it came with; None where clients need none."""
+
+
+async def taken_in(request: Request, endpoint: Endpoint, *, config: GatewayConfig, model_id: str) -> Asked:
+    """Read and check a completion request. Raises RequestError, or ClientDisconnect when the client left."""
+    raw = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    body = parse_json(request, raw)
+    check_fields(body, model_id=model_id)
+    check_prompts(body, config.max_prompts)
+    store, raw = take_store(body, raw)
+    tenant: Tenant | None = request.scope.get(SCOPE_KEY)
+    if tenant is not None:
+        check_media_ids(body, tenant)
+        raw = salted(body, raw, tenant)
+    name = None if tenant is None else tenant.name
+    return Asked(endpoint, body, raw, request_id_of(request), forwarded_headers(request), store, name)
 
 
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
@@ -83,6 +119,16 @@ def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
         raise ModelNotFoundError(f"The model {model!r} does not exist; this server has {model_id!r}.", param="model")
 
 
+def check_prompts(body: Mapping[str, Any], max_prompts: int) -> None:
+    """Raises InvalidRequestError when a completion asks for more prompts than that. A list of token ids is one."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > max_prompts and not isinstance(prompt[0], int):
+        raise InvalidRequestError(
+            f"the list has {len(prompt)} prompts, this server takes {max_prompts}; send several requests",
+            param="prompt",
+        )
+
+
 def take_store(body: dict[str, Any], raw: bytes) -> tuple[Store | None, bytes]:
     """What the client says about KV that nobody consumes, taken out of `body`, and the body's bytes without it.
 
@@ -112,11 +158,14 @@ def forwarded_headers(request: Request) -> dict[str, str]:
 
 
 __all__ = [
+    "Asked",
     "ClientDisconnect",
     "check_fields",
+    "check_prompts",
     "forwarded_headers",
     "parse_json",
     "read_body",
     "request_id_of",
     "take_store",
+    "taken_in",
 ]

@@ -20,6 +20,8 @@ import msgspec
 from disagg.errors import InvalidRequestError
 
 FIELD = "cache_salt"
+SCOPE_KEY = "disagg.tenant"
+"""Where an ASGI scope has the `Tenant` that sends the request; nothing is there where clients need no key."""
 _SALT_CHARACTERS = 32
 """Of base64url: 192 bits, none of them a character that LMCache refuses."""
 _encode_json = msgspec.json.Encoder().encode
@@ -44,7 +46,7 @@ def mixed(tenant_salt: str, client_salt: str) -> str:
     return _text(hashlib.sha256(f"{tenant_salt}\0{client_salt}".encode("utf-8", "surrogatepass")).digest())
 
 
-def salted(body: dict[str, Any], raw: bytes, tenant: Tenant | None) -> bytes:
+def salted(body: dict[str, Any], raw: bytes, tenant: Tenant) -> bytes:
     """Put the tenant's salt into `body`; returns the body's bytes with it.
 
     The client's bytes are kept as they are where it sent no salt: the field goes in front of them.
@@ -55,7 +57,7 @@ def salted(body: dict[str, Any], raw: bytes, tenant: Tenant | None) -> bytes:
     Raises:
         InvalidRequestError: the client's own salt is none that vLLM takes.
     """
-    if tenant is None or tenant.cache_salt is None:
+    if tenant.cache_salt is None:
         return raw
     if FIELD not in body:
         body[FIELD] = tenant.cache_salt
@@ -70,13 +72,13 @@ def salted(body: dict[str, Any], raw: bytes, tenant: Tenant | None) -> bytes:
     return _encode_json(body)
 
 
-def check_media_ids(body: Mapping[str, Any], tenant: Tenant | None) -> None:
+def check_media_ids(body: Mapping[str, Any], tenant: Tenant) -> None:
     """Raises InvalidRequestError when a message names its media by an id of the client's own.
 
     vLLM 0.32 takes a content part's `uuid` as the key of its processor and encoder caches, without any salt: it would
     find what another tenant sent under that id, or put something else in its place.
     """
-    if tenant is None or tenant.cache_salt is None or not isinstance(messages := body.get("messages"), list):
+    if tenant.cache_salt is None or not isinstance(messages := body.get("messages"), list):
         return
     for i, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None

@@ -11,27 +11,31 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from disagg.config import GatewayConfig
-from disagg.errors import StreamLimitError
+from disagg.errors import ContextLengthError, StreamLimitError
 from disagg.gateway.front.in_flight import InFlight
-from disagg.gateway.front.limits import apart, within
+from disagg.gateway.front.intake import Asked
+from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_event, error_response, shape_of
 from disagg.gateway.handoff.call import Call, Progress
 from disagg.gateway.handoff.decoding import Answer
 from disagg.gateway.handoff.handoff import Handoff
 from disagg.gateway.handoff.losses import Losses
+from disagg.gateway.replicas.membership import Membership
 from disagg.gateway.shadow.shadow import Shadow
-from disagg.gateway.stream.resuming import Resumer, Resuming, resume_plan
+from disagg.gateway.stream.resume_rules import resume_plan
+from disagg.gateway.stream.resuming import Resumer, Resuming
 from disagg.gateway.stream.sent_tokens import SentTokens
 from disagg.gateway.stream.splice import protocol_of, splice_of
 from disagg.observability.metrics import Metrics
-from pools.errors import ReplicaLostError
+from pools.errors import NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.errors import DisaggError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,8 @@ _NUM_RECENT = 4
 class Answering:
     """What the answers of one gateway replica are made and sent with."""
 
+    renderer: Renderer
+    membership: Membership
     handoff: Handoff
     resumer: Resumer
     shadow: Shadow | None
@@ -52,24 +58,49 @@ class Answering:
     config: GatewayConfig
     echo_request_id: bool
 
-    def response(self, prepare: Callable[[], Awaitable[Call]], *, request_id: str, endpoint: str) -> Response:
-        """The response to one request. `prepare` renders it, once the response is being sent."""
-        return _AnsweredCall(self, prepare, request_id=request_id, endpoint=endpoint)
+    def response(self, asked: Asked) -> Response:
+        """The response to one request, which runs it while it is being sent.
+
+        Raises PoolOverloadedError or NoReplicaError when the gateway takes no more.
+        """
+        self._check_room()
+        if asked.store is not None:
+            self.metrics.stores.labels(asked.store).inc()
+        return _AnsweredCall(self, asked)
+
+    @contextmanager
+    def carried(self) -> Iterator[None]:
+        """Count one request that is answered elsewhere until the block ends. Raises as `response`."""
+        self._check_room()
+        self.in_flight.num += 1
+        try:
+            yield
+        finally:
+            self.in_flight.num -= 1
+
+    def _check_room(self) -> None:
+        """Raises PoolOverloadedError when the gateway carries as many requests as it may.
+
+        Raises NoReplicaError when the decode replicas that are left only finish what they have.
+        """
+        if self.membership.roster.finishes_only:
+            raise NoReplicaError("every decode replica leaves")
+        if self.in_flight.num >= self.config.max_num_requests:
+            raise PoolOverloadedError(
+                f"the gateway carries {self.in_flight.num} requests, its limit (gateway.max_num_requests)"
+            )
 
 
 class _AnsweredCall(Response):
     """A response that runs its request while it is being sent, so that leaving and answering share one scope."""
 
-    def __init__(
-        self, to: Answering, prepare: Callable[[], Awaitable[Call]], *, request_id: str, endpoint: str
-    ) -> None:
+    def __init__(self, to: Answering, asked: Asked) -> None:
         super().__init__()
         self._to = to
         self._metrics = to.metrics
         self._config = to.config
-        self._prepare = prepare
-        self._request_id = request_id
-        self._endpoint = endpoint
+        self._asked = asked
+        self._request_id = asked.request_id
         self._progress = Progress()
         self._recent: deque[bytes] = deque(maxlen=_NUM_RECENT)
         """What was sent of a stream last."""
@@ -88,14 +119,15 @@ class _AnsweredCall(Response):
         watch = asyncio.ensure_future(_disconnected(receive))
         watch.add_done_callback(client_left)
         try:
-            with self._to.in_flight.carried():
-                await self._run(scope, receive, self._limited(scope, send))
+            self._to.in_flight.num += 1
+            await self._run(scope, receive, send)
         except asyncio.CancelledError:
             if not left:
                 raise
             self._metrics.disconnects.labels(self._progress.phase).inc()
             task.uncancel()
         finally:
+            self._to.in_flight.num -= 1
             watch.remove_done_callback(client_left)
             watch.cancel()
 
@@ -103,14 +135,14 @@ class _AnsweredCall(Response):
         started = time.perf_counter()
         losses = Losses()
         try:
-            call = await self._prepare()
-            self._progress = call.progress
+            call = await self._rendered()
             plan = resume_plan(call)
             check = self._to.shadow.begin(plan.call) if self._to.shadow else None
             answer = await self._to.handoff.answer(check.call if check else plan.call, losses)
         except DisaggError as exc:
-            await self._refusal(exc)(scope, receive, send)
+            await self._refusal(exc)(scope, receive, self._limited(scope, send))
             return
+        send = self._limited(scope, send)
         self._metrics.first_byte_seconds.observe(time.perf_counter() - started)
         self._count(answer.mode, answer.status)
         sent: SentTokens | None = None
@@ -125,6 +157,29 @@ class _AnsweredCall(Response):
                 check.over(answer, sent)
         finally:
             answer.close()
+
+    async def _rendered(self) -> Call:
+        """The request with its token ids. Raises ContextLengthError.
+
+        A request that could not be rendered has none; the engine itself refuses it.
+        """
+        asked = self._asked
+        with self._metrics.render_seconds.time():
+            prompts = await self._to.renderer.prompts(asked.endpoint, asked.body)
+        limit = self._config.max_prompt_tokens
+        if limit is not None and prompts is not None:
+            check_prompt_tokens(prompts, limit)
+        return Call(
+            asked.endpoint,
+            asked.body,
+            asked.raw,
+            prompts,
+            asked.request_id,
+            asked.trace,
+            asked.store,
+            asked.tenant,
+            self._progress,
+        )
 
     def _refusal(self, error: DisaggError) -> Response:
         if isinstance(error, ReplicaLostError):
@@ -224,7 +279,40 @@ class _AnsweredCall(Response):
         return apart(self._last, error_event(error))
 
     def _count(self, mode: str, status: int) -> None:
-        self._metrics.requests.labels(self._endpoint, mode, str(status)).inc()
+        self._metrics.requests.labels(self._asked.endpoint, mode, str(status)).inc()
+
+
+def check_prompt_tokens(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Raises ContextLengthError when a prompt is longer."""
+    longest = max(map(len, prompts), default=0)
+    if longest > max_tokens:
+        raise ContextLengthError(
+            f"the prompt has {longest} tokens, this server takes {max_tokens}; shorten it", param="prompt"
+        )
+
+
+def apart(sent: bytes, events: bytes) -> bytes:
+    """`events` as they follow a stream that was cut: on a line of their own, even when it stopped in mid-event.
+
+    Args:
+        sent: what was sent last; a blank line more than is needed means nothing to a reader.
+        events: whole events, or nothing.
+    """
+    return b"\n\n" + events if events and sent and not sent.endswith(b"\n\n") else events
+
+
+async def within(streaming: Awaitable[bytes], limit_s: float | None, end: Callable[[StreamLimitError], bytes]) -> bytes:
+    """What `streaming` returns, or what `end` makes of it after `limit_s` seconds, when it is cancelled."""
+    if limit_s is None:
+        return await streaming
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            return await streaming
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        return end(StreamLimitError(f"the stream took longer than {limit_s:g} s, the limit of this server"))
 
 
 async def _disconnected(receive: Receive) -> None:

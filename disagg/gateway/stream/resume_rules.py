@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.handoff.call import Call
+from disagg.gateway.handoff.token_ids import IDS, asking_for_ids
 
 _FREE = frozenset(
     # The prompt: its tokens are here already.
@@ -56,6 +58,29 @@ _UNSET: dict[str, tuple[Any, ...]] = {
 """Fields that rule a resume out unless they say nothing: the state they need is gone with the engine."""
 
 _COUNTS = ("max_tokens", "max_completion_tokens", "min_tokens")
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """What a request needs so that its stream can outlive the replicas that it comes from."""
+
+    asked: Call
+    """As the client sent it."""
+    call: Call
+    """As it is sent to an engine."""
+    refusal: str | None
+    """Why its stream cannot go on elsewhere, if so."""
+
+    @property
+    def client_ids(self) -> bool:
+        """Whether the client asked for token ids itself."""
+        return self.asked.body.get(IDS) is True
+
+
+def resume_plan(call: Call) -> ResumePlan:
+    """Decide from the request alone."""
+    refusal = why_not(call.endpoint, call.body, call.prompts)
+    return ResumePlan(call, call if refusal else asking_for_ids(call), refusal)
 
 
 def why_not(endpoint: Endpoint, body: Mapping[str, Any], prompts: Sequence[Sequence[int]] | None) -> str | None:

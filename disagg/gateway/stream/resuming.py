@@ -17,9 +17,8 @@ from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.decoding import Answer
 from disagg.gateway.handoff.handoff import Handoff
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.handoff.token_ids import IDS, asking_for_ids
 from disagg.gateway.stream.resume_body import continued, num_left
-from disagg.gateway.stream.resume_rules import Cut, cut_for, is_greedy, why_not
+from disagg.gateway.stream.resume_rules import Cut, ResumePlan, cut_for, is_greedy
 from disagg.gateway.stream.resumed_stream import DivergedError, ResumedStream, ending, finished
 from disagg.gateway.stream.sent_tokens import DONE, SentTokens, fault_in
 from disagg.observability.metrics import Metrics
@@ -38,29 +37,6 @@ Write = Callable[[bytes], Awaitable[None]]
 
 class Refused(Exception):
     """The stream cannot go on; the message says why."""
-
-
-@dataclass(frozen=True)
-class ResumePlan:
-    """What a request needs so that its stream can outlive the replicas that it comes from."""
-
-    asked: Call
-    """As the client sent it."""
-    call: Call
-    """As it is sent to an engine."""
-    refusal: str | None
-    """Why its stream cannot go on elsewhere, if so."""
-
-    @property
-    def client_ids(self) -> bool:
-        """Whether the client asked for token ids itself."""
-        return self.asked.body.get(IDS) is True
-
-
-def resume_plan(call: Call) -> ResumePlan:
-    """Decide from the request alone. Pure."""
-    refusal = why_not(call.endpoint, call.body, call.prompts)
-    return ResumePlan(call, call if refusal else asking_for_ids(call), refusal)
 
 
 @dataclass(frozen=True)

@@ -15,24 +15,19 @@ from typing import Any, cast
 
 from pools.borrowed import BORROWED, HTTP_PROTOCOL
 from pools.client.http1 import Exchange
-from transport.bounded_http import BoundedProtocol, Door, HttpLimits
+from transport.bounded_http import EXTENSION, BoundedProtocol, Door, HttpLimits
 from transport.upstream.guard import require
 from transport.upstream.replacing import replace
 
-_EXTENSION = "disagg.splice"
 _LIMITS = HttpLimits(body_s=600.0, max_head_bytes=2**20, max_connections=16_384)
 """Against what would hold the port; `gateway.body_timeout_s` and `gateway.max_header_bytes` refuse far sooner."""
 
 
 class SplicingProtocol(BoundedProtocol):
-    """uvicorn's HTTP protocol, which names itself in the scope and tells a splice when the client is slow."""
+    """uvicorn's HTTP protocol, which tells a splice when the client is slow."""
 
     door = Door("the gateway's port", _LIMITS)
     _exchange: Exchange | None = None
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        cast(dict[str, Any], self.scope)["extensions"] = {_EXTENSION: self}
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -94,7 +89,7 @@ def splicing(original: object) -> type[SplicingProtocol]:
 
 def protocol_of(scope: Any) -> SplicingProtocol | None:
     """The client's protocol when it is in the running loop."""
-    protocol = (scope.get("extensions") or {}).get(_EXTENSION)
+    protocol = (scope.get("extensions") or {}).get(EXTENSION)
     if not isinstance(protocol, SplicingProtocol) or protocol.loop is not asyncio.get_running_loop():
         return None
     return protocol

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 
 from disagg.config import AdminConfig, FileKeysConfig, GatewayConfig
 from disagg.errors import ConfigError
+from disagg.gateway.front.admin_key import AdminKey
+from disagg.gateway.front.edge import Edge, RouteTable
+from disagg.gateway.front.responses import shape_of
 from pools.client.routes import ENGINE_KEY_HEADER
-from pools.engine.base import Receive, Scope, Send
+from pools.engine.base import Message, Receive, Scope, Send
 from pools.testing.client import request
 from tests.support.gateway_stack import JSON_HEADERS, MODEL, Hook, Reply, Stack, running_stack, until
 from transport.handoff_params import DO_REMOTE_DECODE
@@ -393,3 +397,31 @@ async def test_a_replica_that_left_is_still_told(stack: Stack) -> None:
     stack.announce()
     await stack.warmed()
     await ask(stack, "alice")
+
+
+@pytest.mark.parametrize(("max_header_bytes", "status"), [(21, 200), (20, 431)])
+async def test_size_of_headers(max_header_bytes: int, status: int, tmp_path: Path) -> None:
+    """All of them count, with what stands between them; as many bytes as the limit pass."""
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    edge = Edge(
+        app,
+        table=RouteTable([]),
+        keys=None,
+        admin_key=AdminKey(str(tmp_path / "admin")),
+        max_header_bytes=max_header_bytes,
+        retry_after_s=1,
+        refuse=lambda request, error: Response(status_code=shape_of(error).status),
+    )
+    headers = [(b"a", b"x" * 10), (b"bc", b"")]
+    await edge({"type": "http", "method": "GET", "path": "/", "headers": headers}, receive, send)
+    assert sent[0]["status"] == status

@@ -21,6 +21,7 @@ from disagg.errors import (
 from disagg.gateway.front.fields import FORBIDDEN_FIELDS
 from disagg.gateway.front.intake import (
     check_fields,
+    check_prompts,
     forwarded_headers,
     parse_json,
     read_body,
@@ -158,3 +159,18 @@ def test_store_is_taken_out() -> None:
         with pytest.raises(InvalidRequestError) as caught:
             take_store({"disagg_store": value}, b"")
         assert caught.value.param == "disagg_store"
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, 2, 3, 4], "a text of many characters", [], None])
+def test_as_many_prompts(prompt: Any) -> None:
+    """A text, a list of token ids and as many prompts as the limit pass."""
+    check_prompts({"prompt": prompt}, 2)
+    check_prompts({}, 2)
+
+
+@pytest.mark.parametrize("prompt", [["a", "b", "c"], [[1], [2], [3]]])
+def test_too_many_prompts(prompt: Any) -> None:
+    """One more is refused."""
+    with pytest.raises(InvalidRequestError, match="3 prompts, this server takes 2") as caught:
+        check_prompts({"prompt": prompt}, 2)
+    assert caught.value.param == "prompt"

@@ -13,8 +13,8 @@ import pytest
 from disagg.config import GatewayConfig
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.losses import Losses
-from disagg.gateway.stream.resume_rules import Cut
-from disagg.gateway.stream.resuming import Resumer, resume_plan
+from disagg.gateway.stream.resume_rules import Cut, resume_plan
+from disagg.gateway.stream.resuming import Resumer
 from disagg.observability.metrics import Metrics
 from pools.engine.base import Message, Receive, Scope, Send
 from pools.errors import AttemptsExhaustedError, NoReplicaError, ReplicaLostError

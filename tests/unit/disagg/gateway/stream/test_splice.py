@@ -80,7 +80,7 @@ async def test_uvicorn_still_has_what_we_use() -> None:
     for name in ("on_message_begin", "pause_writing", "resume_writing", "data_received"):
         assert callable(getattr(HttpToolsProtocol, name))
     protocol.data_received(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-    assert protocol.scope["extensions"] == {"disagg.splice": protocol}  # type: ignore[comparison-overlap]
+    assert protocol.scope["extensions"] == {"disagg.protocol": protocol}  # type: ignore[comparison-overlap]
     assert isinstance(protocol.flow, FlowControl) and protocol.flow.write_paused is False
     assert isinstance(protocol.cycle, RequestResponseCycle)
     assert protocol.transport is cast(Any, transport) and protocol.loop is asyncio.get_running_loop()
@@ -107,7 +107,7 @@ def test_install(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_only_a_started_chunked_response_of_this_loop_is_spliced() -> None:
     """Anything unexpected falls back to ASGI."""
     protocol = protocol_over(Transport())
-    scope: Scope = {"type": "http", "extensions": {"disagg.splice": protocol}}
+    scope: Scope = {"type": "http", "extensions": {"disagg.protocol": protocol}}
 
     def cycle(**fields: Any) -> Any:
         usual = {"response_started": True, "response_complete": False, "chunked_encoding": True}
@@ -122,7 +122,7 @@ async def test_only_a_started_chunked_response_of_this_loop_is_spliced() -> None
     protocol.cycle = cycle(chunked_encoding=None)
     assert splice_of(scope) is None
     protocol.cycle = cycle()
-    others: list[Scope] = [{}, {"extensions": None}, {"extensions": {}}, {"extensions": {"disagg.splice": object()}}]
+    others: list[Scope] = [{}, {"extensions": None}, {"extensions": {}}, {"extensions": {"disagg.protocol": object()}}]
     for other in others:
         assert splice_of({"type": "http", **other}) is None
     protocol.loop = asyncio.new_event_loop()

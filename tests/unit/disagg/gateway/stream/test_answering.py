@@ -1,45 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much one request may be."""
+"""What one answer may be: how long its prompt, how long its stream, and what follows a stream that is cut."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
-from disagg.errors import ContextLengthError, HeadersTooLargeError, InvalidRequestError, StreamLimitError
-from disagg.gateway.front.limits import apart, check_headers, check_prompt_tokens, check_prompts, within
-
-
-def test_headers() -> None:
-    """All of them count, with what stands between them."""
-    headers = [(b"a", b"x" * 10), (b"bc", b"")]
-    check_headers(headers, 21)
-    with pytest.raises(HeadersTooLargeError, match="20 bytes"):
-        check_headers(headers, 20)
-
-
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, 2, 3, 4], "a text of many characters", [], None])
-def test_as_many_prompts(prompt: Any) -> None:
-    """A text, a list of token ids and as many prompts as the limit pass."""
-    check_prompts({"prompt": prompt}, 2)
-    check_prompts({}, 2)
-
-
-@pytest.mark.parametrize("prompt", [["a", "b", "c"], [[1], [2], [3]]])
-def test_too_many_prompts(prompt: Any) -> None:
-    """One more is refused."""
-    with pytest.raises(InvalidRequestError, match="3 prompts, this server takes 2") as caught:
-        check_prompts({"prompt": prompt}, 2)
-    assert caught.value.param == "prompt"
+from disagg.errors import ContextLengthError, StreamLimitError
+from disagg.gateway.stream.answering import apart, check_prompt_tokens, within
 
 
 def test_prompt_tokens() -> None:
-    """The longest prompt counts; no limit and nothing rendered pass."""
+    """The longest prompt counts."""
     check_prompt_tokens([[1, 2], [3]], 2)
-    check_prompt_tokens([[1] * 100], None)
-    check_prompt_tokens(None, 1)
     check_prompt_tokens([], 1)
     with pytest.raises(ContextLengthError, match="2 tokens, this server takes 1") as caught:
         check_prompt_tokens([[1], [1, 2]], 1)
