@@ -73,7 +73,7 @@ async def decoded(
             body,
             request_id=call.request_id,
             trace=call.trace,
-            handoff_id=None if under_way is None else under_way.handoff_id,
+            handoff_id=None if under_way is None else under_way.leg.handoff_id,
             on_sent=_nothing if under_way is None else under_way.mark_taken,
         )
     except BaseException:

@@ -15,6 +15,7 @@ from disagg.gateway.handoff.breaker import THRESHOLD, Opened, PairBreaker
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
 from disagg.observability.metrics import Metrics
+from pools.client.messages import PrefillReply
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
 logger = logging.getLogger(__name__)
@@ -29,32 +30,36 @@ class PairFaults:
         self._background = background
         self._breaker = PairBreaker()
 
-    def begin(self, under_way: UnderWay) -> None:
-        """The prefill leg is over. What its decode engine said before that says nothing of the pair."""
+    def begin(self, under_way: UnderWay, leg: asyncio.Task[PrefillReply] | None = None) -> None:
+        """The prefill leg is over. What its decode engine said before that says nothing of the pair.
+
+        Args:
+            leg: is the same as the hand-off's, and there because this is a callback of it.
+        """
         if not under_way.given_up:
-            self._breaker.begin(under_way.handoff_id, under_way.pair)
+            self._breaker.begin(under_way.leg.handoff_id, under_way.pair)
 
     def over(self, under_way: UnderWay) -> None:
         """It was given up: its engines may say `unread`."""
-        self._breaker.over(under_way.handoff_id)
+        self._breaker.over(under_way.leg.handoff_id)
 
     def answered(self, under_way: UnderWay, status: int) -> None:
         """The decode leg has a status. A refusal is the client's fault, and so may a 5xx be; see `failed`."""
         if status >= 400:
-            self._breaker.over(under_way.handoff_id)
+            self._breaker.over(under_way.leg.handoff_id)
         else:
-            self._breaker.succeeded(under_way.handoff_id)
+            self._breaker.succeeded(under_way.leg.handoff_id)
 
     def failed(self, under_way: UnderWay) -> None:
         """The decode leg was answered 5xx, and the same request well without the hand-off."""
-        self._breaker.begin(under_way.handoff_id, under_way.pair)
-        self._failed(under_way.handoff_id)
+        self._breaker.begin(under_way.leg.handoff_id, under_way.pair)
+        self._failed(under_way.leg.handoff_id)
 
     def decode_broke_off(self, under_way: UnderWay, error: ReplicaLostError) -> None:
         """The decode leg broke off: the pair's fault if the decode replica still answers. Returns at once."""
-        self._breaker.over(under_way.handoff_id)
+        self._breaker.over(under_way.leg.handoff_id)
         if error.sent:
-            self._background.spawn(self._blame(under_way.handoff_id, under_way.pair))
+            self._background.spawn(self._blame(under_way.leg.handoff_id, under_way.pair))
 
     def unread(self, handoff_id: str) -> None:
         """A decode engine has not read this hand-off, and will not: its prefill replica's fault if that is gone."""

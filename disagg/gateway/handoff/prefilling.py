@@ -8,6 +8,7 @@ back in `settling`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -246,9 +247,9 @@ class Prefilling:
         task = self._background.spawn_kept(
             pair.prefill.client.prefill(body, leg_id=handoff_id, trace=call.trace, timeout_s=timeout_s)
         )
-        task.add_done_callback(lambda _: hold.release())
+        task.add_done_callback(hold.leg_over)
         under_way = UnderWay(pair, PrefillLeg(handoff_id, pair.prefill, task), until, reservation)
-        task.add_done_callback(lambda _: self._faults.begin(under_way))
+        task.add_done_callback(functools.partial(self._faults.begin, under_way))
         return under_way
 
     def _give_up(self, under_way: UnderWay, cause: BaseException | None) -> None:

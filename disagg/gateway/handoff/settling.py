@@ -56,10 +56,6 @@ class UnderWay:
     """Whether something has ended it before its time, and what there is to do about that is under way."""
 
     @property
-    def handoff_id(self) -> str:
-        return self.leg.handoff_id
-
-    @property
     def leg_done(self) -> bool:
         return self.leg.task.done()
 
@@ -155,18 +151,18 @@ class Settling:
 
     def _give_up(self, under_way: UnderWay, reason: Reason, *, settle: bool, grace: bool = False) -> None:
         under_way.given_up = True
-        self._ledger.note(under_way.handoff_id, reason)
+        self._ledger.note(under_way.leg.handoff_id, reason)
         self._background.spawn(self._clean_up(under_way, settle=settle, grace=grace))
 
     async def _clean_up(self, under_way: UnderWay, *, settle: bool, grace: bool) -> None:
         holder = under_way.pair.prefill
         if not under_way.leg_done:
-            await self._abort(holder, under_way.handoff_id)
+            await self._abort(holder, under_way.leg.handoff_id)
         if settle:
             if grace:
                 await asyncio.sleep(_GRACE_S)
             # Also when the leg ended without parameters: an abort can come too late to keep the engine from producing.
-            await self._settle(holder, under_way.handoff_id)
+            await self._settle(holder, under_way.leg.handoff_id)
 
     async def _abort(self, holder: Member, handoff_id: str) -> None:
         try:

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Member, Membership, Pair, Roster
 from disagg.routing.candidates import decodes
@@ -127,6 +127,10 @@ class Hold:
             self._held = False
             self.member.num_in_flight -= 1
             self.prompt_computed()
+
+    def leg_over(self, leg: asyncio.Task[Any]) -> None:
+        """`release`, as a callback of the leg's task."""
+        self.release()
 
     def prompt_computed(self) -> None:
         """The replica computes the leg's prompt no longer. Idempotent."""

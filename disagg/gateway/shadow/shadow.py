@@ -135,7 +135,7 @@ class Shadow:
         """The second run; None when there is no point in it or no room for it. Raises CheckFailed."""
         assert call.prompts is not None
         prompt, member = call.prompts[0], under_way.pair.decode
-        if not await self._consumed(under_way.handoff_id):
+        if not await self._consumed(under_way.leg.handoff_id):
             # Its KV was computed or cached on decode: that proves nothing of the pair.
             return None
         request = errand(num_tokens=len(prompt), decode_id=member.info.replica_id)
@@ -181,7 +181,7 @@ class Shadow:
             pair.decode.info.replica_id,
             found.computed,
             ", a near tie" if found.is_tie else "",
-            under_way.handoff_id,
+            under_way.leg.handoff_id,
             dict(found.top_logprobs) or "not told",
         )
         if found.is_tie:

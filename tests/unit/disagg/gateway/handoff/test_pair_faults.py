@@ -233,7 +233,7 @@ async def test_failures_under_way_when_it_opens_open_it_once(long_rest: None) ->
     for each in under_way:
         faults.begin(each)
     for each in under_way[:6]:
-        faults.unread(each.handoff_id)
+        faults.unread(each.leg.handoff_id)
     for each in under_way[6:]:
         faults.failed(each)
     assert metrics.registry.get_sample_value(OPENED) == 1
