@@ -14,7 +14,7 @@ import pytest
 from tests.support.faults import change as sizes
 from tests.support.slot import Slot
 from tests.support.stack import ROOT, Stack, forked_engines, running
-from tests.support.tiers import tiers
+from tests.support.tiers import FLOAT32, tiers
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 HAPROXY = ROOT / "configs" / "quickstart-haproxy.yaml"
@@ -54,7 +54,7 @@ def faults_stack(slot: Slot) -> Stack:
 @pytest.fixture
 def nixl_stack(slot: Slot) -> Stack:
     """Every tier over NIXL, sink `unused`."""
-    change = tiers(transport="nixl", cpu_gib=0.25, sink="unused", l1_gib=0.25, blocks=200)
+    change = tiers(transport="nixl", cpu_gib=0.25, sink="unused", l1_gib=0.25, blocks=200, engine_kwargs=FLOAT32)
     stack: Stack = slot.take("nixl", lambda: running(QUICKSTART, name="e2e-tiers-nixl", change=change))
     return stack
 
@@ -62,7 +62,7 @@ def nixl_stack(slot: Slot) -> Stack:
 @pytest.fixture
 def mooncake_stack(slot: Slot) -> Stack:
     """LMCache over Mooncake, sink `write_through`, no host memory."""
-    change = tiers(transport="mooncake", sink="write_through", l1_gib=0.25, blocks=200)
+    change = tiers(transport="mooncake", sink="write_through", l1_gib=0.25, blocks=200, engine_kwargs=FLOAT32)
     stack: Stack = slot.take("mooncake", lambda: running(QUICKSTART, name="e2e-tiers-mooncake", change=change))
     return stack
 

@@ -17,6 +17,7 @@ from tests.support.answers import Answer, Case
 from tests.support.slot import Slot
 from tests.support.stack import Stack, wait_until
 from tests.support.tiers import (
+    FLOAT32,
     asked,
     balanced,
     books,
@@ -38,7 +39,9 @@ Reference = tuple[list[Case], list[Answer]]
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     """A few prompts and an aggregated engine's answers."""
-    chosen, expected = steady([case_of(f"p{i}", p) for i, p in enumerate(prompts(12, seed=91))], 6)
+    chosen, expected = steady(
+        [case_of(f"p{i}", p) for i, p in enumerate(prompts(12, seed=91))], 6, engine_kwargs=FLOAT32
+    )
     assert len(chosen) == 6
     return chosen, expected
 

@@ -23,8 +23,8 @@ LEASE_S = 8
 SOON_S = 4.0
 """Far below the lease: whoever answers within it was told, and did not wait the lease out."""
 NUM_TOKENS = 700
-BYTES_A_TOKEN = 2048
-"""KV of the tiny model."""
+BYTES_A_TOKEN = 4096
+"""KV of the tiny model in float32."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,9 @@ def test_aborted_prefill_makes_the_decode_engine_compute(pair: Pair) -> None:
 
     async def test(pair: Pair, client: httpx.AsyncClient) -> None:
         # Enough others that this one is queued behind them.
-        crowd = [Handoff(pair, client, 3500) for _ in range(6)]
+        crowd = [Handoff(pair, client, 3500) for _ in range(3)]
         others = [asyncio.create_task(other.prefill()) for other in crowd]
-        handoff = Handoff(pair, client, 3500)
+        handoff = Handoff(pair, client, 1500)
         waiting = asyncio.create_task(timed(handoff.decode()))
         leg = asyncio.create_task(handoff.prefill())
         await asyncio.sleep(0.3)
@@ -241,7 +241,8 @@ def test_aborted_prefill_makes_the_decode_engine_compute(pair: Pair) -> None:
         asked = time.monotonic()
         answer, _ = await waiting
         print(f"told after {time.monotonic() - asked:.2f} s")
-        assert time.monotonic() - asked < SOON_S
+        # Its own computing is in it, too: to be below the lease is what shows that it was told.
+        assert time.monotonic() - asked < LEASE_S - 1
         assert tokens(answer) == await handoff.local()
         await asyncio.gather(leg, *others, return_exceptions=True)
         for other in crowd:

@@ -39,7 +39,7 @@ def _engine(  # type: ignore[no-untyped-def]
     arguments: dict[str, Any] = {
         **ENGINE_KWARGS,
         "enforce_eager": True,
-        "dtype": "bfloat16",
+        "dtype": "float32",
         "model": str(tiny_model()),
         "served_model_name": ["tiny"],
         "distributed_executor_backend": "mp",

@@ -73,7 +73,8 @@ class Pair:
 
 
 def _engine(role: Literal["prefill", "decode"], **engine_kwargs: Any) -> AbstractContextManager[str]:
-    kwargs = {"max_num_seqs": MAX_NUM_SEQS, **engine_kwargs}
+    # In bfloat16, as engines on GPUs have it: its KV moves, too.
+    kwargs = {"max_num_seqs": MAX_NUM_SEQS, "dtype": "bfloat16", **engine_kwargs}
     return transfer_engine(role, NixlConfig(kv_lease_duration_s=LEASE_S), name="handoffs", engine_kwargs=kwargs)
 
 

@@ -29,8 +29,8 @@ from transport.tiers import ManagedServerConfig, SharedCacheConfig, Sink
 
 CHUNK = 256
 """Tokens of an LMCache chunk: two KV blocks of the CPU engine."""
-TOKEN_BYTES = 4 * 2 * 2 * 64 * 2
-"""KV of a token of the tiny model: layers, K and V, heads, head size, bfloat16."""
+TOKEN_BYTES = 4 * 2 * 2 * 64 * 4
+"""KV of a token of the tiny model: layers, K and V, heads, head size, float32."""
 
 
 @dataclass

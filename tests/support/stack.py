@@ -226,9 +226,9 @@ def aggregated_engine(
     """URL of one ordinary vLLM engine with the settings of the pools, and `engine_kwargs` on top."""
     arguments = {
         **ENGINE_KWARGS,
-        **(engine_kwargs or {}),
         "enforce_eager": True,
         "dtype": "bfloat16",
+        **(engine_kwargs or {}),
         "model": str(tiny_model()),
         "served_model_name": ["tiny"],
         "distributed_executor_backend": "mp",
