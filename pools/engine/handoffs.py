@@ -9,8 +9,9 @@ leg is over is told as `unread`.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
+
+from cachetools import FIFOCache
 
 from pools.engine.base import HANDOFF_HEADER, ASGIApp, KVTransferParams, Receive, Scope, Send
 from pools.engine.events import EventLog
@@ -46,8 +47,8 @@ class Handoffs:
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
-        self._admitted: OrderedDict[str, bool] = OrderedDict()
-        self._ids: OrderedDict[str, bool] = OrderedDict()
+        self._admitted: FIFOCache[str, bool] = FIFOCache(_MAX_REMEMBERED)
+        self._ids: FIFOCache[str, bool] = FIFOCache(_MAX_REMEMBERED)
         self.num_admitted = 0
 
     def admit(self, handoff: Handoff) -> None:
@@ -58,8 +59,8 @@ class Handoffs:
         if not self._ids.get(handoff.id, True):
             # Its producer may have freed the blocks by now.
             raise HandoffRefusedError(f"hand-off {handoff.id} was given up before; parameters are single-use")
-        _remember(self._admitted, handoff.key, True)
-        _remember(self._ids, handoff.id, True)
+        self._admitted[handoff.key] = True
+        self._ids[handoff.id] = True
         self.num_admitted += 1
 
     def forget(self, handoff: Handoff) -> None:
@@ -71,12 +72,12 @@ class Handoffs:
     def refuse(self, handoff: Handoff) -> None:
         """Never admit this hand-off, unless it was."""
         if handoff.key not in self._admitted:
-            _remember(self._admitted, handoff.key, False)
+            self._admitted[handoff.key] = False
 
     def give_up(self, handoff_id: str) -> None:
         """Tell, once, that nobody will read this hand-off here, unless it was admitted: then the scheduler tells."""
         if handoff_id not in self._ids:
-            _remember(self._ids, handoff_id, False)
+            self._ids[handoff_id] = False
             self._events.append({"kind": "unread", "at": time.time(), "id": handoff_id})
 
     def watch(self, app: ASGIApp) -> ASGIApp:
@@ -93,9 +94,3 @@ class Handoffs:
                 self.give_up(handoff_id.decode("latin-1"))
 
         return watched
-
-
-def _remember(table: OrderedDict[str, bool], key: str, value: bool) -> None:
-    table[key] = value
-    if len(table) > _MAX_REMEMBERED:
-        table.popitem(last=False)

@@ -7,9 +7,10 @@ says so later. So the success of a hand-off is taken back when its engine says `
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from cachetools import FIFOCache
 
 from disagg.gateway.replicas.membership import Pair
 
@@ -45,17 +46,15 @@ class PairBreaker:
     """What became of the newest hand-offs of each pair. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._pairs: OrderedDict[str, Pair] = OrderedDict()
+        self._pairs: FIFOCache[str, Pair] = FIFOCache(_MAX_REMEMBERED)
         # By incarnations: what is known of a pair ends with either of them.
         self._states: dict[tuple[str, str], _State] = {}
         # Hand-off to what its success has set back to nothing.
-        self._forgiven: OrderedDict[str, _State] = OrderedDict()
+        self._forgiven: FIFOCache[str, _State] = FIFOCache(_MAX_REMEMBERED)
 
     def begin(self, handoff_id: str, pair: Pair) -> None:
         """A hand-off that both engines may speak of."""
         self._pairs[handoff_id] = pair
-        if len(self._pairs) > _MAX_REMEMBERED:
-            self._pairs.popitem(last=False)
 
     def pair_of(self, handoff_id: str) -> Pair | None:
         """The pair of a hand-off that is begun, and neither over nor failed."""
@@ -74,8 +73,6 @@ class PairBreaker:
             return
         self._states[pair.key] = _State(said=state.said)
         self._forgiven[handoff_id] = state
-        if len(self._forgiven) > _MAX_REMEMBERED:
-            self._forgiven.popitem(last=False)
 
     def failed(self, handoff_id: str) -> Opened | None:
         """A hand-off failed by its pair's fault, a success of it included. Each hand-off fails once."""

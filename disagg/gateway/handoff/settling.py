@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
+
+from cachetools import FIFOCache
 
 from disagg.gateway.background import Background
 from disagg.gateway.handoff.transfer import PrefillLeg
@@ -69,13 +70,11 @@ class Settling:
     def __init__(self, background: Background, ledger: Ledger) -> None:
         self._background = background
         self._ledger = ledger
-        self._holders: OrderedDict[str, Member] = OrderedDict()
+        self._holders: FIFOCache[str, Member] = FIFOCache(_MAX_REMEMBERED)
 
     def expect(self, handoff_id: str, pair: Pair, request_id: str, num_tokens: int, tenant: str | None = None) -> None:
         """A hand-off whose prefill leg is about to be sent."""
         self._holders[handoff_id] = pair.prefill
-        if len(self._holders) > _MAX_REMEMBERED:
-            self._holders.popitem(last=False)
         self._ledger.open(handoff_id, request_id, pair.prefill.info, pair.decode.info, num_tokens, tenant)
 
     def settle(self, handoff_id: str) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from cachetools import FIFOCache
 
 from disagg.gateway.background import Background
 from disagg.gateway.backoff import Backoff
@@ -103,7 +104,7 @@ class LedgerFeed:
         self._started_at = clock()
         self._followed: dict[str, _Followed] = {}
         # Incarnation to the number of the last event read, of those that are not followed any more.
-        self._read: OrderedDict[str, int] = OrderedDict()
+        self._read: FIFOCache[str, int] = FIFOCache(_MAX_REMEMBERED)
 
     def members_changed(self) -> None:
         """Begin with every replica that is not followed. Returns at once."""
@@ -152,8 +153,6 @@ class LedgerFeed:
             client.close()
             self._followed.pop(followed.info.incarnation, None)
             self._read[followed.info.incarnation] = followed.after
-            if len(self._read) > _MAX_REMEMBERED:
-                self._read.popitem(last=False)
             self._ledger.replica_gone(followed.info.incarnation)
             self._foreign.replica_gone(followed.info.incarnation)
             self._membership.forget(followed.info.incarnation)

@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cachetools import FIFOCache
+
 from disagg.gateway.ledger.chunks import ChunkIndex
 from disagg.observability.outcomes import ENDS, TOTALS
 from disagg.routing.views import ReplicaInfo
@@ -121,7 +123,6 @@ class Ledger:
         """Events that could not be read."""
         self.num_overflows = 0
         """Open records written off because there were too many."""
-        self._num_records = num_records
         self._unknown_after_s = unknown_after_s
         self._max_open = max_open
         self._on_count = on_count
@@ -134,11 +135,11 @@ class Ledger:
         self._announced: OrderedDict[str, Record] = OrderedDict()
         self._open: OrderedDict[str, Record] = OrderedDict()
         # Apart, so that the many that were consumed do not push out the few that were not.
-        self._consumed: OrderedDict[str, Record] = OrderedDict()
-        self._orphaned: OrderedDict[str, Record] = OrderedDict()
+        self._consumed: FIFOCache[str, Record] = FIFOCache(num_records)
+        self._orphaned: FIFOCache[str, Record] = FIFOCache(num_records)
         self._chunks: ChunkIndex[Record] = ChunkIndex()
         self._num_suspect = 0
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: FIFOCache[str, None] = FIFOCache(_MAX_GONE)
 
     # From the gateway
 
@@ -218,8 +219,6 @@ class Ledger:
         Should it live after all, what it says of these hand-offs counts no second time, remembered or not.
         """
         self._gone[incarnation] = None
-        if len(self._gone) > _MAX_GONE:
-            self._gone.popitem(last=False)
         now = self._clock()
         for record in [r for r in self._announced.values() if r.prefill_incarnation == incarnation]:
             self._forget_announced(record)
@@ -370,8 +369,6 @@ class Ledger:
         self._count(outcome, record.tokens, record.bytes)
         ended = self._consumed if outcome == "consumed" else self._orphaned
         ended[record.handoff_id] = record
-        if len(ended) > self._num_records:
-            ended.popitem(last=False)
 
     def _store(self, record: Record, tokens: int, num_bytes: int, chunks: list[str]) -> None:
         record.stored_tokens = tokens

@@ -6,9 +6,11 @@ Everything is by incarnation: what was known of a replica is not held against it
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from cachetools import FIFOCache
 
 _SLOW_S = 1.0
 """A probe that takes no longer than this is never slow."""
@@ -55,7 +57,7 @@ class CrashLoop:
 
     def __init__(self) -> None:
         self._lost_at: deque[float] = deque(maxlen=_LOSSES)
-        self._counted: OrderedDict[str, None] = OrderedDict()
+        self._counted: FIFOCache[str, None] = FIFOCache(_MAX_REMEMBERED)
 
     def count_loss(self, incarnation: str, now: float) -> bool:
         """Count a replica, once; whether the pool's replicas die one after the other only since this one."""
@@ -63,8 +65,6 @@ class CrashLoop:
             return False
         was_on = self.is_on(now)
         self._counted[incarnation] = None
-        if len(self._counted) > _MAX_REMEMBERED:
-            self._counted.popitem(last=False)
         self._lost_at.append(now)
         return self.is_on(now) and not was_on
 

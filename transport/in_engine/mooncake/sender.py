@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from cachetools import FIFOCache
 from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import (
     MooncakeConnectorMetadata,
@@ -53,7 +53,7 @@ class Sending(MooncakeConnectorWorker):
         super().__init__(*args, **kwargs)
         self.num_sender_tasks = _SENDER_TASKS
         self._holds: dict[str, _Hold] = {}
-        self._gone: OrderedDict[str, str] = OrderedDict()
+        self._gone: FIFOCache[str, str] = FIFOCache(_REMEMBERED)
         self._wanted_end: dict[str, str] = {}
         self._ended: Ended = {}
 
@@ -115,8 +115,6 @@ class Sending(MooncakeConnectorWorker):
 
     def _remember(self, transfer_id: str, why: str) -> None:
         self._gone.setdefault(transfer_id, why)
-        if len(self._gone) > _REMEMBERED:
-            self._gone.popitem(last=False)
 
     async def fetch_finished_sending_reqs(self) -> set[str]:
         """Request ids whose hold is over; how it ended is in `take_ended` from the same moment."""

@@ -9,10 +9,10 @@ the workers, or it is gone.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterable
 
 import msgspec
+from cachetools import FIFOCache
 
 _REMEMBERED = 65_536
 """Hand-offs that are gone and remembered; far beyond what a lease lets live at once."""
@@ -29,10 +29,9 @@ class Offers:
 
     def __init__(self, engine_id: str, remembered: int = _REMEMBERED) -> None:
         self._engine_id = engine_id
-        self._remembered = remembered
         self._lock = threading.Lock()
         self._offered: set[str] = set()
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: FIFOCache[str, None] = FIFOCache(remembered)
 
     def offer(self, handoff_id: str) -> bool:
         """Whether its KV may be written from now on; False when it is gone."""
@@ -83,6 +82,3 @@ class Offers:
     def _forget(self, handoff_ids: Iterable[str]) -> None:
         for handoff_id in handoff_ids:
             self._gone[handoff_id] = None
-            self._gone.move_to_end(handoff_id)
-        while len(self._gone) > self._remembered:
-            self._gone.popitem(last=False)

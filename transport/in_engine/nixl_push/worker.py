@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import msgspec
+from cachetools import FIFOCache
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import PUSH_REG_NOTIF_PREFIX
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker import NixlPushConnectorWorker
 
@@ -62,7 +63,7 @@ class PushWorker(NixlPushConnectorWorker):
         # Of both threads.
         self._state_lock = threading.Lock()
         self._writing: set[str] = set()
-        self._withdrawn: OrderedDict[str, None] = OrderedDict()
+        self._withdrawn: FIFOCache[str, None] = FIFOCache(_MAX_WITHDRAWN)
         self._failed_sends: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     # Main thread
@@ -139,8 +140,6 @@ class PushWorker(NixlPushConnectorWorker):
             if req_id in self._writing:
                 return False
             self._withdrawn[req_id] = None
-            if len(self._withdrawn) > _MAX_WITHDRAWN:
-                self._withdrawn.popitem(last=False)
             return True
 
     def _stop_holding(self, req_id: str) -> float:

@@ -7,9 +7,10 @@ is reported by each rank on its own, and the hold is over when vLLM has heard fr
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from cachetools import FIFOCache
 
 from transport.in_engine.protocols import Ended, Outcome
 
@@ -55,8 +56,7 @@ class Holds:
     def __init__(self, early_settles: int = _EARLY_SETTLES) -> None:
         self._open: dict[str, _Open] = {}
         self._req_ids: dict[str, str] = {}
-        self._early: OrderedDict[str, None] = OrderedDict()
-        self._max_early = early_settles
+        self._early: FIFOCache[str, None] = FIFOCache(early_settles)
         self._to_settle: set[str] = set()
 
     def __len__(self) -> int:
@@ -80,9 +80,6 @@ class Holds:
                 continue
             unheld.append(handoff_id)
             self._early[handoff_id] = None
-            self._early.move_to_end(handoff_id)
-            if len(self._early) > self._max_early:
-                self._early.popitem(last=False)
         return unheld
 
     def _settle(self, req_id: str) -> None:
