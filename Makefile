@@ -11,7 +11,7 @@ CONFIG ?= configs/quickstart.yaml
 WORKERS ?= 2
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
-.PHONY: help setup install serve test test-unit test-component test-engine test-e2e lint format type bench bench-probes \
+.PHONY: help setup install serve test test-unit test-component test-engine test-e2e test-beside-serve lint format type bench bench-probes \
 	prove-serve prove-tiers prove-faults prove-house check-upstream lock clean
 
 help: ## list the targets
@@ -25,7 +25,13 @@ install: setup ## the same as setup
 serve: setup ## serve 1 prefill and 1 decode replica on this machine (CONFIG=configs/other.yaml for another file)
 	@.venv/bin/disagg serve $(CONFIG)
 
-test: test-unit test-component test-engine test-e2e ## all tests that need no GPU
+# Two lanes, because each waits half of its time: for engines, for leases, for Ray. What a tier prints comes at its end.
+test: setup ## all tests that need no GPU
+	@echo "tests/e2e beside tests/unit, tests/component and tests/engine; each prints when it is over"
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-beside-serve test-e2e
+
+test-beside-serve: setup
+	@for tier in unit component engine; do $(MAKE) --no-print-directory test-$$tier; done
 
 test-unit: setup ## pure code, a minute or two (ARGS="-k name" for some)
 	$(PY) -m pytest tests/unit -n $(WORKERS) $(ARGS)

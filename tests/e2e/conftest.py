@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pools.process.shared_files import SHARED_MEMORY
+from tests.support.durable import DURABLE_FILES, durable_application
 from tests.support.faults import change as sizes
 from tests.support.slot import Slot
 from tests.support.stack import ROOT, Stack, forked_engines, running
-from tests.support.tiers import FLOAT32, tiers
+from tests.support.tiers import FLOAT32, fresh_dir, tiers
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 HAPROXY = ROOT / "configs" / "quickstart-haproxy.yaml"
@@ -39,15 +41,8 @@ def slot() -> Iterator[Slot]:
 
 @pytest.fixture
 def real_stack(slot: Slot) -> Stack:
-    """1P1D of real vLLM engines behind Serve's own proxy: `configs/quickstart.yaml`."""
-    stack: Stack = slot.take("real", lambda: running(QUICKSTART, name="e2e-real"))
-    return stack
-
-
-@pytest.fixture
-def faults_stack(slot: Slot) -> Stack:
-    """1P2D of real engines in float32."""
-    stack: Stack = slot.take("faults", lambda: running(QUICKSTART, name="e2e-faults", change=sizes(1, 2)))
+    """1P2D of real vLLM engines in float32 behind Serve's own proxy: `configs/quickstart.yaml`."""
+    stack: Stack = slot.take("real", lambda: running(QUICKSTART, name="e2e-real", change=sizes(1, 2)))
     return stack
 
 
@@ -61,9 +56,8 @@ def nixl_stack(slot: Slot) -> Stack:
 
 @pytest.fixture
 def mooncake_stack(slot: Slot) -> Stack:
-    """LMCache over Mooncake, sink `write_through`, no host memory."""
-    change = tiers(transport="mooncake", sink="write_through", l1_gib=0.25, blocks=200, engine_kwargs=FLOAT32)
-    stack: Stack = slot.take("mooncake", lambda: running(QUICKSTART, name="e2e-tiers-mooncake", change=change))
+    """LMCache over Mooncake, sink `write_through`, with files behind the memory of its server; no host memory."""
+    stack: Stack = slot.take("mooncake", lambda: durable_application(fresh_dir(DURABLE_FILES)))
     return stack
 
 
@@ -85,7 +79,7 @@ class FakeStack:
     """An application on fake engines that may not be scaled, and what was in /dev/shm before it."""
 
     stack: Stack
-    shared_before: frozenset[str]
+    shared_before: frozenset[Path]
 
 
 @contextlib.contextmanager
@@ -94,7 +88,7 @@ def _unscaled() -> Iterator[FakeStack]:
         use_fake_engines(config)
         config["applications"][0]["external_scaler_enabled"] = False
 
-    shared = frozenset(os.listdir("/dev/shm"))
+    shared = frozenset(SHARED_MEMORY.iterdir())
     with running(QUICKSTART, name="e2e-fake", change=change) as stack:
         yield FakeStack(stack, shared)
 
@@ -106,18 +100,19 @@ def fake_stack(slot: Slot) -> FakeStack:
     return started
 
 
-APPLICATIONS = ("real_stack", "faults_stack", "nixl_stack", "mooncake_stack", "fake_haproxy_stack", "fake_stack")
+APPLICATIONS = ("real_stack", "nixl_stack", "mooncake_stack", "fake_haproxy_stack", "fake_stack")
 """Fixtures that start an application, in the order of their tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one application behind each other, in the order of their files; those without any first.
 
-    The examples are the last of theirs, because one of them scales it.
+    Those that kill its replicas or scale it are the last of theirs.
     """
+    late = ("test_faults.py", "test_examples.py")
 
-    def place(item: pytest.Item) -> tuple[int, bool]:
+    def place(item: pytest.Item) -> tuple[int, int]:
         used = [APPLICATIONS.index(name) + 1 for name in getattr(item, "fixturenames", ()) if name in APPLICATIONS]
-        return max(used, default=0), item.path.name == "test_examples.py"
+        return max(used, default=0), late.index(item.path.name) + 1 if item.path.name in late else 0
 
     items.sort(key=place)

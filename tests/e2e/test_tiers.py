@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
-from tests.prove.tiers_durable import lives, two_lives
+from tests.prove.tiers_durable import two_lives
 from tests.prove.tiers_mooncake import in_time, requests, timed
 from tests.prove.tiers_server import server_process
 from tests.prove.tiers_storm import storm
 from tests.prove.tiers_tokens import found_in
 from tests.support.answers import Answer, Case
+from tests.support.durable import DURABLE_FILES, durable_application
 from tests.support.slot import Slot
-from tests.support.stack import Stack, wait_until
+from tests.support.stack import BUILD, Stack, wait_until
 from tests.support.tiers import (
     FLOAT32,
     asked,
@@ -23,7 +26,6 @@ from tests.support.tiers import (
     books,
     case_of,
     events,
-    fresh_dir,
     orphan,
     prompts,
     replica_urls,
@@ -107,12 +109,20 @@ class TestMooncake:
     def test_a_storm_of_leaving_clients(self, mooncake_stack: Stack) -> None:
         assert [row.text() for row in storm(mooncake_stack, "mooncake", 24) if not row.holds] == []
 
+    def test_the_second_life_serves_the_first_ones_prompts(
+        self, reference: Reference, mooncake_stack: Stack, slot: Slot
+    ) -> None:
+        """From files behind LMCache, after everything was ended and started again. The last test of the first life."""
+        rows = two_lives("fs", nullcontext(mooncake_stack), second_life(slot), *reference)
+        assert [row.text() for row in rows if not row.holds] == []
 
-def test_the_second_life_serves_the_first_ones_prompts(reference: Reference, slot: Slot) -> None:
-    """From files behind LMCache, after everything was ended and started again."""
+
+@contextmanager
+def second_life(slot: Slot) -> Iterator[Stack]:
+    """The application once more, over the files of its first life."""
     slot.empty()
-    rows = two_lives("fs", *lives({"type": "fs", "path": fresh_dir("e2e-tiers-l2")}), *reference)
-    assert [row.text() for row in rows if not row.holds] == []
+    with durable_application(str(BUILD / DURABLE_FILES)) as stack:
+        yield stack
 
 
 def _server_pid(stack: Stack) -> int | None:

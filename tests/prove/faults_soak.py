@@ -61,7 +61,7 @@ def soak(soak_s: float = SOAK_S, seed: int = 10) -> list[Row]:
                 _run(fault, stack, warm_up, chooser)
         wait_idle(stack)
         before = usage(stack)
-        unowned = len(unowned_shared_files(stack, shared_before))
+        unowned = len(unowned_shared_files(shared_before))
         with Load(stack.url, chosen.known) as load:
             deadline = time.monotonic() + soak_s
             while time.monotonic() < deadline:
@@ -73,7 +73,7 @@ def soak(soak_s: float = SOAK_S, seed: int = 10) -> list[Row]:
         books = books_row(10, stack)
         held = kv_in_use(stack)
         after = usage(stack)
-        left = _left(stack, shared_before, unowned)
+        left = _left(shared_before, unowned)
         print(f"    faults: {dict(counted)}; {resumed(stack)}")
         print(f"    before: {before.words()} {before.by_kind}\n    after:  {after.words()} {after.by_kind}")
     return [
@@ -111,11 +111,11 @@ def grown(before: Usage, after: Usage) -> list[Row]:
     ]
 
 
-def _left(stack: Stack, before: frozenset[Path], unowned: int) -> int:
+def _left(before: frozenset[Path], unowned: int) -> int:
     """How many more files nobody uses than `unowned`, after the time in which replicas look for them."""
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: len(unowned_shared_files(stack, before)) <= unowned, SWEPT_S, "files are removed")
-    return len(unowned_shared_files(stack, before)) - unowned
+        wait_until(lambda: len(unowned_shared_files(before)) <= unowned, SWEPT_S, "files are removed")
+    return len(unowned_shared_files(before)) - unowned
 
 
 def _run(fault: Fault, stack: Stack, load: Load, chooser: random.Random) -> None:

@@ -117,7 +117,7 @@ def traced(trace: Trace) -> Iterator[None]:
 @contextlib.contextmanager
 def real_engine(pool: Literal["prefill", "decode"]) -> Iterator[Engine]:
     """A vLLM engine with NIXL."""
-    arguments, env = transfer_launch(pool, NixlConfig(), side_channel_port=free_port())
+    arguments, env = transfer_launch(pool, NixlConfig(), listener_port=free_port())
     model = json.loads((tiny_model() / "config.json").read_text())
     with engine_process(arguments, env, role=pool, name=f"house-map-{pool}") as url:
         engine_id = arguments["kv_transfer_config"]["engine_id"]

@@ -56,7 +56,7 @@ def usage(stack: Stack) -> Usage:
     return Usage(sum(memory.values()), num_fds, num_processes, len(files), shared, by_kind)
 
 
-def unowned_shared_files(stack: Stack, before: frozenset[Path]) -> list[Path]:
+def unowned_shared_files(before: frozenset[Path]) -> list[Path]:
     """New files in /dev/shm that no process of the machine has mapped or open."""
     new = frozenset(SHARED_MEMORY.iterdir()) - before
     busy = mapped_by(psutil.pids())
