@@ -24,7 +24,7 @@ _HEADER = HANDOFF_HEADER.encode("latin-1")
 
 
 @dataclass(frozen=True)
-class Handoff:
+class ConsumedHandoff:
     """One hand-off, as its consumer sees it."""
 
     key: str
@@ -33,16 +33,16 @@ class Handoff:
     """Under which the prefill engine and the gateway know it."""
 
 
-def consumed_by(params: KVTransferParams | None) -> Handoff | None:
+def consumed_by(params: KVTransferParams | None) -> ConsumedHandoff | None:
     """The hand-off that a request with these parameters reads, None for one that reads nothing."""
     if not isinstance(params, dict) or not params.get(DO_REMOTE_PREFILL):
         return None
     # Mooncake names a hand-off by `transfer_id` alone.
     name = params.get("remote_request_id") or params.get("transfer_id")
-    return Handoff(f"{params.get('remote_engine_id')}/{name}", handoff_id_of(params, name))
+    return ConsumedHandoff(f"{params.get('remote_engine_id')}/{name}", handoff_id_of(params, name))
 
 
-class Handoffs:
+class Admissions:
     """The hand-offs of one engine, the newest of them. Used from one event loop."""
 
     def __init__(self, events: EventLog) -> None:
@@ -51,7 +51,7 @@ class Handoffs:
         self._ids: FIFOCache[str, bool] = FIFOCache(_MAX_REMEMBERED)
         self.num_admitted = 0
 
-    def admit(self, handoff: Handoff) -> None:
+    def admit(self, handoff: ConsumedHandoff) -> None:
         """Let a request take this hand-off. Raises HandoffRefusedError when one had it, or was to have it, before."""
         if handoff.key in self._admitted:
             verb = "admitted" if self._admitted[handoff.key] else "refused"
@@ -63,13 +63,13 @@ class Handoffs:
         self._ids[handoff.id] = True
         self.num_admitted += 1
 
-    def forget(self, handoff: Handoff) -> None:
+    def forget(self, handoff: ConsumedHandoff) -> None:
         """Take an admission back: the engine refused the request."""
         if self._admitted.pop(handoff.key, False):
             self.num_admitted -= 1
             self._ids.pop(handoff.id, None)
 
-    def refuse(self, handoff: Handoff) -> None:
+    def refuse(self, handoff: ConsumedHandoff) -> None:
         """Never admit this hand-off, unless it was."""
         if handoff.key not in self._admitted:
             self._admitted[handoff.key] = False

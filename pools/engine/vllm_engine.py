@@ -27,7 +27,7 @@ from pools.engine._vllm_compat import (
 )
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult
 from pools.engine.events import EventLog
-from pools.engine.handoffs import Handoff, Handoffs, consumed_by
+from pools.engine.handoffs import Admissions, ConsumedHandoff, consumed_by
 from pools.engine.vllm_tally import Tally
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
@@ -41,7 +41,7 @@ class VllmEngine:
         self._arguments = dict(arguments)
         self._events = EventLog()
         self._tally = Tally(self._events)
-        self._handoffs = Handoffs(self._events)
+        self._handoffs = Admissions(self._events)
         self._llm: AsyncLLM | None = None
         self._app: ASGIApp | None = None
         self._stopped = False
@@ -126,7 +126,7 @@ class VllmEngine:
         llm.add_request = admitting
         llm.notify_kv_transfer_request_rejected = rejected
 
-    async def _abort_added(self, llm: AsyncLLM, adding: asyncio.Future[Any], handoff: Handoff) -> None:
+    async def _abort_added(self, llm: AsyncLLM, adding: asyncio.Future[Any], handoff: ConsumedHandoff) -> None:
         try:
             queue = await adding
         except Exception:

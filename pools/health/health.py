@@ -37,7 +37,7 @@ _CPU_WINDOW_MIN_S = 1.0
 
 
 @dataclass(frozen=True)
-class Health:
+class EngineHealth:
     """What a replica says of itself, on `GET /disagg/v1/health`."""
 
     state: State = "ok"

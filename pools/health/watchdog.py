@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pools.engine.base import Engine
 from pools.errors import EngineDeadError
 from pools.health.hang_limits import HangLimits
-from pools.health.health import HangRules, Health, ListenerRules, Reason, progress
+from pools.health.health import EngineHealth, HangRules, ListenerRules, Reason, progress
 from pools.health.listener_probe import ListenerProbe
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ class Watchdog:
         for task in [*self._loops, *([self._asking] if self._asking else [])]:
             task.cancel()
 
-    def health(self) -> Health:
+    def health(self) -> EngineHealth:
         """What there is to say at the moment. Does not ask the engine."""
-        return Health(
+        return EngineHealth(
             state="suspect" if self._state else "ok",
             reason=self._state,
             since_s=round(self._clock() - self._since, 3),

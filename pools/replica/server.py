@@ -40,7 +40,7 @@ from pools.client.messages import (
 from pools.engine.base import Engine, Message, Receive, Role, Scope, Send
 from pools.engine.events import Batch
 from pools.errors import EngineDeadError, HandoffRefusedError
-from pools.health.health import Health
+from pools.health.health import EngineHealth
 from pools.replica.engine_key import EngineKey
 from pools.replica.readers import Readers
 from transport.bounded_http import HttpLimits, bounded_protocol, closed_by
@@ -86,7 +86,7 @@ class EngineServer:
         self._polls: set[asyncio.Future[Batch]] = set()
         self._readers = Readers()
         self._draining = False
-        self.health: Callable[[], Health] = Health
+        self.health: Callable[[], EngineHealth] = EngineHealth
         """Says how the engine is; a replica puts its watchdog's word here."""
         self._stopping = False
         self._protocol = bounded_protocol(

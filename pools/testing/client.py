@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
-class Reply:
+class HttpReply:
     """Status, lower-case headers and whole body of one answer."""
 
     status: int
@@ -78,7 +78,7 @@ async def open_request(
 
 async def request(
     method: str, url: str, body: Any = None, *, headers: dict[str, str] | None = None, timeout_s: float = 60.0
-) -> Reply:
+) -> HttpReply:
     """Send one request and read the whole answer. Raises TimeoutError after `timeout_s`."""
     async with asyncio.timeout(timeout_s), open_request(method, url, body, headers=headers) as reply:
-        return Reply(reply.status, reply.headers, b"".join([frame async for frame in reply.frames()]))
+        return HttpReply(reply.status, reply.headers, b"".join([frame async for frame in reply.frames()]))

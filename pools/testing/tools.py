@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pools.client import routes
-from pools.testing.client import OpenReply, Reply, open_request, request
+from pools.testing.client import HttpReply, OpenReply, open_request, request
 from transport.handoff_params import DO_REMOTE_PREFILL, HANDOFF_ID, offer_params
 
 NUM_TOKENS = 8
@@ -197,7 +197,7 @@ async def first_event(reply: OpenReply) -> None:
     await anext(frames)
 
 
-def expect_error(reply: Reply, status: int | None) -> None:
+def expect_error(reply: HttpReply, status: int | None) -> None:
     """An error in the OpenAI shape; any 4xx or 5xx when `status` is None."""
     right = reply.status == status if status else reply.status >= 400
     expect(right, f"status {reply.status}, expected {status or 'an error'}: {reply.body[:300]!r}")

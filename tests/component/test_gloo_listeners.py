@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import preloaded
 from transport.in_engine.patches.gloo_listeners import published_in
-from transport.in_engine.patches.ports import Listener
+from transport.in_engine.patches.ports import ListeningSocket
 
 
 def member(rank: int, size: int, path: str) -> None:
@@ -72,11 +72,11 @@ def test_a_port_is_closed_by_its_whole_address() -> None:
     published = [b"\x02" + bytes(7) + bytes.fromhex("0200 1f90 7f000001") + bytes(8)]
     published.append(bytes.fromhex("0a00 1f91 00000000") + bytes(15) + b"\x01")
     ports = {
-        3: Listener(socket.AF_INET, "127.0.0.1", 8080, made_as),
-        4: Listener(socket.AF_INET, "127.0.0.2", 8080, made_as),
-        5: Listener(socket.AF_INET, "127.0.0.1", 8081, made_as),
-        6: Listener(socket.AF_INET6, "::1", 8081, made_as),
-        7: Listener(socket.AF_INET6, "::2", 8081, made_as),
+        3: ListeningSocket(socket.AF_INET, "127.0.0.1", 8080, made_as),
+        4: ListeningSocket(socket.AF_INET, "127.0.0.2", 8080, made_as),
+        5: ListeningSocket(socket.AF_INET, "127.0.0.1", 8081, made_as),
+        6: ListeningSocket(socket.AF_INET6, "::1", 8081, made_as),
+        7: ListeningSocket(socket.AF_INET6, "::2", 8081, made_as),
     }
     assert published_in(ports, published) == {3, 6}
     assert published_in(ports, []) == set()

@@ -15,7 +15,7 @@ from tests.support import preloaded
 from tests.support.garbage import silence, throw_all
 from tests.support.stack import wait_until
 from transport.in_engine.patches.nixl_ports import without_name
-from transport.in_engine.patches.ports import Listener
+from transport.in_engine.patches.ports import ListeningSocket
 
 START_S = 300.0
 """An import of vLLM; some seconds on a machine that does nothing else."""
@@ -105,10 +105,10 @@ def test_ports_that_are_named_are_kept() -> None:
     """As are those made by another library; and all of them when none is named, as another version might do it."""
     metadata = b"\x01" + (40000).to_bytes(2, "big") + b"\x02" + (40001).to_bytes(2, "big")
 
-    def ucx(port: int) -> Listener:
-        return Listener(socket.AF_INET, "127.0.0.1", port, (0, os.O_RDWR | os.O_NONBLOCK, 0))
+    def ucx(port: int) -> ListeningSocket:
+        return ListeningSocket(socket.AF_INET, "127.0.0.1", port, (0, os.O_RDWR | os.O_NONBLOCK, 0))
 
-    python = Listener(socket.AF_INET, "127.0.0.1", 40003, (fcntl.FD_CLOEXEC, os.O_RDWR, 1))
+    python = ListeningSocket(socket.AF_INET, "127.0.0.1", 40003, (fcntl.FD_CLOEXEC, os.O_RDWR, 1))
     assert without_name({3: ucx(40000), 4: ucx(40001), 5: ucx(40002), 6: python}, metadata) == {5}
     assert without_name({5: ucx(40002), 6: python}, metadata) == set()
     assert without_name({}, metadata) == set()

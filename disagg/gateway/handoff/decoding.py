@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from disagg.gateway.front.fields import PATHS
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.settling import UnderWay
-from disagg.gateway.replicas.choosing import Hold
+from disagg.gateway.replicas.choosing import Seat
 from pools.client.http1 import Exchange
 from pools.client.replica import OpenedLeg
 
@@ -18,7 +18,7 @@ class Answer:
     """The decode leg, ready to be sent on: its head is here, and its first bytes."""
 
     leg: OpenedLeg
-    hold: Hold
+    seat: Seat
     mode: str
     prefill_id: str
     decode_id: str
@@ -48,11 +48,11 @@ class Answer:
     def close(self) -> None:
         """End the decode leg, finished or not. Idempotent."""
         self.leg.close()
-        self.hold.release()
+        self.seat.release()
 
 
 async def decoded(
-    hold: Hold,
+    seat: Seat,
     call: Call,
     body: bytes,
     *,
@@ -63,10 +63,10 @@ async def decoded(
     """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client.
 
     Args:
-        hold: taken over by the answer, which releases it at its end.
+        seat: taken over by the answer, which releases it at its end.
         under_way: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
     """
-    member = hold.member
+    member = seat.member
     try:
         leg = await member.client.decode(
             PATHS[call.endpoint],
@@ -77,11 +77,11 @@ async def decoded(
             on_sent=_nothing if under_way is None else under_way.mark_taken,
         )
     except BaseException:
-        hold.release()
+        seat.release()
         raise
     if leg.complete:
-        hold.release()
-    return Answer(leg, hold, mode, prefill_id, member.info.replica_id, member.info.kv_fit, under_way)
+        seat.release()
+    return Answer(leg, seat, mode, prefill_id, member.info.replica_id, member.info.kv_fit, under_way)
 
 
 def _nothing() -> None:

@@ -26,7 +26,7 @@ from disagg.gateway.handoff.prefilling import NotOffered, Prefilling
 from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import Transfer
 from disagg.gateway.ledger.ledger import Ledger
-from disagg.gateway.replicas.choosing import Chooser, Hold, Reservation
+from disagg.gateway.replicas.choosing import Chooser, Reservation, Seat
 from disagg.gateway.replicas.membership import Membership
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import OTHER_KV_FIT
@@ -242,7 +242,7 @@ class Handoff:
             return await self._local.answer(call, alone(request, str(outcomes[0])), losses)
         call.progress.at_decode()
         try:
-            answer = await decoded(Hold(decode), call, call.raw, mode="primed", prefill_id=prefill_ids[0])
+            answer = await decoded(Seat(decode), call, call.raw, mode="primed", prefill_id=prefill_ids[0])
         except ReplicaLostError as exc:
             self._membership.mark_lost(decode, exc)
             self._metrics.retries.labels("decode").inc()
@@ -276,8 +276,8 @@ class Handoff:
         """The decode side of a hand-off that only primes. Adds it to `failed` when it was answered 5xx."""
         prefill_id = under_way.pair.prefill.info.replica_id
         try:
-            with under_way.reservation.take_decode() as hold:
-                await hold.member.client.probe(
+            with under_way.reservation.take_decode() as seat:
+                await seat.member.client.probe(
                     prompt,
                     params,
                     trace=call.trace,

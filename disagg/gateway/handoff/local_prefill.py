@@ -100,13 +100,13 @@ class LocalPrefill:
         call.progress.at_decode()
         now = asyncio.get_running_loop().time
         began = now()
-        hold = reservation.take_decode()
+        seat = reservation.take_decode()
         if not call.body.get("stream"):
-            hold.expect_prompt_within(self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S)
+            seat.expect_prompt_within(self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S)
         try:
-            answer = await decoded(hold, call, call.raw, mode="local", prefill_id="local")
+            answer = await decoded(seat, call, call.raw, mode="local", prefill_id="local")
         finally:
-            hold.prompt_computed()
+            seat.prompt_computed()
         if answer.exchange is not None:
             # An answer that is not streamed has no first token.
             self._rate.measured(num_tokens, now() - began)

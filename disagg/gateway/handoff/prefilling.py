@@ -243,11 +243,11 @@ class Prefilling:
         body = prefill_body(self._model_id, tries.token_ids, params, cache_salt=call.body.get("cache_salt"))
         self._settling.expect(handoff_id, pair, call.request_id, len(tries.token_ids), call.tenant)
         timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
-        hold = reservation.take_prefill()
+        seat = reservation.take_prefill()
         task = self._background.spawn_kept(
             pair.prefill.client.prefill(body, leg_id=handoff_id, trace=call.trace, timeout_s=timeout_s)
         )
-        task.add_done_callback(hold.leg_over)
+        task.add_done_callback(seat.leg_over)
         under_way = UnderWay(pair, PrefillLeg(handoff_id, pair.prefill, task), until, reservation)
         task.add_done_callback(functools.partial(self._faults.begin, under_way))
         return under_way

@@ -16,7 +16,7 @@ from typing import Any
 from disagg.gateway.background import Background
 from disagg.gateway.backoff import Backoff
 from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
-from disagg.gateway.replicas.choosing import Hold
+from disagg.gateway.replicas.choosing import Seat
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import Member, Membership, Pair
 from disagg.observability.metrics import Metrics
@@ -141,7 +141,7 @@ async def _offered(prefill: Member, prompt: list[int], params: dict[str, Any]) -
 
 
 async def _probed(member: Member, prompt: list[int], params: dict[str, Any]) -> Probed:
-    with Hold(member):
+    with Seat(member):
         return await member.client.probe(prompt, params, trace=NO_TRACE, timeout_s=_TIMEOUT_S)
 
 

@@ -3,7 +3,7 @@
 
 What has been tried and what is settled comes as constraints of the view. What runs on a replica is counted from the
 decision on, until the leg or the request ends; nothing else writes the counts of a `Member`. A call holds its
-reservation, and a leg that answers to the client or outlives the call's interest in it takes its hold over. Belongs to
+reservation, and a leg that answers to the client or outlives the call's interest in it takes its seat over. Belongs to
 the gateway's loop.
 """
 
@@ -107,15 +107,15 @@ def replica_view(member: Member) -> ReplicaView:
     return view
 
 
-class Hold:
+class Seat:
     """One leg on one replica, and the prompt tokens that the replica computes for it without a hand-off."""
 
-    __slots__ = ("_held", "_num_tokens", "_timer", "member")
+    __slots__ = ("_num_tokens", "_taken", "_timer", "member")
 
     def __init__(self, member: Member, num_tokens: int = 0) -> None:
         """Counted from here until `release`."""
         self.member = member
-        self._held = True
+        self._taken = True
         self._num_tokens = num_tokens
         self._timer: asyncio.TimerHandle | None = None
         member.num_in_flight += 1
@@ -123,8 +123,8 @@ class Hold:
 
     def release(self) -> None:
         """The leg is over. Idempotent."""
-        if self._held:
-            self._held = False
+        if self._taken:
+            self._taken = False
             self.member.num_in_flight -= 1
             self.prompt_computed()
 
@@ -156,7 +156,7 @@ class Hold:
 class Reservation:
     """A decision, and the legs that it holds room for on the replicas it has chosen.
 
-    Release it where the call ends: as a context manager, or with `release`. A leg that takes its hold over releases it
+    Release it where the call ends: as a context manager, or with `release`. A leg that takes its seat over releases it
     itself.
     """
 
@@ -166,8 +166,8 @@ class Reservation:
         """`num_tokens`: prompt tokens that `decode` computes for it."""
         self.decision = decision
         self.pair = None if prefill is None or decode is None else Pair(prefill, decode)
-        self._prefill = None if prefill is None else Hold(prefill)
-        self._decode = None if decode is None else Hold(decode, num_tokens)
+        self._prefill = None if prefill is None else Seat(prefill)
+        self._decode = None if decode is None else Seat(decode, num_tokens)
 
     @property
     def decode(self) -> Member:
@@ -175,23 +175,23 @@ class Reservation:
         assert self._decode is not None
         return self._decode.member
 
-    def take_prefill(self) -> Hold:
-        """The hold of the prefill leg, from here on the taker's to release. Take it once."""
-        hold, self._prefill = self._prefill, None
-        assert hold is not None
-        return hold
+    def take_prefill(self) -> Seat:
+        """The seat of the prefill leg, from here on the taker's to release. Take it once."""
+        seat, self._prefill = self._prefill, None
+        assert seat is not None
+        return seat
 
-    def take_decode(self) -> Hold:
-        """The hold of the decode leg, from here on the taker's to release. Take it once."""
-        hold, self._decode = self._decode, None
-        assert hold is not None
-        return hold
+    def take_decode(self) -> Seat:
+        """The seat of the decode leg, from here on the taker's to release. Take it once."""
+        seat, self._decode = self._decode, None
+        assert seat is not None
+        return seat
 
     def release(self) -> None:
         """Give back what nobody has taken over. Idempotent."""
-        for hold in (self._prefill, self._decode):
-            if hold is not None:
-                hold.release()
+        for seat in (self._prefill, self._decode):
+            if seat is not None:
+                seat.release()
 
     def __enter__(self) -> Self:
         return self

@@ -24,7 +24,7 @@ _MAX_REMEMBERED = 256
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeTime:
     """The last token that a replica asked its engine for."""
 
     seconds: float
@@ -39,7 +39,7 @@ class Slowness:
         # Incarnation to (number of the probe that was judged last, slow ones in a row).
         self._judged: dict[str, tuple[int, int]] = {}
 
-    def judge(self, probes: Mapping[str, Probe]) -> set[str]:
+    def judge(self, probes: Mapping[str, ProbeTime]) -> set[str]:
         """The incarnations that are slow, of those in `probes`; others are forgotten."""
         limit_s = max(_SLOW_S, _SLOW_FACTOR * min((probe.seconds for probe in probes.values()), default=0.0))
         judged: dict[str, tuple[int, int]] = {}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from disagg.gateway.background import Background
 from disagg.gateway.replicas.membership import DECODE, POOLS, Member, Membership
-from disagg.gateway.replicas.suspicion import CrashLoop, Probe, Slowness
+from disagg.gateway.replicas.suspicion import CrashLoop, ProbeTime, Slowness
 from disagg.observability.metrics import Metrics
 from pools.client.messages import ReplicaHealth
 from pools.errors import ReplicaLostError, UnusableAnswerError
@@ -41,7 +41,7 @@ class _Watched:
     misses: int = 0
     broken: int = 0
     """Questions in a row whose connection broke off."""
-    probe: Probe | None = None
+    probe: ProbeTime | None = None
     ok_since: float | None = None
     """Since when a replica on probation has been well, and a prefill replica warm, on the watch's clock."""
     told: bool = False
@@ -161,7 +161,7 @@ class Watch:
         member = watched.member
         watched.misses = watched.broken = 0
         if health.probe_s is not None:
-            watched.probe = Probe(health.probe_s, health.num_probes)
+            watched.probe = ProbeTime(health.probe_s, health.num_probes)
         if health.state == "suspect":
             watched.ok_since = None
             self._suspect(watched, health.reason or "other")

@@ -25,7 +25,7 @@ from disagg.gateway.handoff.pair_faults import end_rest_later
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids, without_ids
 from disagg.gateway.ledger.ledger import Ledger
-from disagg.gateway.replicas.choosing import Chooser, Hold
+from disagg.gateway.replicas.choosing import Chooser, Seat
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership, Pair
 from disagg.gateway.shadow.rules import Computed, Difference, computed, difference, may_check, shadow_body
@@ -145,7 +145,7 @@ class Shadow:
         body = shadow_body(self._model_id, prompt, num_tokens, asked=call.body, cache_salt=salt)
         leg_id = f"shadow-{uuid.uuid4().hex}"
         try:
-            with Hold(member, len(prompt)):
+            with Seat(member, len(prompt)):
                 answer = await member.client.check(body, leg_id=leg_id, timeout_s=_TIMEOUT_S)
         except ReplicaLostError as exc:
             raise CheckFailed(str(exc)) from exc

@@ -23,11 +23,11 @@ from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResul
 from pools.engine.events import EventLog
 from pools.engine.fake import openai_shapes as wire
 from pools.engine.fake.kv import KV_BYTES_PER_TOKEN, FakeKV, num_blocks_of
-from pools.engine.fake.openai_shapes import Answer, Framing, Generation, WireError
+from pools.engine.fake.openai_shapes import Choice, Framing, Generation, WireError
 from pools.engine.fake.side_channel import SideChannel, named, read_handoff
 from pools.engine.fake.text import NUM_WORDS, WORD_BASE, answer, decode, fold, word
 from pools.engine.fake.tiers import FakeSharedCache
-from pools.engine.handoffs import Handoffs, consumed_by
+from pools.engine.handoffs import Admissions, consumed_by
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 from transport.config import NixlConfig
 from transport.descriptor import Transport
@@ -94,7 +94,7 @@ class FakeEngine:
         self._num_waiting = 0
         self._prefill_free_at = 0.0
         self._counts: Counter[str] = Counter()
-        self._handoffs = Handoffs(self._log)
+        self._handoffs = Admissions(self._log)
         self._app = self._handoffs.watch(lambda scope, receive, send: self._serve(scope, receive, send))
         self._dead: BaseException | None = None
         self._stopped = False
@@ -411,7 +411,7 @@ class FakeEngine:
             await send(_body(usage))
         await send({"type": "http.response.body", "body": wire.DONE, "more_body": False})
 
-    async def _stream_tokens(self, answers: Sequence[Answer], framing: Framing, running: _Running, send: Send) -> int:
+    async def _stream_tokens(self, answers: Sequence[Choice], framing: Framing, running: _Running, send: Send) -> int:
         """Send the tokens on an absolute schedule, so that a late one does not delay the next; how many were sent."""
         loop = asyncio.get_running_loop()
         itl_s, num_sent = self._config.itl_ms / 1e3, 0
@@ -427,7 +427,7 @@ class FakeEngine:
                     await asyncio.sleep(delay)
             if self._over(running):
                 if self._dead is None:
-                    aborted = Answer((0,), ("",), "abort", None)
+                    aborted = Choice((0,), ("",), "abort", None)
                     await send(_body(framing.token(0, aborted, 0)))
                 break
             for index, choice in enumerate(answers):
@@ -447,20 +447,20 @@ class FakeEngine:
         if self._dead is not None:
             raise EngineDeadError(f"engine {self._engine_id!r} is dead: {self._dead}")
         if running.aborted:
-            answers = [Answer((), (), "abort", None) for _ in answers]
+            answers = [Choice((), (), "abort", None) for _ in answers]
         self._counts["generation_tokens"] += sum(len(choice.tokens) for choice in answers)
         await _send_json(send, 200, framing.document(answers, params))
 
-    def _answers(self, generation: Generation) -> list[Answer]:
+    def _answers(self, generation: Generation) -> list[Choice]:
         """Every choice, prompt by prompt; the `n` choices of one prompt are alike, as under greedy sampling."""
-        answers: list[Answer] = []
+        answers: list[Choice] = []
         for prompt in generation.prompts:
             tokens = answer(prompt, generation.max_tokens, may_end=generation.may_end)
             texts = [word(token) for token in tokens]
             ended = generation.may_end and len(tokens) < generation.max_tokens
-            choice = Answer(tokens, texts, "stop" if ended else "length", None)
+            choice = Choice(tokens, texts, "stop" if ended else "length", None)
             if cut := wire.cut_at_stop(texts, generation.stop):
-                choice = Answer(tokens[: len(cut[0])], cut[0], "stop", cut[1])
+                choice = Choice(tokens[: len(cut[0])], cut[0], "stop", cut[1])
             streamed = wire.held_back(texts[: len(choice.texts)], "".join(choice.texts), generation.stop)
             choice = replace(choice, texts=streamed)
             answers += [choice] * generation.n

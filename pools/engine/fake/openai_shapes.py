@@ -188,7 +188,7 @@ def _ids(value: Any, param: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Choice:
     """One finished choice. `texts` has one entry a token; a stop string may have emptied the last ones."""
 
     tokens: Sequence[int]
@@ -269,7 +269,7 @@ class Framing:
         prompt_token_ids = list(self._request.prompts[0]) if self._request.return_token_ids else None
         return self._chunk([choice], {"prompt_token_ids": prompt_token_ids, "prompt_text": None}, 0)
 
-    def token(self, index: int, answer: Answer, i: int) -> bytes:
+    def token(self, index: int, answer: Choice, i: int) -> bytes:
         """Event of token `i`; the last one carries the finish reason."""
         last = i == len(answer.texts) - 1
         if self._plain and not last:
@@ -302,7 +302,7 @@ class Framing:
             body["usage"] = _usage(self._request.num_prompt_tokens, num_completion_tokens)
         return self._event + _dumps(body)[1:] + b"\n\n"
 
-    def document(self, answers: Sequence[Answer], kv_transfer_params: KVTransferParams | None) -> dict[str, Any]:
+    def document(self, answers: Sequence[Choice], kv_transfer_params: KVTransferParams | None) -> dict[str, Any]:
         """The whole answer as one document."""
         num_tokens = sum(len(answer.tokens) for answer in answers)
         usage = _usage(self._request.num_prompt_tokens, num_tokens)
@@ -315,7 +315,7 @@ class Framing:
             body |= {"prompt_logprobs": None, "prompt_token_ids": prompt, "prompt_text": None}
         return body | {"kv_transfer_params": kv_transfer_params, "ec_transfer_params": None, "metrics": None}
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: Choice) -> dict[str, Any]:
         request = self._request
         text = "".join(answer.texts)
         choice: dict[str, Any] = {"index": index}

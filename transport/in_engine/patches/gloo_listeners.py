@@ -21,7 +21,7 @@ import socket
 import struct
 from collections.abc import Iterable, Mapping
 
-from transport.in_engine.patches.ports import Listener, close_sockets, listening
+from transport.in_engine.patches.ports import ListeningSocket, close_sockets, listening
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,13 @@ def close_group_ports() -> int:
     return len(closed)
 
 
-def published_in(ports: Mapping[int, Listener], published: Iterable[bytes]) -> set[int]:
+def published_in(ports: Mapping[int, ListeningSocket], published: Iterable[bytes]) -> set[int]:
     """Descriptors of the ports whose address is in what some group has published. Pure."""
     texts = list(published)
     return {fd for fd, listener in ports.items() if any(_sockaddr(listener) in text for text in texts)}
 
 
-def _sockaddr(listener: Listener) -> bytes:
+def _sockaddr(listener: ListeningSocket) -> bytes:
     """The head of the kernel's `sockaddr_in` or `sockaddr_in6` for this address."""
     flow = b"\0\0\0\0" if listener.family == socket.AF_INET6 else b""
     host = socket.inet_pton(listener.family, listener.host)

@@ -19,7 +19,7 @@ import logging
 import struct
 from collections.abc import Collection, Mapping
 
-from transport.in_engine.patches.ports import Listener, close_sockets, listening
+from transport.in_engine.patches.ports import ListeningSocket, close_sockets, listening
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def close_unnamed(before: Collection[int], metadata: bytes) -> int:
     return len(unnamed)
 
 
-def without_name(ports: Mapping[int, Listener], metadata: bytes) -> set[int]:
+def without_name(ports: Mapping[int, ListeningSocket], metadata: bytes) -> set[int]:
     """Descriptors of the ports that are made as a named one is, and whose own number is nowhere in `metadata`. Pure.
 
     None when no port is named at all: another version may write its addresses in another way.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Listener:
+class ListeningSocket:
     """One listening socket."""
 
     family: int
@@ -24,7 +24,7 @@ class Listener:
     ZMQ, which are closed on `exec`, never agree with those of UCX, which are not."""
 
 
-def listening() -> dict[int, Listener]:
+def listening() -> dict[int, ListeningSocket]:
     """Every TCP socket on which this process listens, by file descriptor."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
@@ -35,7 +35,7 @@ def listening() -> dict[int, Listener]:
     return found
 
 
-def _listener(descriptor: int) -> Listener | None:
+def _listener(descriptor: int) -> ListeningSocket | None:
     with socket.socket(fileno=os.dup(descriptor)) as sock:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
             return None
@@ -47,7 +47,7 @@ def _listener(descriptor: int) -> Listener | None:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR),
         )
         host, port = sock.getsockname()[:2]
-        return Listener(sock.family, host, port, made_as)
+        return ListeningSocket(sock.family, host, port, made_as)
 
 
 def close_sockets(descriptors: Iterable[int]) -> None:

@@ -15,10 +15,10 @@ from disagg.config import AdminConfig, GatewayConfig
 from disagg.errors import ScaleTimeoutError
 from disagg.gateway.replicas.membership import Pair
 from disagg.sdk.client import AsyncClient
-from pools.health.health import Health
+from pools.health.health import EngineHealth
 from tests.support.gateway_stack import Stack, running_stack, until
 
-HANGS = Health(state="suspect", reason="hang", since_s=1.0)
+HANGS = EngineHealth(state="suspect", reason="hang", since_s=1.0)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ async def test_other_states_of_the_prefill_pool(what: str, config: GatewayConfig
             stack.prefill[0].kill()
             await until(lambda: not p0.reachable)
         elif what == "draining":
-            stack.prefill[0].server.health = lambda: Health(state="draining")
+            stack.prefill[0].server.health = lambda: EngineHealth(state="draining")
             await until(lambda: p0.draining)
         elif what == "crash_loop":
             stack.gateway.membership.put_on_probation(p0)

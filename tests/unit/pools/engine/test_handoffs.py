@@ -10,11 +10,11 @@ import pytest
 
 from pools.engine.base import HANDOFF_HEADER, ASGIApp, Receive, Scope, Send
 from pools.engine.events import EventLog
-from pools.engine.handoffs import Handoff, Handoffs, consumed_by
+from pools.engine.handoffs import Admissions, ConsumedHandoff, consumed_by
 from pools.errors import HandoffRefusedError
 from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, HANDOFF_ID
 
-ONE = Handoff("e-1/r-1", "h-1")
+ONE = ConsumedHandoff("e-1/r-1", "h-1")
 SCOPE = {"type": "http", "headers": [(b"host", b"x"), (HANDOFF_HEADER.encode(), b"h-1")]}
 
 
@@ -23,15 +23,15 @@ SCOPE = {"type": "http", "headers": [(b"host", b"x"), (HANDOFF_HEADER.encode(), 
     [
         (None, None),
         ({DO_REMOTE_DECODE: True, "remote_request_id": "r"}, None),
-        ({DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "remote_request_id": "r"}, Handoff("e/r", "r")),
-        ({DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "transfer_id": "t"}, Handoff("e/t", "t")),
+        ({DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "remote_request_id": "r"}, ConsumedHandoff("e/r", "r")),
+        ({DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "transfer_id": "t"}, ConsumedHandoff("e/t", "t")),
         (
             {DO_REMOTE_PREFILL: True, "remote_engine_id": "e", "remote_request_id": "r", HANDOFF_ID: "h"},
-            Handoff("e/r", "h"),
+            ConsumedHandoff("e/r", "h"),
         ),
     ],
 )
-def test_names(params: Any, expected: Handoff | None) -> None:
+def test_names(params: Any, expected: ConsumedHandoff | None) -> None:
     """A hand-off is told apart by vLLM's ids and known by the gateway's, where there is one."""
     assert consumed_by(params) == expected
 
@@ -41,7 +41,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.log = EventLog()
-        self.handoffs = Handoffs(self.log)
+        self.handoffs = Admissions(self.log)
 
     async def leg(self, app: ASGIApp, scope: Any = SCOPE) -> None:
         async def nothing(*args: Any) -> Any:
@@ -138,7 +138,7 @@ async def test_without_a_header(scope: Any) -> None:
 
 def test_refused_by_the_server() -> None:
     """Parameters of a request that vLLM's server refused are used up."""
-    handoffs = Handoffs(EventLog())
+    handoffs = Admissions(EventLog())
     handoffs.refuse(ONE)
     with pytest.raises(HandoffRefusedError, match="refused before"):
         handoffs.admit(ONE)
@@ -147,9 +147,9 @@ def test_refused_by_the_server() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest are forgotten."""
     monkeypatch.setattr("pools.engine.handoffs._MAX_REMEMBERED", 4)
-    handoffs = Handoffs(EventLog())
+    handoffs = Admissions(EventLog())
     for number in range(9):
-        handoffs.admit(Handoff(f"e/{number}", f"h-{number}"))
+        handoffs.admit(ConsumedHandoff(f"e/{number}", f"h-{number}"))
         handoffs.give_up(f"g-{number}")
     assert len(handoffs._admitted) == len(handoffs._ids) == 4
-    handoffs.admit(Handoff("e/0", "h-0"))
+    handoffs.admit(ConsumedHandoff("e/0", "h-0"))

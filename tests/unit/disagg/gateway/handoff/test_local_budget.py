@@ -10,7 +10,7 @@ import pytest
 
 from disagg.config import GatewayConfig
 from disagg.gateway.handoff import local_prefill
-from disagg.gateway.replicas.choosing import Hold, replica_view
+from disagg.gateway.replicas.choosing import Seat, replica_view
 from disagg.gateway.replicas.membership import DECODE
 from disagg.routing.candidates import has_room
 from disagg.routing.constraints import num_prompt_tokens
@@ -53,9 +53,9 @@ def test_any_prompt_fits_an_idle_replica() -> None:
     """The bound is for what runs beside each other."""
     member = lonely_member(info("d0"))
     assert has_room(replica_view(member), 1000, limit=10)
-    with Hold(member, 6):
+    with Seat(member, 6):
         assert has_room(replica_view(member), 4, limit=10) and not has_room(replica_view(member), 5, limit=10)
-        with Hold(member, 4):
+        with Seat(member, 4):
             assert not has_room(replica_view(member), 1, limit=10)
     assert member.local_prefill_tokens == member.num_in_flight == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import disagg
-from disagg.gateway.replicas.choosing import Chooser, Hold
+from disagg.gateway.replicas.choosing import Chooser, Seat
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Membership
 from disagg.routing.constraints import errand
 from disagg.routing.least_loaded import LeastLoaded
@@ -68,18 +68,18 @@ def test_a_prompt_that_decode_computes_is_held_as_tokens(members: Membership) ->
     """Until it is computed; the leg goes on."""
     with chooser(members).reserve(errand(num_tokens=7)) as reservation:
         assert reservation.decision.mode == "local" and counts(members) == [(0, 0), (1, 7)]
-        hold = reservation.take_decode()
-    hold.prompt_computed()
-    hold.prompt_computed()
+        seat = reservation.take_decode()
+    seat.prompt_computed()
+    seat.prompt_computed()
     assert counts(members) == [(0, 0), (1, 0)]
-    hold.release()
+    seat.release()
     assert counts(members) == [(0, 0), (0, 0)]
 
 
 async def test_a_prompt_is_taken_as_computed_after_a_time() -> None:
     """Where the answer does not show when it is; a release before that leaves no timer behind."""
     member = lonely_member(info("d0"))
-    late, early = Hold(member, 5), Hold(member, 6)
+    late, early = Seat(member, 5), Seat(member, 6)
     late.expect_prompt_within(0.01)
     early.expect_prompt_within(0.01)
     early.release()

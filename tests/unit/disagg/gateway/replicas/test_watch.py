@@ -21,18 +21,18 @@ from pools.client.replica import NO_TRACE, ReplicaClient
 from pools.client.routes import COMPLETIONS, ENGINE_KEY_HEADER
 from pools.engine.base import Receive, Scope, Send
 from pools.errors import ReplicaLostError
-from pools.health.health import Health
+from pools.health.health import EngineHealth
 from pools.testing.client import request
 from tests.support.gateway_stack import Replica, Stack, running_stack, until
 
 PROMPT = "a prompt longer than one block of KV, so that it is handed off"
-OK = Health(probe_s=0.001, num_probes=1)
-HANGS = Health(state="suspect", reason="hang", since_s=1.0)
+OK = EngineHealth(probe_s=0.001, num_probes=1)
+HANGS = EngineHealth(state="suspect", reason="hang", since_s=1.0)
 QUICK = GatewayConfig(watch_interval_s=0.02)
 PROBATION = GatewayConfig(watch_interval_s=0.02, probation_s=60)
 
 
-def say(replica: Replica, health: Health) -> None:
+def say(replica: Replica, health: EngineHealth) -> None:
     """What the replica answers from here on about its engine."""
     replica.server.health = lambda: health
 
@@ -249,14 +249,14 @@ async def test_slow_replica_is_the_last_choice() -> None:
         say(stack.decode[1], OK)
         await until(lambda: watched(stack, "d1")[0].probe)
         for number in range(1, 4):
-            say(stack.decode[0], Health(probe_s=2.0, num_probes=number))
+            say(stack.decode[0], EngineHealth(probe_s=2.0, num_probes=number))
             await until(partial(was_judged, stack, "d0", number))
         await until(lambda: state(stack, "d0").slow)
         assert await decodes(stack) == {"d1"}
         stack.decode[1].kill()
         await until(lambda: not state(stack, "d1").reachable)
         assert await decodes(stack) == {"d0"}
-        say(stack.decode[0], Health(probe_s=0.01, num_probes=4))
+        say(stack.decode[0], EngineHealth(probe_s=0.01, num_probes=4))
         await until(lambda: not state(stack, "d0").slow)
 
 
