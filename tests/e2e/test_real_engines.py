@@ -64,4 +64,4 @@ def test_bad_requests(real_stack: Stack) -> None:
 
 def test_generated_requests(real_stack: Stack) -> None:
     """A few hundred requests made from the OpenAPI document cause no 5xx."""
-    assert [row.text() for row in generated(real_stack, 200) if not row.holds] == []
+    assert [row.text() for row in generated(real_stack, 200, phases="fuzzing") if not row.holds] == []

@@ -103,7 +103,7 @@ def config_cases() -> list[Row]:
     ]
 
 
-def generated(stack: Stack, min_examples: int) -> list[Row]:
+def generated(stack: Stack, min_examples: int, *, phases: str = "fuzzing,coverage,examples") -> list[Row]:
     """schemathesis over the gateway's own OpenAPI document; any 5xx is a failure.
 
     Serve's own header bounds each answer, because many of the requests ask for as many tokens as the context holds. It
@@ -125,7 +125,7 @@ def generated(stack: Stack, min_examples: int) -> list[Row]:
         "--seed",
         "1",
         "--phases",
-        "fuzzing,coverage,examples",
+        phases,
         "--generation-database",
         "none",
     ]
