@@ -67,49 +67,44 @@ def use_fake_engines(config: dict[str, Any]) -> None:
     args["engine"] = {"type": "fake", "itl_ms": 5}
 
 
-@pytest.fixture
-def fake_haproxy_stack(slot: Slot) -> Stack:
-    """1P1D of fake engines behind HAProxy: `configs/quickstart-haproxy.yaml`."""
-    stack: Stack = slot.take("haproxy", lambda: running(HAPROXY, name="e2e-fake-haproxy", change=use_fake_engines))
-    return stack
-
-
 @dataclass(frozen=True)
 class FakeStack:
-    """An application on fake engines that may not be scaled, and what was in /dev/shm before it."""
+    """An application on fake engines, and what was in /dev/shm before it."""
 
     stack: Stack
     shared_before: frozenset[Path]
 
 
 @contextlib.contextmanager
-def _unscaled() -> Iterator[FakeStack]:
-    def change(config: dict[str, Any]) -> None:
-        use_fake_engines(config)
-        config["applications"][0]["external_scaler_enabled"] = False
-
+def _behind_haproxy() -> Iterator[FakeStack]:
     shared = frozenset(SHARED_MEMORY.iterdir())
-    with running(QUICKSTART, name="e2e-fake", change=change) as stack:
+    with running(HAPROXY, name="e2e-fake-haproxy", change=use_fake_engines) as stack:
         yield FakeStack(stack, shared)
 
 
 @pytest.fixture
 def fake_stack(slot: Slot) -> FakeStack:
-    """1P1D of fake engines behind Serve's own proxy, without `external_scaler_enabled`."""
-    started: FakeStack = slot.take("fake", _unscaled)
+    """1P1D of fake engines behind HAProxy: `configs/quickstart-haproxy.yaml`."""
+    started: FakeStack = slot.take("haproxy", _behind_haproxy)
     return started
 
 
-APPLICATIONS = ("real_stack", "nixl_stack", "mooncake_stack", "fake_haproxy_stack", "fake_stack")
+@pytest.fixture
+def fake_haproxy_stack(fake_stack: FakeStack) -> Stack:
+    """The same without what was before it."""
+    return fake_stack.stack
+
+
+APPLICATIONS = ("real_stack", "nixl_stack", "mooncake_stack", "fake_stack")
 """Fixtures that start an application, in the order of their tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one application behind each other, in the order of their files; those without any first.
 
-    Those that kill its replicas or scale it are the last of theirs.
+    Those that kill its replicas or scale it come late, and the one that ends it is the last.
     """
-    late = ("test_faults.py", "test_examples.py")
+    late = ("test_faults.py", "test_examples.py", "test_ctrl_c.py")
 
     def place(item: pytest.Item) -> tuple[int, int]:
         used = [APPLICATIONS.index(name) + 1 for name in getattr(item, "fixturenames", ()) if name in APPLICATIONS]

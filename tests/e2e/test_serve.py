@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the application does under Ray Serve, on fake engines: HAProxy, scaling, killed replicas, Ctrl-C."""
+"""What the application does under Ray Serve, on fake engines: HAProxy, scaling, killed replicas."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import signal
 import httpx
 import pytest
 
-from tests.e2e.conftest import FakeStack
 from tests.prove.serve_scale import Load
-from tests.support.fault_usage import unowned_shared_files
-from tests.support.slot import Slot
 from tests.support.stack import Stack, wait_until
 
 
@@ -91,37 +88,17 @@ def test_killed_replica_comes_back(pool: str, fake_haproxy_stack: Stack) -> None
     assert answer.headers[f"x-disagg-{pool}"] == successor
 
 
-def test_scaling_needs_the_external_scaler(fake_stack: FakeStack) -> None:
+def test_scaling_needs_the_external_scaler(mooncake_stack: Stack) -> None:
     """Without external_scaler_enabled scaling is refused with 409 and says what to set; nothing changes."""
-    stack = fake_stack.stack
     answer = httpx.post(
-        f"{stack.url}/admin/v1/pools/decode/scale",
+        f"{mooncake_stack.url}/admin/v1/pools/decode/scale",
         json={"num_replicas": 2},
-        headers={"authorization": f"Bearer {stack.admin_key}"},
+        headers={"authorization": f"Bearer {mooncake_stack.admin_key}"},
         timeout=30,
     )
     assert answer.status_code == 409
     assert "external_scaler_enabled" in answer.json()["error"]["message"]
-    assert asyncio.run(_pools(stack)) == {"prefill": 1, "decode": 1}
-
-
-def test_ctrl_c_leaves_nothing(fake_stack: FakeStack, slot: Slot) -> None:
-    """After Ctrl-C `disagg serve` ends with 0, and no process, port or shared memory of it is left.
-
-    The last test of its application, because it ends it.
-    """
-    stack = fake_stack.stack
-    with stack.client() as client:
-        pids = [r.pid for pool in client.pools() for r in pool.replicas if r.pid]
-    assert len(pids) == 2
-    code, _ = stack.stop()
-    slot.empty()
-    assert code == 0, stack.output[-20:]
-    assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{stack.url}/health", timeout=5)
-    # What has an owner is of another lane of the tests.
-    wait_until(lambda: not unowned_shared_files(fake_stack.shared_before), 20, "no shared memory without an owner")
+    assert asyncio.run(_pools(mooncake_stack)) == {"prefill": 1, "decode": 1}
 
 
 async def _pools(stack: Stack) -> dict[str, int]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from tests.support.stack import ROOT, Stack, running
 from tests.support.tiers import FLOAT32, tiers
@@ -13,7 +14,10 @@ DURABLE_FILES = "e2e-tiers-l2"
 
 
 def durable_application(files: str) -> AbstractContextManager[Stack]:
-    """1P1D over Mooncake, LMCache with the sink `write_through`, and files in `files` behind its memory."""
+    """1P1D over Mooncake, LMCache with the sink `write_through`, and files in `files` behind its memory.
+
+    It may not be scaled: `external_scaler_enabled` is off.
+    """
     change = tiers(
         transport="mooncake",
         sink="write_through",
@@ -22,4 +26,9 @@ def durable_application(files: str) -> AbstractContextManager[Stack]:
         blocks=200,
         engine_kwargs=FLOAT32,
     )
-    return running(ROOT / "configs" / "quickstart.yaml", name="e2e-tiers-mooncake", change=change)
+
+    def unscaled(config: dict[str, Any]) -> None:
+        change(config)
+        config["applications"][0]["external_scaler_enabled"] = False
+
+    return running(ROOT / "configs" / "quickstart.yaml", name="e2e-tiers-mooncake", change=unscaled)
