@@ -7,11 +7,11 @@ SHELL := /bin/bash
 
 PY := .venv/bin/python
 CONFIG ?= configs/quickstart.yaml
-# Tests at a time, in the tiers that start no engine.
+# Tests at a time, but for those under Ray Serve.
 WORKERS ?= 2
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
-.PHONY: help setup install serve test test-unit test-component test-engine test-e2e test-beside-serve lint format type bench bench-probes \
+.PHONY: help setup install serve test test-unit test-component test-engine test-e2e lint format type bench bench-probes \
 	prove-serve prove-tiers prove-faults prove-house check-upstream lock clean
 
 help: ## list the targets
@@ -25,13 +25,7 @@ install: setup ## the same as setup
 serve: setup ## serve 1 prefill and 1 decode replica on this machine (CONFIG=configs/other.yaml for another file)
 	@.venv/bin/disagg serve $(CONFIG)
 
-# Two lanes, because each waits half of its time: for engines, for leases, for Ray. What a tier prints comes at its end.
-test: setup ## all tests that need no GPU
-	@echo "tests/e2e beside tests/unit, tests/component and tests/engine; each prints when it is over"
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-beside-serve test-e2e
-
-test-beside-serve: setup
-	@for tier in unit component engine; do $(MAKE) --no-print-directory test-$$tier; done
+test: test-unit test-component test-engine test-e2e ## all tests that need no GPU
 
 test-unit: setup ## pure code, a minute or two (ARGS="-k name" for some)
 	$(PY) -m pytest tests/unit -n $(WORKERS) $(ARGS)
@@ -40,7 +34,7 @@ test-component: setup ## with classes of vLLM, torch and LMCache, no engine
 	$(PY) -m pytest tests/component -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
 
 test-engine: setup ## real engines and LMCache servers
-	$(PY) -m pytest tests/engine -m "not gpu" $(ARGS)
+	$(PY) -m pytest tests/engine -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
 
 test-e2e: setup ## the whole application under Ray Serve
 	$(PY) -m pytest tests/e2e -m "not gpu" $(ARGS)

@@ -29,5 +29,5 @@ def test_ctrl_c_leaves_nothing(fake_stack: FakeStack, slot: Slot) -> None:
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{stack.url}/health", timeout=5)
-    # What has an owner is of another lane of the tests.
+    # What has an owner is of somebody else on this machine.
     wait_until(lambda: not unowned_shared_files(fake_stack.shared_before), 20, "no shared memory without an owner")
