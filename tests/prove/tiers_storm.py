@@ -50,7 +50,8 @@ def storm(stack: Stack, transport: str, num_clients: int) -> list[Row]:
             f"{transport}: clients that left, phases seen",
             f"{sum(seen.values())}, {len(phases_at_the_gateway(stack))}",
             f"{num_clients}, at least 2",
-            sum(seen.values()) == num_clients and len(phases_at_the_gateway(stack)) >= 2,
+            # A few clients may all leave in one phase.
+            sum(seen.values()) == num_clients and (len(phases_at_the_gateway(stack)) >= 2 or num_clients < NUM_CLIENTS),
         ),
         Row(
             6,
