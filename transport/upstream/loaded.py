@@ -97,12 +97,15 @@ def _is_function(value: Any) -> bool:
 def is_ours(value: Any) -> bool:
     """Whether the object is a function, a class or a callable instance of a class that one of our packages made.
 
-    `functools.wraps` copies names, so a function tells by the module in which it looks its globals up. Other instances
-    are not counted: vLLM keeps the connector that it was told to make in a variable of its own.
+    `functools.wraps` copies names, so a function tells by the module in which it looks its globals up. In a program
+    that `python -m` started, only the spec of that module has its name. Other instances are not counted: vLLM keeps the
+    connector that it was told to make in a variable of its own.
     """
     behind = _function(value)
     if isinstance(behind, FunctionType):
         module = behind.__globals__.get("__name__", "")
+        if module == "__main__":
+            module = getattr(behind.__globals__.get("__spec__"), "name", "")
     else:
         is_code = inspect.isclass(behind) or callable(behind)
         module = getattr(behind if inspect.isclass(behind) else type(behind), "__module__", "") if is_code else ""
