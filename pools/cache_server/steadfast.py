@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of LMCache's message queue, begun again after a message that it cannot take apart.
-
-Not in `main`, which runs as the program itself: what is replaced is told by the module that it comes from.
-"""
+"""The loop of LMCache's message queue, begun again after a message that it cannot take apart."""
 
 from __future__ import annotations
 

@@ -230,9 +230,9 @@ def test_aborted_prefill_makes_the_decode_engine_compute(pair: Pair) -> None:
 
     async def test(pair: Pair, client: httpx.AsyncClient) -> None:
         # Enough others that this one is queued behind them.
-        crowd = [Handoff(pair, client, 3500) for _ in range(3)]
+        crowd = [Handoff(pair, client, 3500) for _ in range(2)]
         others = [asyncio.create_task(other.prefill()) for other in crowd]
-        handoff = Handoff(pair, client, 1500)
+        handoff = Handoff(pair, client)
         waiting = asyncio.create_task(timed(handoff.decode()))
         leg = asyncio.create_task(handoff.prefill())
         await asyncio.sleep(0.3)
@@ -241,8 +241,7 @@ def test_aborted_prefill_makes_the_decode_engine_compute(pair: Pair) -> None:
         asked = time.monotonic()
         answer, _ = await waiting
         print(f"told after {time.monotonic() - asked:.2f} s")
-        # Its own computing is in it, too: to be below the lease is what shows that it was told.
-        assert time.monotonic() - asked < LEASE_S - 1
+        assert time.monotonic() - asked < SOON_S
         assert tokens(answer) == await handoff.local()
         await asyncio.gather(leg, *others, return_exceptions=True)
         for other in crowd:
