@@ -25,6 +25,9 @@ from disagg.sdk.client import Client
 
 _NOTABLE = ("have taken more than", "Exception in Replica(")
 _TAIL = 25
+_ASK_EVERY_S = 1.0
+"""Between two questions whether it is ready. Each goes through proxy and gateway, and takes time from engines that
+start on the same cores."""
 _END_S = 30.0
 """What Serve may take to end once its applications are drained."""
 
@@ -140,7 +143,7 @@ def _until_ready(
                     print("\n".join(list(tail)[-_TAIL:]), file=sys.stderr)
                 why = reason(list(tail))
                 return f"{hopeless}: {why}" if why else hopeless
-            if time.monotonic() - asked_at >= 0.5:
+            if time.monotonic() - asked_at >= _ASK_EVERY_S:
                 asked_at = time.monotonic()
                 try:
                     health = client.health()

@@ -8,6 +8,7 @@ import pytest
 from tests.support.faults import (
     Load,
     Reference,
+    engine_core,
     kill9,
     process_of,
     reference,
@@ -26,13 +27,13 @@ def chosen() -> Reference:
     return found
 
 
-def test_a_killed_decode_replica_breaks_no_stream(real_stack: Stack, chosen: Reference) -> None:
-    """Streams of a decode replica that is killed go on elsewhere, with the tokens that one engine would have sent."""
+def test_a_killed_decode_engine_breaks_no_stream(real_stack: Stack, chosen: Reference) -> None:
+    """Streams of a decode replica whose EngineCore is killed go on elsewhere, with the tokens of one engine."""
     with Load(real_stack.url, chosen.known) as load:
         load.wait_for(2)
         [victim, _] = replicas(real_stack, "decode")
         load.wait_streaming(2, victim.replica_id)
-        mark = kill9(process_of(victim))
+        mark = kill9(engine_core(victim))
         load.wait_for(6)
     with lighter(real_stack, chosen) as later:
         wait_replaced(real_stack, "decode", [victim], size=2)

@@ -19,9 +19,10 @@ from tests.support.stack import free_port, kill_family, side_by_side
 from transport.config import MooncakeConfig
 from transport.handoff_params import HANDOFF_ID, REMOTE_DECODE, REMOTE_PREFILL
 
-LEASE_S = 8
-SOON_S = 4.0
-"""Far below the lease: whoever answers within it was told, and did not wait the lease out."""
+LEASE_S = 16
+SOON_S = 12.0
+"""Well below the lease: whoever answers within it was told, and did not wait the lease out. It takes a second or two,
+five when another pair of engines starts beside these."""
 NUM_TOKENS = 700
 BYTES_A_TOKEN = 4096
 """KV of the tiny model in float32."""

@@ -56,7 +56,7 @@ class Pair:
         answer = await self._client.post(f"{self.prefill}/disagg/v1/settle", json={"handoff_ids": handoff_ids})
         assert answer.json() == {"settled": len(handoff_ids)}
 
-    async def events(self, url: str, count: int, within_s: float = 5) -> list[dict[str, Any]]:
+    async def events(self, url: str, count: int, within_s: float = 8) -> list[dict[str, Any]]:
         """The next `count` events of one engine. Raises TimeoutError when there are fewer."""
         found: list[dict[str, Any]] = []
         async with asyncio.timeout(within_s):
@@ -182,7 +182,7 @@ def test_abandoned(urls: tuple[str, str]) -> None:
         produced(first, params["remote_request_id"])
         ended(second, params["remote_request_id"], "expired")
         assert second["lease_left_s"] is None
-        assert LEASE_S - 1 < second["at"] - first["at"] < LEASE_S + 2
+        assert LEASE_S - 1 < second["at"] - first["at"] < LEASE_S + 4
         after = await pair.stats(pair.prefill)
         assert after["num_kv_expired_reqs_total"] - before["num_kv_expired_reqs_total"] == 1
 

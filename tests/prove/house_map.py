@@ -168,6 +168,7 @@ async def served(prefill: Engine, decode: Engine) -> AsyncIterator[str]:
 async def trace_chat(url: str, decode_url: str) -> Trace:
     """Trace one chat that streams `NUM_TOKENS` tokens after a hand-off."""
     await chat(url)  # What is made at the first use is no part of the life of a request.
+    await asyncio.sleep(0.1)  # The server hears of that connection's end, which is none either.
     trace = Trace(decode_url)
     with traced(trace):
         await chat(url)

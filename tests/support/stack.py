@@ -185,7 +185,8 @@ def running(
                 raise RuntimeError("disagg serve ended:\n" + "\n".join(stack.output[-30:]))
             return is_warm(stack.url, sizes)
 
-        wait_until(ready, timeout_s, f"{name} serves with every pair warm; see {log}", 0.25)
+        # Asking takes time from the engines that start.
+        wait_until(ready, timeout_s, f"{name} serves with every pair warm; see {log}", 1.0)
         stack.admin_key = (ROOT / ".cache" / "admin-key").read_text().strip()
         yield stack
     finally:

@@ -2,8 +2,8 @@
 """Engines forked from one process that has vLLM imported. Linux only.
 
 Three processes of an engine import vLLM, which is nine tenths of the CPU time of its start. This program imports it
-once, without starting a thread, and forks a process for each request; that one forks EngineCore, and EngineCore its
-workers, where vLLM's CPU build would spawn them. Nothing else differs from `tests.support.engine_process`.
+once, without starting a thread, and forks a process for each request. That one forks EngineCore, where a replica's
+process spawns it, and EngineCore its workers, as always. Nothing else differs from `tests.support.engine_process`.
 
 A request is one message on the socket whose path is the program's only argument: the engine's settings as JSON, with
 the descriptors of its stdin, stdout and stderr. The answer is the new process' id. The program ends with its stdin.

@@ -7,9 +7,11 @@ engine, and without it, or on a platform on which nothing is replaced, it import
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import cast, get_args
 
+from transport.in_engine.patches.forking import fork_workers, forks_workers
 from transport.in_engine.patches.replaced import REPLACED
 from transport.upstream.names import Platform
 from transport.upstream.replacing import apply, chosen
@@ -20,11 +22,15 @@ PLATFORM_VARIABLE = "DISAGG_ENGINE_PLATFORM"
 
 def register() -> None:
     """Apply what every process of an engine needs. Idempotent, as vLLM asks of a plugin."""
-    platform = os.environ.get(PLATFORM_VARIABLE)
-    if platform not in get_args(Platform) or not chosen(REPLACED, "engine_core", cast(Platform, platform)):
+    said = os.environ.get(PLATFORM_VARIABLE)
+    if said not in get_args(Platform) or not chosen(REPLACED, "engine_core", cast(Platform, said)):
         return
+    platform = cast(Platform, said)
     from transport.in_engine.patches.borrowed import BORROWED
     from transport.upstream.guard import require
 
     require(BORROWED, "transport.in_engine.patches.spinning")
-    apply(REPLACED, "engine_core", cast(Platform, platform))
+    apply(REPLACED, "engine_core", platform)
+    if forks_workers(os.environ, platform, is_child=multiprocessing.parent_process() is not None):
+        require(BORROWED, "transport.in_engine.patches.forking")
+        fork_workers(os.environ)

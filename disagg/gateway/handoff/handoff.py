@@ -15,10 +15,10 @@ from typing import Any
 
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
+from disagg.gateway.front.fields import PATHS
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate
 from disagg.gateway.handoff.decoding import Answer, decoded
-from disagg.gateway.handoff.legs import decode_body
 from disagg.gateway.handoff.local_prefill import LocalPrefill, no_replica
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.handoff.pair_faults import PairFaults
@@ -32,6 +32,7 @@ from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import OTHER_KV_FIT
 from disagg.routing.constraints import alone, resumed, view_of
 from disagg.routing.views import RequestView
+from pools.client.messages import decode_body
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
 
@@ -179,7 +180,7 @@ class Handoff:
         """The decode leg of a hand-off, up to its first bytes. Raises DecodeLost."""
         assert call.prompts is not None
         pair = under_way.pair
-        body = decode_body(call.endpoint, call.body, call.prompts[0], params)
+        body = decode_body(PATHS[call.endpoint], call.body, call.prompts[0], params)
         prefill_id = pair.prefill.info.replica_id
         try:
             answer = await decoded(

@@ -20,7 +20,6 @@ from disagg.gateway.background import Background
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate, attempt_until, prefill_allowance_s
 from disagg.gateway.handoff.hedging import Race, Runner
-from disagg.gateway.handoff.legs import prefill_body
 from disagg.gateway.handoff.pair_faults import PairFaults
 from disagg.gateway.handoff.settling import Settling, UnderWay
 from disagg.gateway.handoff.transfer import PrefillFailed, PrefillLeg, Transfer
@@ -30,6 +29,7 @@ from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.constraints import pair_only
 from disagg.routing.views import RequestView
+from pools.client.messages import prefill_body
 from pools.client.replica import CLEANUP_TIMEOUT_S
 from pools.errors import ReplicaLostError
 from transport.handoff_params import offer_params

@@ -618,6 +618,11 @@ PATCHES = (
         has("busy_loop_s"),
         has("wait", "self, timeout_ms", body="53f4c50562de"),
     ),
+    Borrowed(
+        "vllm.utils.ompmultiprocessing:OMPProcessManager.configure_omp_envs",
+        ("transport.in_engine.patches.forking",),
+        holds=("if not current_platform.is_cpu() or self.skip_setup:",),
+    ),
     Borrowed("torch.accelerator:current_device_index", _MOONCAKE),
     *of(
         "torch.distributed.distributed_c10d",

@@ -14,12 +14,15 @@ from pools.client.messages import (
     Probe,
     ReplicaHealth,
     ReplicaStats,
+    decode_body,
     is_server_fault,
     offered,
+    prefill_body,
     prefill_reply,
 )
+from pools.client.routes import CHAT_COMPLETIONS, COMPLETIONS
 from pools.engine.base import EngineStats
-from transport.handoff_params import DO_REMOTE_PREFILL, REMOTE_PREFILL
+from transport.handoff_params import DO_REMOTE_PREFILL, REMOTE_DECODE, REMOTE_PREFILL
 
 PARAMS = {**REMOTE_PREFILL, "remote_block_ids": [[4]], "remote_engine_id": "e"}
 ENGINE = EngineStats(1, 2, 0.5, 3, 4, 5, 6, 7, 8, 9)
@@ -112,3 +115,42 @@ def test_an_error_event_is_the_engines_fault_only_with_a_5xx() -> None:
     assert not is_server_fault(b'data: {"error": {"message": "too long", "code": 400}}\n\n')
     assert not is_server_fault(b'data: {"error": "text"}\n\n')
     assert not is_server_fault(b"data: {broken\n\n")
+
+
+def test_prefill_leg_holds_only_what_it_needs() -> None:
+    """The prefill leg is the prompt, one token and the offer; of the request only the cache salt gets in."""
+    assert json.loads(prefill_body("m", [5, 6], REMOTE_DECODE, cache_salt=None)) == {
+        "model": "m",
+        "prompt": [5, 6],
+        "max_tokens": 1,
+        "temperature": 0,
+        "ignore_eos": True,
+        "kv_transfer_params": REMOTE_DECODE,
+    }
+    assert json.loads(prefill_body("m", (5, 6), {}, cache_salt="tenant"))["cache_salt"] == "tenant"
+
+
+def test_chat_decode_leg_keeps_the_request() -> None:
+    """A chat goes on as it came; its tokens travel inside the transfer parameters."""
+    body = {"model": "m", "messages": [{"role": "user", "content": "é"}], "tools": [{}], "n": 1, "stream": True}
+    sent = json.loads(decode_body(CHAT_COMPLETIONS, body, [5, 6], PARAMS))
+    assert sent == {**body, "kv_transfer_params": {**PARAMS, "prompt_token_ids": [5, 6]}}
+    assert "kv_transfer_params" not in body and "prompt_token_ids" not in PARAMS
+
+
+@pytest.mark.parametrize(
+    ("extra", "sends_ids"),
+    [
+        ({}, True),
+        ({"echo": False, "suffix": None}, True),
+        ({"echo": True}, False),
+        ({"suffix": "end"}, False),
+        ({"suffix": ""}, False),
+    ],
+    ids=["plain", "echo off", "echo", "suffix", "empty suffix"],
+)
+def test_completion_decode_leg_sends_ids_unless_text_is_needed(extra: dict[str, Any], sends_ids: bool) -> None:
+    """Completions carry the token ids, but where the engine has to see the text."""
+    body = {"model": "m", "prompt": "text", "stop": ["x"], **extra}
+    sent = json.loads(decode_body(COMPLETIONS, body, [5, 6], PARAMS))
+    assert sent == {**body, "prompt": [5, 6] if sends_ids else "text", "kv_transfer_params": PARAMS}
