@@ -50,7 +50,8 @@ def deployments(config: AppConfig, entries: Mapping[str, Mapping[str, Any]]) -> 
 
 def _pool(config: AppConfig, role: Literal["prefill", "decode"]) -> Deployment:
     pool = config.prefill if role == "prefill" else config.decode
-    place = placement(config.platform, merged_engine_kwargs(config.model, pool, config.platform), config.cpu)
+    kwargs = merged_engine_kwargs(config.model, pool, config.platform)
+    place = placement(config.platform, kwargs, config.cpu)
     args, env = None, None
     if config.engine.type == "vllm":
         facts = EngineFacts(role=role, platform=config.platform, host=HOST, listener_port=0, engine_id=ENGINE_ID)
@@ -66,7 +67,7 @@ def _pool(config: AppConfig, role: Literal["prefill", "decode"]) -> Deployment:
             extra = child.get("kv_connector_extra_config", {})
             if extra.get("lmcache.mp.port") == 0:
                 extra["lmcache.mp.port"] = PORT
-        env = {**engine_env(config.platform, config.cpu, host=HOST), **engine.env}
+        env = {**engine_env(config.platform, config.cpu, host=HOST, engine_kwargs=kwargs), **engine.env}
         env = {key: PORT if key.endswith("_PORT") else value for key, value in env.items()}
     return Deployment(role, 1, place.actor_options, place.bundles, place.strategy, args, env)
 

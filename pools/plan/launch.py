@@ -15,8 +15,14 @@ from pools.plan.placement import Placement
 HOST_WORKER_EXTENSION = "transport.in_engine.patches.worker.HostWorkerExtension"
 """Loaded in the workers on a machine without an accelerator, and only there."""
 PLATFORM_VARIABLE = "DISAGG_ENGINE_PLATFORM"
-"""How the plugin of `transport.in_engine.plugin` knows our own engines among those of the environment."""
+"""By this variable `transport.in_engine.plugin` knows our engines among all that run in the Python environment."""
 
+FORK_VARIABLE = "DISAGG_FORK_WORKERS"
+"""Set for the plugin, too: EngineCore is to fork the workers of this engine."""
+
+_SPAWNED_WITH = ("mm_tensor_ipc", "numa_bind", "otlp_traces_endpoint")
+"""Arguments with which vLLM's workers have to be spawned: they share tensors by torch, are bound to NUMA nodes as they
+start, or have a tracer that EngineCore has, too."""
 _CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16"}
 
 
@@ -51,17 +57,29 @@ def engine_args(
     return args
 
 
-def engine_env(platform: Platform, cpu: CpuConfig, *, host: str) -> dict[str, str]:
+def engine_env(
+    platform: Platform,
+    cpu: CpuConfig,
+    *,
+    host: str,
+    engine_kwargs: Mapping[str, Any] | None = None,
+    given: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Environment of one engine's process, to be set before vLLM is imported.
 
     The OpenMP threads are not bound to cores: with bound ones two engines on a small machine share one core.
 
     Args:
         host: address of the replica's node, as other nodes reach it.
+        engine_kwargs: the engine's merged arguments.
+        given: the environment that the process has already. `VLLM_WORKER_MULTIPROC_METHOD=spawn` is kept.
     """
     env = {PLATFORM_VARIABLE: platform, "VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if platform == "cpu":
         env["VLLM_CPU_KVCACHE_SPACE"] = str(cpu.kv_cache_gib)
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(cpu.omp_threads)
+        asked_for = (given or {}).get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn"
+        needed = any((engine_kwargs or {}).get(name) for name in _SPAWNED_WITH)
+        env[FORK_VARIABLE] = "0" if asked_for or needed else "1"
     return env

@@ -36,7 +36,7 @@ class ReplicaSpec(Config):
     pool: PoolConfig
     """The settings of its pool."""
     engine_key_file: str | None = None
-    """Where the key of its private HTTP is; without one it makes its own."""
+    """File with the key of the replica's private HTTP; without a file the replica makes a key."""
 
     @property
     def hang_limits(self) -> HangLimits:
@@ -63,7 +63,8 @@ class ReplicaSpec(Config):
                 transport=describe(self.transport),
                 shared_cache=FakeSharedCache(shared_cache.server.chunk_tokens) if shared_cache and keeps else None,
             )
-        os.environ.update(plan.env | engine_env(self.platform, self.cpu, host=facts.host))
+        env = engine_env(self.platform, self.cpu, host=facts.host, engine_kwargs=kwargs, given=os.environ)
+        os.environ.update(plan.env | env)
         from pools.engine.vllm_engine import VllmEngine
 
         return VllmEngine(

@@ -32,8 +32,9 @@ def test_a_killed_decode_engine_breaks_no_stream(real_stack: Stack, chosen: Refe
     with Load(real_stack.url, chosen.known) as load:
         load.wait_for(2)
         [victim, _] = replicas(real_stack, "decode")
+        engine = engine_core(victim)
         load.wait_streaming(2, victim.replica_id)
-        mark = kill9(engine_core(victim))
+        mark = kill9(engine)
         load.wait_for(6)
     with lighter(real_stack, chosen) as later:
         wait_replaced(real_stack, "decode", [victim], size=2)

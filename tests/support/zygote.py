@@ -3,7 +3,8 @@
 
 Three processes of an engine import vLLM, which is nine tenths of the CPU time of its start. This program imports it
 once, without starting a thread, and forks a process for each request. That one forks EngineCore, where a replica's
-process spawns it, and EngineCore its workers, as always. Nothing else differs from `tests.support.engine_process`.
+process spawns it, and EngineCore its workers. Two things differ from `tests.support.engine_process`: vLLM's plugins are
+loaded once, in the first of these processes, and the worker holds the pipe that tells of the end of EngineCore.
 
 A request is one message on the socket whose path is the program's only argument: the engine's settings as JSON, with
 the descriptors of its stdin, stdout and stderr. The answer is the new process' id. The program ends with its stdin.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the group `vllm.general_plugins`: vLLM calls `register` in each process of every engine.
+"""Entry point of the group `vllm.general_plugins`: vLLM calls `register` in each process that it starts for an engine.
 
-Every engine of the environment, other people's too. So it looks for the variable that a replica sets for its own
+A forked worker is none of them: it has what EngineCore has applied. vLLM calls it for every engine of the environment,
+other people's too. So it looks for the variable that a replica sets for its own
 engine, and without it, or on a platform on which nothing is replaced, it imports and changes nothing.
 """
 
@@ -31,6 +32,6 @@ def register() -> None:
 
     require(BORROWED, "transport.in_engine.patches.spinning")
     apply(REPLACED, "engine_core", platform)
-    if forks_workers(os.environ, platform, is_child=multiprocessing.parent_process() is not None):
+    if forks_workers(os.environ, is_child=multiprocessing.parent_process() is not None):
         require(BORROWED, "transport.in_engine.patches.forking")
         fork_workers(os.environ)

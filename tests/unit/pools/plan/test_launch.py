@@ -67,7 +67,12 @@ def test_pool_wins_over_model() -> None:
         ("cuda", {}),
         (
             "cpu",
-            {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "3"},
+            {
+                "VLLM_CPU_KVCACHE_SPACE": "2",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": "3",
+                "DISAGG_FORK_WORKERS": "1",
+            },
         ),
     ],
 )

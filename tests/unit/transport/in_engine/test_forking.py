@@ -9,11 +9,14 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 
 from pools.config import CpuConfig
+from pools.plan import launch
 from pools.plan.launch import engine_env
+from transport.in_engine.patches import forking
 from transport.in_engine.patches.forking import fork_workers, forks_workers
 from transport.upstream.names import Platform
 
@@ -21,20 +24,30 @@ METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 @pytest.mark.parametrize(
-    ("platform", "is_child", "more", "forks"),
+    ("platform", "kwargs", "given", "is_child", "forks"),
     [
-        ("cpu", True, {METHOD: "spawn"}, True),
-        ("cpu", True, {METHOD: "fork"}, False),
-        ("cpu", False, {}, False),
-        ("cuda", True, {}, False),
-        ("cpu", True, {"VLLM_CPU_OMP_THREADS_BIND": "auto"}, False),
+        ("cpu", {}, {}, True, True),
+        ("cpu", {}, {METHOD: "fork"}, True, False),
+        ("cpu", {}, {}, False, False),
+        ("cuda", {}, {}, True, False),
+        ("cpu", {}, {METHOD: "spawn"}, True, False),
+        ("cpu", {"otlp_traces_endpoint": "grpc://127.0.0.1:4317"}, {}, True, False),
+        ("cpu", {"numa_bind": True}, {}, True, False),
+        ("cpu", {"mm_tensor_ipc": "torch_shm"}, {}, True, False),
     ],
-    ids=["EngineCore on a CPU", "a second time", "the replica's process", "another platform", "bound threads"],
+    ids=["EngineCore", "twice", "the replica", "a GPU", "the user's wish", "tracing", "NUMA nodes", "shared tensors"],
 )
-def test_which_process_forks_workers(platform: Platform, is_child: bool, more: dict[str, str], forks: bool) -> None:
-    """EngineCore of an engine that a replica launches on a CPU, once. Elsewhere vLLM decides."""
-    environment = engine_env("cpu", CpuConfig(), host="127.0.0.1") | more
-    assert forks_workers(environment, platform, is_child=is_child) is forks
+def test_which_process_forks_workers(
+    platform: Platform, kwargs: dict[str, Any], given: dict[str, str], is_child: bool, forks: bool
+) -> None:
+    """EngineCore of an engine that a replica launches on a CPU, once, where nothing needs spawned workers."""
+    env = engine_env(platform, CpuConfig(), host="127.0.0.1", engine_kwargs=kwargs, given=given)
+    assert forks_workers(given | env, is_child=is_child) is forks
+
+
+def test_both_packages_spell_the_variable_alike() -> None:
+    """The one that sets it cannot import the one that reads it."""
+    assert launch.FORK_VARIABLE == forking.FORK_VARIABLE
 
 
 def test_a_worker_does_not_hide_the_end_of_engine_core() -> None:
