@@ -62,6 +62,7 @@ async def measure(engine: Engine, side_channel_port: int, *, watched: bool, seco
         probe_interval_s=PoolConfig().probe_interval_s,
         limits=hang_limits(PoolConfig(), None),
         on_hang=given_up.append,
+        carrying=lambda: False,
         listener=nixl_probe(_HOST, side_channel_port),
         cpu_s=cpu_seconds,
     )

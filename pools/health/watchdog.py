@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches one engine from inside its replica: asks it for a token when it is idle, and its transport now and then.
 
-`pools.health.health` decides; this keeps the time, asks, and reports. Who is told of an engine that has to be
-replaced ends the process.
+`pools.health.health` decides; the watchdog keeps the time, asks, and reports. It reports an engine that has to be
+replaced to `on_hang`, which ends the process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ PROMPT = (1, 2, 3)
 _LOOK_S = 0.25
 _LISTENER_S = 5.0
 _LISTENER_AGAIN_S = 1.0
-"""After a miss."""
+"""Seconds until the listener is asked again after a miss."""
 _LISTENER_ANSWER_S = 1.0
 _LISTENER_LAST_ANSWER_S = 5.0
-"""For the question that decides: decode engines wait as long for a handshake."""
+"""Time limit of the question that decides on a replacement: decode engines wait as long for a handshake."""
 _SILENT_S = 1.0
-"""An engine that has owed a token this long is judged by that: its listener lives in the same process."""
+"""When an engine has owed a token for this long, a miss of its listener is not counted. The listener lives in the
+engine's process, so the owed token alone decides."""
 
 
 class Watchdog:
@@ -43,15 +44,22 @@ class Watchdog:
         probe_interval_s: float,
         limits: HangLimits,
         on_hang: Callable[[str], None],
+        carrying: Callable[[], bool],
         listener: ListenerProbe | None = None,
         cpu_s: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_hang` is told, once, why the engine has to be replaced; `listener` asks its transport. `cpu_s`: the CPU
-        seconds of an engine that computes on CPUs; None for others."""
+        """Watches nothing yet.
+
+        Args:
+            on_hang: is told, once, why the engine has to be replaced.
+            carrying: whether requests are under way at the replica. An engine that counts nothing meanwhile is asked
+                for a token sooner.
+            listener: asks the engine's transport; None where the transport has no listener.
+            cpu_s: the CPU seconds of an engine that computes on CPUs; None for others.
+        """
         self._engine = engine
-        self.carrying: Callable[[], bool] = lambda: False
-        """Whether requests are under way at the replica, so that an engine that counts nothing is asked sooner."""
+        self._carrying = carrying
         self._on_hang = on_hang
         self._listener = listener
         self._cpu_s = cpu_s
@@ -89,7 +97,7 @@ class Watchdog:
             task.cancel()
 
     def health(self) -> EngineHealth:
-        """What there is to say at the moment. Does not ask the engine."""
+        """What the watchdog knows at the moment. Does not ask the engine."""
         return EngineHealth(
             state="suspect" if self._state else "ok",
             reason=self._state,
@@ -110,7 +118,7 @@ class Watchdog:
 
     def look(self) -> None:
         """One look at the engine; asks it for a token when that is due."""
-        self._rules.look(self._clock(), progress(self._engine.stats()), carrying=self.carrying())
+        self._rules.look(self._clock(), progress(self._engine.stats()), carrying=self._carrying())
         if self._cpu_s is not None and self._rules.wants_cpu:
             self._rules.used_cpu(self._cpu_s())
         self._take_state()
@@ -130,7 +138,7 @@ class Watchdog:
         try:
             await self._engine.probe(PROMPT)
         except EngineDeadError:
-            # `dead` says so, and who watches that ends the process.
+            # The engine's `dead` says so, too. The replica watches it and ends the process.
             self._rules.failed()
         except Exception:
             if not self._rules.was_refused:
@@ -148,7 +156,7 @@ class Watchdog:
             try:
                 well = await listener(timeout_s)
             except Exception as exc:
-                # The question failed, here; that says nothing about who is asked.
+                # The question failed on this side, which says nothing about the listener.
                 if type(exc) not in self._listener_failures:
                     self._listener_failures.add(type(exc))
                     logger.exception("the transport's listener could not be asked; it is asked again")

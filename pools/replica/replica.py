@@ -32,7 +32,7 @@ from pools.process.shared_files import SharedFiles
 from pools.process.tree import cpu_seconds, kill_descendants
 from pools.replica.engine_key import make_key
 from pools.replica.kv_digest import kv_fit
-from pools.replica.server import EngineServer
+from pools.replica.server import EngineServer, OpenRequests
 from pools.replica.spec import ReplicaSpec
 from transport.launch import EngineFacts, launch
 from transport.tiers import ExternalServerConfig
@@ -71,14 +71,19 @@ class _Replica:
                 self._facts = self._make_facts(await self._lmcache_url())
                 self._engine = self._make_engine()
                 await self._engine.start()
-            self._watchdog = self._make_watchdog()
+            requests = OpenRequests()
+            self._watchdog = self._make_watchdog(requests)
             await self._watchdog.first_answer()
             await asyncio.to_thread(self._shared_files.started)
         self._server = EngineServer(
-            self._engine, role=self.role, host=self._host, incarnation=self._incarnation, key=self._engine_key
+            self._engine,
+            role=self.role,
+            host=self._host,
+            incarnation=self._incarnation,
+            health=self._watchdog.health,
+            requests=requests,
+            key=self._engine_key,
         )
-        self._server.health = self._watchdog.health
-        self._watchdog.carrying = lambda: self._server.num_in_flight > 0
         url = await self._server.start()
         self._watch = asyncio.create_task(self._exit_with_engine())
         self._watchdog.start()
@@ -87,10 +92,10 @@ class _Replica:
         )
 
     async def _lmcache_url(self) -> str | None:
-        """The URL of an LMCache server that answers, None without a shared tier. An engine does not start without it.
+        """Wait for the LMCache server to answer, and return its URL; None without a shared tier.
 
         Raises:
-            EngineStartError: there is none; the message names the setting.
+            EngineStartError: no such server answers; the message names the setting.
         """
         shared_cache = self._spec.shared_cache
         if shared_cache is None or self._spec.engine.type == "fake":
@@ -129,13 +134,14 @@ class _Replica:
         plan = launch(spec.transport, self._facts, offload=spec.offload, shared_cache=spec.shared_cache)
         return spec.make_engine(self._facts, plan)
 
-    def _make_watchdog(self) -> Watchdog:
+    def _make_watchdog(self, requests: OpenRequests) -> Watchdog:
         on_cpus = self._spec.platform == "cpu" and self._spec.engine.type == "vllm"
         return Watchdog(
             self._engine,
             probe_interval_s=self._spec.pool.probe_interval_s,
             limits=self._spec.hang_limits,
             on_hang=self._exit,
+            carrying=lambda: requests.num > 0,
             listener=self._listener_probe(),
             cpu_s=cpu_seconds if on_cpus else None,
         )
@@ -156,15 +162,15 @@ class _Replica:
         }
 
     def _listener_probe(self) -> ListenerProbe | None:
-        """Asks what other engines ask this one; None when they ask nothing of it."""
+        """A probe that asks this engine what other engines ask it; None when other engines ask it nothing."""
         listener = self._transport.listener(self._facts)
         return None if listener is None else listener_probe(listener, fake=self._spec.engine.type == "fake")
 
     async def check_health(self) -> None:
         """Called by Serve; answers at once what the watchdog knows. Raises EngineDeadError.
 
-        An engine that hangs ends this process before Serve would act: Serve asks three times, and then drains a
-        replica that finishes nothing.
+        When the engine hangs, the watchdog ends this process before Serve would act. Serve would ask three times, and
+        then drain a replica that finishes nothing.
         """
         if not self._stopping:
             self._watchdog.check()
@@ -177,7 +183,7 @@ class _Replica:
             self._exit(f"its engine is dead: {reason}")
 
     def _exit(self, why: str) -> NoReturn:
-        """End this process, and first those of the engine, which may be stopped and would not notice."""
+        """Kill the engine's processes, then end this one. A stopped process of the engine would not notice this."""
         killed = kill_descendants()
         logger.error(
             "replica %s exits and has killed %d of its processes, because %s", self._replica_id, len(killed), why
@@ -187,9 +193,10 @@ class _Replica:
         os._exit(_EXIT_CODE)
 
     async def _wait_for_pulls(self, left_s: float) -> None:
-        """Let decode engines fetch what this prefill engine still holds for them, and the sink store what they do not.
+        """Wait while decode engines fetch the KV that this prefill engine holds for them, and the sink stores the rest.
 
-        A lease ends each hold, but decode engines renew it while they are busy: `left_s` of the drain bounds that.
+        Each hold ends with its lease, but a busy decode engine renews the lease. So the wait ends after `left_s`, the
+        rest of the drain, or after one lease if that is longer.
         """
         deadline = time.monotonic() + max(left_s, self._spec.transport.kv_lease_duration_s)
         while self._engine.dead is None and self._engine.stats().kv_cache_usage > 0 and time.monotonic() < deadline:
@@ -200,7 +207,7 @@ class _Replica:
         if getattr(self, "_stopping", True):
             return
         self._stopping = True
-        if hasattr(self, "_server"):
+        if hasattr(self, "_watch"):
             deadline = time.monotonic() + self._spec.pool.drain_timeout_s
             drained = await self._server.drain(self._spec.pool.drain_timeout_s)
             if not drained:
@@ -220,7 +227,7 @@ class _Replica:
         if hasattr(self, "_engine"):
             await self._engine.shutdown()
         self._shared_files.stop()
-        # After the engine, which tells the server that it leaves.
+        # After the end of the engine, because the engine tells the cache server that it leaves.
         if self._cache_server is not None:
             await self._cache_server.stop()
 

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -58,6 +58,33 @@ _KEEP_ALIVE_S = 120
 """Longer than the gateway keeps an idle connection, so that the server is never the one who closes it first."""
 
 
+def unwatched() -> EngineHealth:
+    """The health of an engine that no watchdog looks at."""
+    return EngineHealth()
+
+
+class OpenRequests:
+    """Requests that reached the engine's OpenAI app and are not finished. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self.idle = asyncio.Event()
+        """Set while there are none."""
+        self.idle.set()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Count one until the block ends."""
+        self.num += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self.num -= 1
+            if self.num == 0:
+                self.idle.set()
+
+
 class EngineServer:
     """One engine behind one listening socket. Start it in the loop that runs the engine."""
 
@@ -68,26 +95,31 @@ class EngineServer:
         role: Role,
         host: str,
         incarnation: str,
+        health: Callable[[], EngineHealth],
+        requests: OpenRequests,
         limits: HttpLimits | None = None,
         key: str | None = None,
     ) -> None:
-        """`key`: what every request but `GET /health` and `GET /metrics` has to bring; None admits everyone."""
+        """Listens to nothing yet.
+
+        Args:
+            health: what the replica's watchdog knows of the engine.
+            requests: the server counts its requests here.
+            key: what every request but `GET /health` and `GET /metrics` has to bring; None admits everyone.
+        """
         self._engine = engine
         self._role = role
         self._host = host
         self._incarnation = incarnation
         self._key = EngineKey(key)
         self._started_at = time.monotonic()
-        self._num_in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._health = health
+        self._requests = requests
         self._server: uvicorn.Server | None = None
         self._task: asyncio.Task[None] | None = None
         self._polls: set[asyncio.Future[Batch]] = set()
         self._readers = Readers()
         self._draining = False
-        self.health: Callable[[], EngineHealth] = EngineHealth
-        """Says how the engine is; a replica puts its watchdog's word here."""
         self._stopping = False
         self._protocol = bounded_protocol(
             f"the {role} engine's private port", limits, admits=lambda scope: self._key.is_with(scope["headers"])
@@ -97,10 +129,13 @@ class EngineServer:
     @property
     def num_in_flight(self) -> int:
         """Requests that reached the OpenAI app and are not finished."""
-        return self._num_in_flight
+        return self._requests.num
 
     async def start(self) -> str:
-        """Listen; returns the base URL. Raises UpstreamChangedError when uvicorn is not the one that ours extends."""
+        """Listen; returns the base URL.
+
+        Raises UpstreamChangedError when uvicorn's protocol is not as `transport.bounded_http` needs it.
+        """
         require(BORROWED, "transport.bounded_http")
         sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,26 +163,29 @@ class EngineServer:
         return self.url
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until no request is in flight and no gateway is about to send one; False when `timeout_s` was not enough
-        for the former.
+        """Wait until no request is in flight and no gateway may send another one, at most `timeout_s`.
 
-        Gateways say that they are done when they read events, which they are made to do at once.
+        Returns False when requests are still in flight then. A gateway says that it is done when it reads events,
+        so all waiting reads are answered now, and the gateways read again.
         """
         self._draining = True
         self._wake_polls()
         deadline = time.monotonic() + timeout_s
-        while self._num_in_flight or self._readers.may_send():
+        while self._requests.num or self._readers.may_send():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                return not self._num_in_flight
+                return not self._requests.num
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), left_s)
-            if not self._num_in_flight:
+                await asyncio.wait_for(self._requests.idle.wait(), left_s)
+            if not self._requests.num:
                 await asyncio.sleep(min(left_s, _DRAIN_LOOK_S))
         return True
 
     async def told(self, timeout_s: float) -> bool:
-        """Wait until every gateway that lives has taken the last event, so that no ledger misses how a hold ended."""
+        """Wait until every live gateway has taken the last event, so that no ledger misses how a hold ended.
+
+        Returns False when some gateway has not taken it after `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
         while self._readers.behind(self._engine.events.newest):
             if time.monotonic() >= deadline:
@@ -173,7 +211,7 @@ class EngineServer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._key.is_with(scope["headers"]):
-            # Such a connection carries nothing more, so that it takes nobody's place.
+            # Close the connection of a caller without the key after this answer, so that it takes nobody's place.
             send = _closing(send)
         if scope["type"] == "http" and not self._key.admits(scope["method"], scope["path"], scope["headers"]):
             await _respond(send, 401, _error("missing or wrong engine key", "AuthenticationError", 401))
@@ -184,14 +222,8 @@ class EngineServer:
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._engine.app(scope, receive, send)
             return
-        self._num_in_flight += 1
-        self._idle.clear()
-        try:
+        with self._requests.one():
             await self._engine.app(scope, receive, send)
-        finally:
-            self._num_in_flight -= 1
-            if self._num_in_flight == 0:
-                self._idle.set()
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         handlers: dict[tuple[str, str], Callable[[Any], Awaitable[Any]]] = {
@@ -210,7 +242,7 @@ class EngineServer:
         try:
             given = await _read(receive) if scope["method"] == "POST" else _query(scope)
             if scope["path"] in (routes.PROBE, routes.EVENTS):
-                # They may wait long, and a probe has an engine work for it.
+                # Both may take long, and a probe makes the engine work, so both end when the caller leaves.
                 answer = await _while_connected(receive, handler(given))
             else:
                 answer = await handler(given)
@@ -249,7 +281,7 @@ class EngineServer:
         if reader:
             self._readers.read(reader, after, done=query.get("done") == "1")
         if self._draining:
-            # The drain waits for what the next read says.
+            # The drain waits for the gateway's next read, which may say `done`, so this read ends soon.
             wait_s = min(wait_s, _DRAIN_WAIT_S)
         if wait_s and not self._stopping:
             reading = asyncio.ensure_future(self._engine.events.read(after, wait_s))
@@ -274,8 +306,8 @@ class EngineServer:
         return Probed(result.num_cached_tokens, result.kv_transfer_params, result.finish_reason)
 
     async def _tell_health(self, query: dict[str, str]) -> ReplicaHealth:
-        """What this process knows of the engine, without asking it. A drain shows unless there is worse to say."""
-        health = self.health()
+        """What this process knows of the engine, without asking it. During a drain, `ok` becomes `draining`."""
+        health = self._health()
         if self._draining and health.state == "ok":
             health = replace(health, state="draining")
         return ReplicaHealth(self._incarnation, **health.as_dict())
@@ -288,7 +320,7 @@ class EngineServer:
             role=self._role,
             incarnation=self._incarnation,
             pid=os.getpid(),
-            num_requests_in_flight=self._num_in_flight,
+            num_requests_in_flight=self._requests.num,
             connections_closed=closed,
             num_connections_closed_total=sum(closed.values()),
             uptime_s=round(time.monotonic() - self._started_at, 3),
@@ -353,7 +385,7 @@ async def _left(receive: Receive) -> None:
 
 
 def _closing(send: Send) -> Send:
-    """Sends what `send` does, and ends the connection with it."""
+    """Wrap `send`, so that the answer also ends the connection."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":

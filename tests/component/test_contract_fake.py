@@ -11,7 +11,7 @@ import pytest
 from pools.config import FakeEngineConfig
 from pools.engine.base import Role
 from pools.engine.fake.engine import FakeEngine
-from pools.replica.server import EngineServer
+from pools.replica.server import EngineServer, OpenRequests, unwatched
 from pools.testing.contract import CHECKS, Check, Engines
 
 PROMPTS = ("The quick brown fox jumps over the lazy dog, twice.", "A second prompt of more than thirty-two tokens.")
@@ -31,7 +31,14 @@ async def _run(check: Check) -> None:
         for role in ("prefill", "decode"):
             engine = FakeEngine(f"{role}-1", cast("Role", role), config, model_id="tiny")
             await engine.start()
-            server = EngineServer(engine, role=cast("Role", role), host="127.0.0.1", incarnation="1")
+            server = EngineServer(
+                engine,
+                role=cast("Role", role),
+                host="127.0.0.1",
+                incarnation="1",
+                health=unwatched,
+                requests=OpenRequests(),
+            )
             await server.start()
             engines.append(engine)
             servers.append(server)

@@ -15,11 +15,18 @@ import sys
 
 async def main(settings: dict[str, object]) -> None:
     from pools.engine.vllm_engine import VllmEngine
-    from pools.replica.server import EngineServer
+    from pools.replica.server import EngineServer, OpenRequests, unwatched
 
     engine = VllmEngine(settings["arguments"])  # type: ignore[arg-type]
     await engine.start()
-    server = EngineServer(engine, role=settings["role"], host="127.0.0.1", incarnation=str(settings["role"]))  # type: ignore[arg-type]
+    server = EngineServer(
+        engine,
+        role=settings["role"],  # type: ignore[arg-type]
+        host="127.0.0.1",
+        incarnation=str(settings["role"]),
+        health=unwatched,
+        requests=OpenRequests(),
+    )
     print(await server.start(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop()

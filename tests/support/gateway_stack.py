@@ -15,7 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from disagg.config import GatewayConfig
 from disagg.gateway.app import Gateway, create_app
 from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.front.openapi import Body
 from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL
 from disagg.gateway.stream.splice import SplicingProtocol
 from disagg.routing.views import ReplicaInfo
@@ -33,7 +34,8 @@ from pools.engine.fake import openai_shapes as fake_wire
 from pools.engine.fake.engine import FakeEngine
 from pools.engine.fake.text import NUM_WORDS, WORD_BASE, word
 from pools.engine.fake.tiers import FakeSharedCache
-from pools.replica.server import EngineServer
+from pools.health.health import EngineHealth
+from pools.replica.server import EngineServer, OpenRequests, unwatched
 from transport.config import MooncakeConfig, NixlConfig
 from transport.descriptor import Transport
 from transport.errors import DisaggError
@@ -192,6 +194,8 @@ class Replica:
         self.pool = pool
         self.replica_id = replica_id
         self.kv_fit = ""
+        self.health: Callable[[], EngineHealth] = unwatched
+        """What its watchdog would say."""
         self._options = dict(options or {})
         self._config = FakeEngineConfig(type="fake", **fields)
         self._make()
@@ -202,7 +206,13 @@ class Replica:
         self.key = f"key-{number}"
         self.engine = WatchedEngine(f"engine-{number}", self.pool, self._config, model_id=MODEL, **self._options)
         self.server = EngineServer(
-            self.engine, role=self.pool, host="127.0.0.1", incarnation=self.incarnation, key=self.key
+            self.engine,
+            role=self.pool,
+            host="127.0.0.1",
+            incarnation=self.incarnation,
+            health=lambda: self.health(),
+            requests=OpenRequests(),
+            key=self.key,
         )
 
     async def start(self) -> None:
@@ -274,6 +284,9 @@ class StubRenderer:
 
     async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
         return [word(token_id) for token_id in token_ids]
+
+    def schemas(self) -> dict[str, Any]:
+        return {body: {"type": "object", "properties": {"model": {"type": "string"}}} for body in get_args(Body)}
 
 
 class StubScaler:

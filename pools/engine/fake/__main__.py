@@ -15,7 +15,7 @@ import uvicorn
 from pools.config import FakeEngineConfig
 from pools.engine.base import Role
 from pools.engine.fake.engine import FakeEngine
-from pools.replica.server import EngineServer
+from pools.replica.server import EngineServer, OpenRequests, unwatched
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 async def _run(engine: FakeEngine, role: Role, host: str, port: int, incarnation: str) -> None:
     await engine.start()
-    app = EngineServer(engine, role=role, host=host, incarnation=incarnation)
+    app = EngineServer(engine, role=role, host=host, incarnation=incarnation, health=unwatched, requests=OpenRequests())
     sock = socket.create_server((host, port))
     print(f"http://{host}:{sock.getsockname()[1]}", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=120))

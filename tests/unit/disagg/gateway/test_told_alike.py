@@ -80,7 +80,7 @@ def member(stack: Stack, replica_id: str) -> Any:
 def hang(stack: Stack) -> Callable[[], bool]:
     """Every prefill engine hangs."""
     for replica in stack.prefill:
-        replica.server.health = lambda: HANGS
+        replica.health = lambda: HANGS
     return lambda: all(m.quarantined for m in stack.gateway.membership.members("prefill"))
 
 
@@ -123,7 +123,7 @@ async def test_other_states_of_the_prefill_pool(what: str, config: GatewayConfig
             stack.prefill[0].kill()
             await until(lambda: not p0.reachable)
         elif what == "draining":
-            stack.prefill[0].server.health = lambda: EngineHealth(state="draining")
+            stack.prefill[0].health = lambda: EngineHealth(state="draining")
             await until(lambda: p0.draining)
         elif what == "crash_loop":
             stack.gateway.membership.put_on_probation(p0)

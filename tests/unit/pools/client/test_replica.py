@@ -21,7 +21,7 @@ from pools.config import FakeEngineConfig
 from pools.engine.base import HANDOFF_HEADER, Role
 from pools.engine.fake.engine import FakeEngine
 from pools.errors import ReplicaLostError, UnusableAnswerError
-from pools.replica.server import EngineServer
+from pools.replica.server import EngineServer, OpenRequests, unwatched
 from tests.support.gateway_stack import until
 from transport.handoff_params import HANDOFF_ID, offer_params
 
@@ -52,7 +52,9 @@ async def replica(role: Role, **fields: Any) -> AsyncIterator[tuple[FakeEngine, 
     """A fake engine behind a replica's server, and a client that has its key."""
     engine = FakeEngine(f"e-{role}", role, FakeEngineConfig(type="fake", **fields), model_id="tiny")
     await engine.start()
-    server = EngineServer(engine, role=role, host="127.0.0.1", incarnation="i1", key="secret")
+    server = EngineServer(
+        engine, role=role, host="127.0.0.1", incarnation="i1", key="secret", health=unwatched, requests=OpenRequests()
+    )
     client = ReplicaClient(await server.start(), key="secret", connect_timeout_s=1, observer=None)
     try:
         yield engine, client

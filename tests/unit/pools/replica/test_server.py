@@ -17,7 +17,7 @@ from pools.client.routes import ENGINE_KEY_HEADER
 from pools.config import FakeEngineConfig
 from pools.engine.base import Role
 from pools.engine.fake.engine import FakeEngine
-from pools.replica.server import EngineServer
+from pools.replica.server import EngineServer, OpenRequests, unwatched
 from pools.testing.client import open_request, request
 from tests.support.garbage import kinds, silence, still_open, throw
 from transport.bounded_http import HttpLimits
@@ -27,7 +27,9 @@ from transport.bounded_http import HttpLimits
 async def served(role: Role = "prefill", **fields: Any) -> AsyncIterator[tuple[FakeEngine, EngineServer]]:
     engine = FakeEngine("e", role, FakeEngineConfig(type="fake", **fields), model_id="tiny")
     await engine.start()
-    server = EngineServer(engine, role=role, host="127.0.0.1", incarnation="i1")
+    server = EngineServer(
+        engine, role=role, host="127.0.0.1", incarnation="i1", health=unwatched, requests=OpenRequests()
+    )
     await server.start()
     try:
         yield engine, server
@@ -190,7 +192,15 @@ async def test_who_has_no_key_takes_nobodys_place(path: str, key: str | None, st
     """Without the key a connection ends with its answer; with it, it stays and counts as served."""
     engine = FakeEngine("e", "prefill", FakeEngineConfig(type="fake"), model_id="tiny")
     await engine.start()
-    server = EngineServer(engine, role="prefill", host="127.0.0.1", incarnation="i1", key="right")
+    server = EngineServer(
+        engine,
+        role="prefill",
+        host="127.0.0.1",
+        incarnation="i1",
+        key="right",
+        health=unwatched,
+        requests=OpenRequests(),
+    )
     await server.start()
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
@@ -214,7 +224,15 @@ async def test_the_private_port_survives_garbage_and_silence() -> None:
     engine = FakeEngine("e", "prefill", FakeEngineConfig(type="fake"), model_id="tiny")
     await engine.start()
     limits = HttpLimits(head_s=0.2, body_s=0.2, max_connections=20)
-    server = EngineServer(engine, role="prefill", host="127.0.0.1", incarnation="i1", limits=limits)
+    server = EngineServer(
+        engine,
+        role="prefill",
+        host="127.0.0.1",
+        incarnation="i1",
+        limits=limits,
+        health=unwatched,
+        requests=OpenRequests(),
+    )
     await server.start()
     try:
         port = int(server.url.rsplit(":", 1)[1])

@@ -34,7 +34,7 @@ PROBATION = GatewayConfig(watch_interval_s=0.02, probation_s=60)
 
 def say(replica: Replica, health: EngineHealth) -> None:
     """What the replica answers from here on about its engine."""
-    replica.server.health = lambda: health
+    replica.health = lambda: health
 
 
 def state(stack: Stack, replica_id: str) -> Any:
