@@ -127,6 +127,7 @@ RENDERER = (
     *of("vllm.entrypoints.openai.chat_completion.protocol", _RENDER, has("ChatCompletionRequest")),
     *of("vllm.entrypoints.openai.completion.protocol", _RENDER, has("CompletionRequest")),
     *of("vllm.entrypoints.serve.engine.protocol", _RENDER, has("ErrorResponse")),
+    *of("vllm.entrypoints.serve.tokenize.protocol", _RENDER, has("DetokenizeRequest"), has("TokenizeRequest")),
     Borrowed("vllm.renderers:renderer_from_config", _RENDER),
     Borrowed("vllm.renderers.chat_utils:load_chat_template", _RENDER),
     *of(

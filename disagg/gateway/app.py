@@ -85,6 +85,7 @@ class Gateway:
             environment: where API keys are looked for when the configuration names a variable.
         """
         self.model_id = model_id
+        self.renderer = renderer
         self.config = config
         self.echo_request_id = echo_request_id
         self.metrics = Metrics()
@@ -209,7 +210,7 @@ class Gateway:
             self._loops.append(self.background.forever(self.api_keys.watch()))
 
     async def close(self) -> None:
-        """Stop the loops, finish what gives KV back, close the connections."""
+        """Stop the loops, wait for the tasks that give KV back, close the connections."""
         for loop in self._loops:
             loop.cancel()
         await self.background.close(_CLOSE_TIMEOUT_S)
@@ -241,11 +242,12 @@ class Gateway:
 def create_app(gateway: Gateway) -> FastAPI:
     """The HTTP API over one gateway. Raises UnstatedRouteError when a route does not say which key it asks for.
 
-    The same holds for a route that somebody adds to the app before it starts: the start fails.
+    If somebody adds a route to the app that is not in the route table, the start of the app raises the same error.
     """
 
     async def document() -> Response:
-        return JSONResponse(app.openapi())
+        # The first call makes the document, which takes a while.
+        return JSONResponse(await asyncio.to_thread(app.openapi))
 
     table = route_table(gateway.api, document)
 
@@ -283,8 +285,11 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     def openapi_document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            openapi.secure(app.openapi_schema, key_of)
+            made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            openapi.secure(made, key_of)
+            bodies = openapi.request_bodies(gateway.renderer.schemas(), gateway.model_id)
+            made["components"]["schemas"] = {**made["components"].get("schemas", {}), **bodies}
+            app.openapi_schema = made
         return app.openapi_schema
 
     app.openapi = openapi_document  # type: ignore[method-assign]
@@ -292,7 +297,7 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 
 def _answer(gateway: Gateway, request: Request, error: DisaggError) -> Response:
-    """The response that says an error."""
+    """The response that tells the client of an error."""
     status = shape_of(error).status
     headers = {"x-request-id": request_id_of(request)} if gateway.echo_request_id else {}
     if status == 401:

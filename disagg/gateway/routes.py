@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes of the gateway: what answers each, and which key it asks for.
+"""The routes of the gateway: which handler answers each route, and which key the route asks for.
 
-`route_table` is the one list of them. FastAPI's routes, what the edge lets in and the security of the OpenAPI document
-are made from it.
+`route_table` is the one list of the routes. FastAPI's routes, the checks of the edge and the security of the OpenAPI
+document are made from this list.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Model:
     max_model_len: int | None
 
     def card(self) -> dict[str, Any]:
-        """As `/v1/models` lists it."""
+        """The model as `/v1/models` lists it."""
         return {
             "id": self.id,
             "object": "model",
@@ -56,7 +56,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Api:
-    """The handlers of the routes, over the parts of one gateway. None of them asks for a key: the edge has."""
+    """The handlers of the routes, over the parts of one gateway. No handler checks a key: the edge has done so."""
 
     model: Model
     config: GatewayConfig
@@ -161,12 +161,12 @@ class Api:
 
 
 def route_table(api: Api, document: Handler) -> RouteTable:
-    """Every route, with its key. `document` answers the OpenAPI document of them. Raises UnstatedRouteError."""
+    """Every route, with its key. `document` handles the route of the OpenAPI document. Raises UnstatedRouteError."""
 
-    def reads(schema: dict[str, Any]) -> dict[str, Any]:
-        """Of a route that reads a completion request or what is passed on to an engine."""
+    def reads(body: openapi.Body) -> dict[str, Any]:
+        """The document of a route whose body is a completion request, or is passed on to an engine."""
         refusals = openapi.errors(400, 401, 404, 405, 408, 413, 415, 429, 431, 503)
-        return {"openapi_extra": openapi.operation(openapi.for_model(schema, api.model.id)), "responses": refusals}
+        return {"openapi_extra": openapi.operation(openapi.reference(body)), "responses": refusals}
 
     def get(path: str, handler: Handler, key: KeyKind, **document: Any) -> Route:
         return Route("GET", path, handler, key, document)
@@ -180,10 +180,10 @@ def route_table(api: Api, document: Handler) -> RouteTable:
     sizes = {"openapi_extra": openapi.operation(openapi.SCALE), "responses": refused(400, 401, 403, 404, 409)}
     return RouteTable(
         [
-            post("/v1/chat/completions", api.chat_completions, "client", **reads(openapi.CHAT)),
-            post("/v1/completions", api.completions, "client", **reads(openapi.COMPLETIONS)),
-            post("/tokenize", api.tokenize, "client", **reads(openapi.TOKENIZE)),
-            post("/detokenize", api.detokenize, "client", **reads(openapi.DETOKENIZE)),
+            post("/v1/chat/completions", api.chat_completions, "client", **reads("ChatBody")),
+            post("/v1/completions", api.completions, "client", **reads("CompletionsBody")),
+            post("/tokenize", api.tokenize, "client", **reads("TokenizeBody")),
+            post("/detokenize", api.detokenize, "client", **reads("DetokenizeBody")),
             get("/v1/models", api.list_models, "client"),
             get("/v1/models/{model_id:path}", api.show_model, "client", responses=refused(404)),
             get("/health", api.health, "open", responses=unavailable),

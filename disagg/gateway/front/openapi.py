@@ -1,141 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The request bodies in the gateway's OpenAPI document.
+"""The gateway's OpenAPI document: request bodies, errors, keys. Pure.
 
-They name what the OpenAI API documents; vLLM takes more and checks everything, so unknown fields are allowed here.
+Bodies are those of vLLM's own request models. The gateway passes on what they take, and vLLM checks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
-_STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD
 
-_SAMPLING: dict[str, Any] = {
-    "model": {"type": "string"},
-    "max_tokens": {"type": "integer", "minimum": 1},
-    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "n": {"type": "integer", "minimum": 1, "maximum": 8},
-    "seed": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
-    "stop": _STRING_OR_STRINGS,
-    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
-    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
-    "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}},
-    "min_tokens": {"type": "integer", "minimum": 0},
-    "stream": {"type": "boolean"},
-    "stream_options": {
-        "type": "object",
-        "properties": {"include_usage": {"type": "boolean"}},
-    },
-    "user": {"type": "string"},
-    "disagg_store": {
-        "type": "string",
-        "enum": ["never", "always"],
-        "description": (
-            "Whether the shared cache keeps the KV of this prompt: never, or always, also when a decode engine "
-            "consumes it. Absent: the server's setting decides."
-        ),
-    },
+Body = Literal["ChatBody", "CompletionsBody", "TokenizeBody", "DetokenizeBody"]
+REFERENCE = "#/components/schemas/{model}"
+"""How one schema of the document refers to another."""
+
+STORE: dict[str, Any] = {
+    "type": "string",
+    "enum": ["never", "always"],
+    "description": (
+        "Whether the shared cache keeps the KV of this prompt: never, or always, also when a decode engine "
+        "consumes it. Absent: the server's setting decides."
+    ),
 }
-
-CHAT: dict[str, Any] = {
-    "type": "object",
-    "required": ["model", "messages"],
-    "properties": {
-        **_SAMPLING,
-        "messages": {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["role", "content"],
-                "properties": {
-                    "role": {"type": "string", "enum": ["system", "user", "assistant", "tool"]},
-                    "content": {"type": "string"},
-                    "name": {"type": "string"},
-                    "tool_call_id": {"type": "string"},
-                },
-            },
-        },
-        "max_completion_tokens": {"type": "integer", "minimum": 1},
-        "logprobs": {"type": "boolean"},
-        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-        "response_format": {
-            "type": "object",
-            "required": ["type"],
-            "properties": {
-                "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
-                "json_schema": {"type": "object"},
-            },
-        },
-        "tools": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["type", "function"],
-                "properties": {
-                    "type": {"type": "string", "enum": ["function"]},
-                    "function": {
-                        "type": "object",
-                        "required": ["name"],
-                        "properties": {
-                            "name": {"type": "string"},
-                            "description": {"type": "string"},
-                            "parameters": {"type": "object"},
-                        },
-                    },
-                },
-            },
-        },
-        "tool_choice": {"type": "string", "enum": ["none", "auto", "required"]},
-    },
-}
-
-COMPLETIONS: dict[str, Any] = {
-    "type": "object",
-    "required": ["model", "prompt"],
-    "properties": {
-        **_SAMPLING,
-        "prompt": {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-                {
-                    "type": "array",
-                    "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-                    "minItems": 1,
-                },
-            ]
-        },
-        "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-        "echo": {"type": "boolean"},
-        "suffix": {"type": "string"},
-        "best_of": {"type": "integer", "minimum": 1, "maximum": 8},
-    },
-}
-
-TOKENIZE: dict[str, Any] = {
-    "type": "object",
-    "required": ["model"],
-    "properties": {
-        "model": {"type": "string"},
-        "prompt": {"type": "string"},
-        "messages": CHAT["properties"]["messages"],
-        "add_special_tokens": {"type": "boolean"},
-        "return_token_strs": {"type": "boolean"},
-    },
-}
-
-DETOKENIZE: dict[str, Any] = {
-    "type": "object",
-    "required": ["model", "tokens"],
-    "properties": {
-        "model": {"type": "string"},
-        "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-    },
-}
+"""`disagg_store`, the one field that is not vLLM's."""
 
 SCALE: dict[str, Any] = {
     "type": "object",
@@ -168,9 +57,40 @@ RETRY_AFTER: dict[str, Any] = {
 """Headers of every 429 and 503."""
 
 
-def for_model(schema: dict[str, Any], model_id: str) -> dict[str, Any]:
-    """A request schema that names the one model of this server."""
-    return {**schema, "properties": {**schema["properties"], "model": {"type": "string", "enum": [model_id]}}}
+def reference(body: Body) -> dict[str, Any]:
+    """Refers to one of `request_bodies`."""
+    return {"$ref": REFERENCE.format(model=body)}
+
+
+def request_bodies(schemas: Mapping[str, Any], model_id: str) -> dict[str, Any]:
+    """The request bodies and what they refer to, by name: vLLM's, as this server takes them. Pure.
+
+    Args:
+        schemas: of every `Body`, and of what they refer to, see `Renderer.schemas`. Left as they are.
+        model_id: the one model of this server.
+    """
+    taken = copy.deepcopy(dict(schemas))
+    for body in get_args(Body):
+        for shape in _shapes(taken, taken[body]):
+            properties = shape["properties"]
+            for name in FORBIDDEN_FIELDS:
+                properties.pop(name, None)
+            properties["model"] = {"type": "string", "enum": [model_id]}
+            shape["required"] = sorted({*shape.get("required", ()), "model"})
+            if body in ("ChatBody", "CompletionsBody"):
+                properties[STORE_FIELD] = STORE
+    return taken
+
+
+def _shapes(schemas: Mapping[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects that a schema stands for: itself, what it refers to, or each of its choices."""
+    if "$ref" in schema:
+        yield from _shapes(schemas, schemas[schema["$ref"].rpartition("/")[2]])
+    elif "anyOf" in schema:
+        for choice in schema["anyOf"]:
+            yield from _shapes(schemas, choice)
+    else:
+        yield schema
 
 
 def operation(schema: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
 from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.front.openapi import REFERENCE, Body
 from pools.borrowed import BORROWED
 from transport.upstream.guard import require
 
@@ -29,6 +33,10 @@ class Renderer(Protocol):
 
     async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
         """The text that each token of an answer adds as it is streamed; empty where it waits for the next token."""
+        ...
+
+    def schemas(self) -> dict[str, Any]:
+        """JSON schemas of every `openapi.Body` as vLLM takes it, and of what they refer to, by name."""
         ...
 
 
@@ -48,6 +56,7 @@ class VllmRenderer:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeRequest
         from vllm.renderers import renderer_from_config
         from vllm.renderers.chat_utils import load_chat_template
         from vllm.renderers.online_renderer import OnlineRenderer
@@ -79,6 +88,12 @@ class VllmRenderer:
         )
         self._online.warmup()
         self._models = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+        self._bodies: dict[Body, Any] = {
+            "ChatBody": ChatCompletionRequest,
+            "CompletionsBody": CompletionRequest,
+            "TokenizeBody": TokenizeRequest,
+            "DetokenizeBody": DetokenizeRequest,
+        }
         self._error = ErrorResponse
         self.max_model_len: int = model_config.max_model_len
 
@@ -104,6 +119,12 @@ class VllmRenderer:
     async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
         """The same detokeniser that runs in the engines, over the same tokens; in a thread."""
         return await asyncio.to_thread(self._texts, dict(body), list(prompt), list(token_ids))
+
+    def schemas(self) -> dict[str, Any]:
+        mode: JsonSchemaMode = "validation"
+        bodies = [(name, mode, TypeAdapter(model)) for name, model in self._bodies.items()]
+        schemas, rest = TypeAdapter.json_schemas(bodies, ref_template=REFERENCE)
+        return {**rest.get("$defs", {}), **{name: schema for (name, _), schema in schemas.items()}}
 
     def _texts(self, body: Mapping[str, Any], prompt: list[int], token_ids: list[int]) -> list[str]:
         from pools.engine._vllm_compat import incremental_detokenizer

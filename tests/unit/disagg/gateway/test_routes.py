@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi import FastAPI
@@ -19,6 +19,7 @@ from disagg.errors import RequestError
 from disagg.gateway.app import create_app
 from disagg.gateway.front.admin_key import AdminKey
 from disagg.gateway.front.edge import Edge, KeyKind, Route, RouteTable, UnstatedRouteError
+from disagg.gateway.front.openapi import Body
 from disagg.gateway.front.responses import error_response
 from disagg.gateway.routes import route_table
 from pools.engine.base import Receive, Scope, Send
@@ -248,3 +249,15 @@ async def test_the_document_says_retry_after(stack: Stack) -> None:
         if status in ("429", "503")
     ]
     assert responses and all("Retry-After" in response["headers"] for response in responses)
+
+
+async def test_the_document_has_every_body_that_it_refers_to(stack: Stack) -> None:
+    """What routes read is under `components`, by the names that the routes refer to."""
+    document = (await stack.call("GET", "/openapi.json")).json()
+    read = {
+        operation["requestBody"]["content"]["application/json"]["schema"].get("$ref", "").rpartition("/")[2]
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        if "requestBody" in operation
+    }
+    assert read - {""} == set(get_args(Body)) <= set(document["components"]["schemas"])
