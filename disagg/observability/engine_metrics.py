@@ -2,7 +2,7 @@
 """What to alert on in the engines, from their `/disagg/v1/stats`, with the labels `pool` and `replica`.
 
 Engines keep the counts; the gateway shows the latest it has seen, and nothing of replicas that are gone. A statistic
-that an engine does not tell has no series.
+that an engine does not report has no series.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EngineMetric:
     """One statistic of an engine."""
 
     key: str
-    """Its field of `/disagg/v1/stats`; in `ENGINE_METRICS` one of `pools.engine.base.EngineStats`."""
+    """The statistic's field in `/disagg/v1/stats`. In `ENGINE_METRICS`: a field of `pools.engine.base.EngineStats`."""
     type: Literal["counter", "gauge"]
     help: str
 
@@ -72,7 +72,7 @@ SERVER_METRICS = (
         "Connections to an engine's private port that were closed for what they sent or did not send.",
     ),
 )
-"""Told by `pools.replica.server` beside the statistics of its engine."""
+"""Reported by `pools.replica.server` beside the statistics of its engine."""
 
 
 class EngineCollector(Collector):

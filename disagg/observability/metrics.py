@@ -31,7 +31,7 @@ class Metrics:
     """One gateway replica's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
-        # The time a series was made says nothing here and doubles their number.
+        # The `_created` series, which hold the time a series was made, say nothing here and double their number.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -150,7 +150,8 @@ class Metrics:
         )
         self.disconnects = Counter(
             "disagg_client_disconnects",
-            "Clients that left before their answer was complete, by phase (prefill, decode, stream).",
+            "Clients that left before their answer was complete, and requests that Serve's proxy cancelled, by phase "
+            "(prefill, decode, stream).",
             ["phase"],
             registry=registry,
         )
@@ -251,7 +252,7 @@ class Metrics:
         self._said: set[str] = set()
 
     def leg_over(self, kind: str, outcome: str, seconds: float) -> None:
-        """A leg to an engine has its answer, or the first bytes of a stream, or will have none."""
+        """Take the time of a prefill leg; other legs are ignored. See `pools.client.replica.LegObserver`."""
         if kind == "prefill":
             self.prefill_seconds.observe(seconds)
 

@@ -6,5 +6,5 @@ from __future__ import annotations
 ENDS = ("consumed", "released", "rescued", "expired", "failed")
 """What becomes of a hand-off; exactly one of them. `rescued`: nobody read the KV and the shared cache keeps it."""
 TOTALS = ("produced", *ENDS, "stored", "reused")
-"""What is counted. `stored`: what the shared cache took of the rescued, and of the consumed whose clients asked for it;
-`reused`: what was loaded from there later. Both are full chunks only."""
+"""What is counted. `stored`: what the shared cache took of rescued hand-offs, and of consumed ones whose clients asked
+for that. `reused`: what was later loaded from the shared cache. Both count full chunks only."""

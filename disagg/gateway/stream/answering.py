@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends one answer to one client: the decode leg's bytes, or the error that stands for them.
+"""Sends one answer to one client: the decode leg's bytes, or an error in their place.
 
-A stream goes socket to socket when the client's connection is in this process (`splice`), else as ASGI messages. A
-client that leaves cancels everything that runs for it.
+A stream goes socket to socket when the client's connection is in this process (`splice`), else as ASGI messages. When
+a client leaves, the gateway cancels everything that runs for its request.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NUM_RECENT = 4
 
 @dataclass(frozen=True)
 class Answering:
-    """What the answers of one gateway replica are made and sent with."""
+    """Makes and sends the answers of one gateway replica."""
 
     renderer: Renderer
     membership: Membership
@@ -59,9 +59,9 @@ class Answering:
     echo_request_id: bool
 
     def response(self, asked: Asked) -> Response:
-        """The response to one request, which runs it while it is being sent.
+        """The response to one request. The response runs the request while it is being sent.
 
-        Raises PoolOverloadedError or NoReplicaError when the gateway takes no more.
+        Raises PoolOverloadedError or NoReplicaError when the gateway takes no more requests.
         """
         self._check_room()
         if asked.store is not None:
@@ -70,7 +70,7 @@ class Answering:
 
     @contextmanager
     def carried(self) -> Iterator[None]:
-        """Count one request that is answered elsewhere until the block ends. Raises as `response`."""
+        """Count a request as in flight until the block ends, without answering it. Raises what `response` raises."""
         self._check_room()
         self.in_flight.num += 1
         try:
@@ -92,7 +92,7 @@ class Answering:
 
 
 class _AnsweredCall(Response):
-    """A response that runs its request while it is being sent, so that leaving and answering share one scope."""
+    """A response that runs its request while it is being sent: a client that leaves cancels both at once."""
 
     def __init__(self, to: Answering, asked: Asked) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _AnsweredCall(Response):
         self._request_id = asked.request_id
         self._progress = Progress()
         self._recent: deque[bytes] = deque(maxlen=_NUM_RECENT)
-        """What was sent of a stream last."""
+        """The last chunks of a stream that were sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
@@ -122,9 +122,10 @@ class _AnsweredCall(Response):
             self._to.in_flight.num += 1
             await self._run(scope, receive, send)
         except asyncio.CancelledError:
-            if not left:
-                raise
             self._metrics.disconnects.labels(self._progress.phase).inc()
+            if not left:
+                # Serve's own proxy cancels the request of a client that leaves, mostly before this one has read of it.
+                raise
             task.uncancel()
         finally:
             self._to.in_flight.num -= 1
@@ -161,7 +162,7 @@ class _AnsweredCall(Response):
     async def _rendered(self) -> Call:
         """The request with its token ids. Raises ContextLengthError.
 
-        A request that could not be rendered has none; the engine itself refuses it.
+        A request that could not be rendered has none. A decode engine has to look at it, mostly to refuse it.
         """
         asked = self._asked
         with self._metrics.render_seconds.time():
@@ -234,7 +235,7 @@ class _AnsweredCall(Response):
         return limited
 
     async def _stream(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> bytes:
-        """Send the rest of the stream, whatever replicas it comes from; returns what has to follow it."""
+        """Send the rest of the stream, from whatever replicas. Returns the bytes that have to follow it."""
 
         async def write(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -268,7 +269,7 @@ class _AnsweredCall(Response):
                 self._recent.append(data)
 
     def _client_stalled(self, answer: Answer) -> bool:
-        """Whether it was the client that stood still, so that nobody would read how the stream goes on."""
+        """Whether the stream broke because the client took nothing. Nobody would read a resumed stream then."""
         assert answer.exchange is not None
         paused_at = answer.exchange.paused_at
         limit = self._config.client_stall_timeout_s
@@ -283,7 +284,7 @@ class _AnsweredCall(Response):
 
 
 def check_prompt_tokens(prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Raises ContextLengthError when a prompt is longer."""
+    """Raises ContextLengthError when a prompt is longer than `max_tokens`."""
     longest = max(map(len, prompts), default=0)
     if longest > max_tokens:
         raise ContextLengthError(
@@ -292,17 +293,17 @@ def check_prompt_tokens(prompts: Sequence[Sequence[int]], max_tokens: int) -> No
 
 
 def apart(sent: bytes, events: bytes) -> bytes:
-    """`events` as they follow a stream that was cut: on a line of their own, even when it stopped in mid-event.
+    """`events` as they follow a stream that was cut: on a line of their own, even if the stream stopped in mid-event.
 
     Args:
-        sent: what was sent last; a blank line more than is needed means nothing to a reader.
+        sent: the last bytes that were sent. A blank line too many does no harm, because readers ignore it.
         events: whole events, or nothing.
     """
     return b"\n\n" + events if events and sent and not sent.endswith(b"\n\n") else events
 
 
 async def within(streaming: Awaitable[bytes], limit_s: float | None, end: Callable[[StreamLimitError], bytes]) -> bytes:
-    """What `streaming` returns, or what `end` makes of it after `limit_s` seconds, when it is cancelled."""
+    """What `streaming` returns. After `limit_s` seconds, cancels it and returns what `end` makes of the error."""
     if limit_s is None:
         return await streaming
     limit = asyncio.timeout(limit_s)

@@ -73,6 +73,31 @@ async def test_before_the_legs(kind: str) -> None:
         assert not stack.prefill[0].engine.seen and not stack.decode[0].engine.seen
 
 
+def served_by(task: asyncio.Task[Any]) -> str | None:
+    """URL of the server whose request the task runs; None for other tasks."""
+    coroutine: Any = task.get_coro()
+    if not coroutine.__qualname__.endswith("RequestResponseCycle.run_asgi"):
+        return None
+    host, port = coroutine.cr_frame.f_locals["self"].scope["server"]
+    return f"http://{host}:{port}"
+
+
+async def test_a_request_that_the_proxy_cancels_is_counted() -> None:
+    """Serve's proxy cancels the task of a request whose client has left: it counts, once, and both legs stop."""
+    async with running_stack(prefill_ms_per_1k_tokens=20_000) as stack:
+        engine = stack.prefill[0].engine
+
+        def is_cancelled() -> bool:
+            if not (engine.seen and engine.stats().num_requests_running):
+                return False
+            [task] = [task for task in asyncio.all_tasks() if served_by(task) == stack.url]
+            return task.cancel()
+
+        await leave_when(stack, "streamed completion", is_cancelled)
+        await check_settled(stack)
+        assert engine.aborts and stack.metric("disagg_client_disconnects_total", phase="prefill") == 1
+
+
 @KINDS
 @TRANSPORTS
 async def test_during_prefill(kind: str, transport: Any) -> None:
