@@ -78,7 +78,7 @@ def build_app(config: AppConfig) -> Application:
         },
         max_ongoing_requests=config.gateway.max_num_requests + 64,
         graceful_shutdown_timeout_s=config.decode.drain_timeout_s + _GATEWAY_MARGIN_S,
-        # A new one takes over before the old one leaves. It holds no engine, so there is room for it.
+        # A new gateway takes over before the old one leaves. A gateway has no engine, so there is room for both.
         max_surge_percent=100,
         health_check_period_s=_HEALTH_PERIOD_S,
     )

@@ -8,10 +8,10 @@
     ├── PoolError                    a pool or one of its replicas
     │   ├── EngineStartError         an engine did not come up
     │   ├── EngineDeadError          an engine is gone for good
-    │   ├── HandoffRefusedError      hand-off parameters were released before
+    │   ├── HandoffRefusedError      hand-off parameters were used before
     │   ├── NoReplicaError           no replica is ready
     │   ├── PoolOverloadedError      the gateway carries as many requests as it may
-    │   ├── AttemptsExhaustedError   a request cost as many decode replicas as it may
+    │   ├── AttemptsExhaustedError   a request was lost on as many decode replicas as it may try
     │   ├── ReplicaLostError         a replica cannot be reached
     │   └── UnusableAnswerError      a replica answered what cannot be read
     ├── RequestError                 the client's fault
@@ -239,7 +239,7 @@ class APIResponseError(ClientError):
 
 
 class ScaleTimeoutError(ClientError):
-    """A pool did not reach its size in time. It goes on trying; the message says what is missing.
+    """A pool did not reach its size in time. The application goes on trying; the message says what is missing.
 
     Attributes:
         pool: name of the pool.

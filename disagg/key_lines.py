@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lines of a file of API keys, `name:key`. Pure: whoever checks a config and whoever serves read them alike."""
+"""The lines of a file of API keys, `name:key`. Pure. The config check and the gateway both use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEY = re.compile(rf"[\x21-\x7e]{{{MIN_KEY_CHARACTERS},512}}")
 def parse(text: str) -> list[tuple[str, str]]:
     """Name and key of each line `name:key`; empty lines and those that begin with # are left out.
 
-    Raises ValueError, which names the line and nothing that stands in it.
+    Raises ValueError, whose message has the number of the line and none of its text.
     """
     found: list[tuple[str, str]] = []
     seen: dict[str, int] = {}

@@ -29,8 +29,9 @@ class ReplicaLostError(PoolError):
         sent: whether the request may have reached the engine. If not, its hand-off is still unread.
         gone: whether the replica has ended the request itself: it refused or closed the connection, or its engine
             failed. False when it is only late, and may still be at work on the request.
-        own: whether it was this process that had nothing left to connect with, which says nothing of the replica.
-        reason: why nothing can go on in its place, in words for the client; the message may have addresses in it.
+        own: whether this process had nothing left to connect with. That says nothing about the replica.
+        reason: why no other replica goes on, in words for the client. The message is not for clients: it may hold
+            addresses.
     """
 
     def __init__(
@@ -77,4 +78,4 @@ class PoolOverloadedError(PoolError):
 
 
 class AttemptsExhaustedError(PoolError):
-    """A request was lost on as many decode replicas as may be tried for it. It may be what breaks them."""
+    """A request was lost on as many decode replicas as may be tried for it. The request may be what breaks them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """How KV moves: settings of connectors and tiers, and what an engine is told about them. Pure; no Ray.
 
-Everything may import it, it imports nothing of this project. `in_engine` is the part that runs inside engines.
+`pools` and `disagg` may import it; it imports neither. `in_engine` is the part that runs inside engines.
 """

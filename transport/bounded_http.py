@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uvicorn's HTTP protocol for the private ports: with time limits for requests that do not come, and bounds.
+"""uvicorn's HTTP protocol for the private ports, with time limits for requests that do not come, and with bounds.
 
-uvicorn waits for ever for the first byte, for the rest of a head and for a body, takes heads of any length, and takes
-connections until the process has no file descriptors. It hangs on `HttpToolsProtocol`, which is not a public
-interface: `tests/unit/transport/test_bounded_http.py` fails when it changes.
+uvicorn waits for ever for the first byte, for the rest of a head and for a body. It takes heads of any length, and
+connections until the process has no file descriptors. This module builds on `HttpToolsProtocol`, which is not a public
+interface: `tests/unit/transport/test_bounded_http.py` fails when uvicorn changes it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 logger = logging.getLogger(__name__)
 
 EXTENSION = "disagg.protocol"
-"""Under this name a scope's `extensions` have the protocol that the request came by."""
+"""Key in the `extensions` of an ASGI scope. Its value is the `BoundedProtocol` of the request's connection."""
 _SECOND_LOOK_S = 0.2
-"""A process that was busy finds its timers due before it has read what came meanwhile; so it reads first."""
+"""Extra time after a deadline: a process that was busy finds its timers due before it has read what came in time."""
 
 Admits = Callable[[Mapping[str, Any]], bool]
-"""Whether a request, an ASGI scope, shows that its sender may be here."""
+"""Takes the ASGI scope of a request; returns whether the request shows that its sender may use this port."""
 Stage = Literal["head", "body", "whole"]
 """How much of the current request is here."""
 
@@ -38,18 +38,19 @@ class HttpLimits:
     """What a connection may take."""
 
     head_s: float = 10.0
-    """From the connection, or from the first byte of a later request, to the end of its head."""
+    """Seconds from the connection, or from the first byte of a later request, to the end of the request's head."""
     body_s: float = 120.0
-    """From the head to the end of the body. Time in which the application does not read is not counted."""
+    """Seconds from the head to the end of the body. Time in which the application does not read is not counted."""
     max_head_bytes: int = 65_536
-    """Request line and headers; beyond it 431."""
+    """Bytes of request line and headers. A longer head is answered with 431."""
     max_connections: int = 4096
-    """Connections at once, and never more than half of the process' file descriptors. Beyond it the oldest one that
-    never sent a whole request, from somebody who may send one, is closed, so that whoever sends one gets in."""
+    """Connections at once, and never more than half of the process' file descriptors. Beyond it the server closes the
+    oldest silent connection, so that a client with an admitted request gets in. `bounded_protocol` says what silent
+    means."""
 
 
 class Door:
-    """The connections of one server: how many, who has yet to send something, and how many were closed and why."""
+    """The connections of one server: how many may be open, which are silent, and how many were closed and why."""
 
     def __init__(self, name: str, limits: HttpLimits, admits: Admits = lambda scope: True) -> None:
         """`name` is for the log."""
@@ -62,7 +63,7 @@ class Door:
 
     @property
     def max_connections(self) -> int:
-        """As the process' limit of file descriptors is now: it may be raised after this class is made."""
+        """The limit that follows from the process' present limit of file descriptors, which may be raised meanwhile."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = self.limits.max_connections
         return most if soft == resource.RLIM_INFINITY else min(most, soft // 2)
@@ -77,11 +78,11 @@ class Door:
             oldest.transport.abort()
 
     def left(self, connection: BoundedProtocol) -> None:
-        """It is gone, or has sent a whole request that is admitted."""
+        """The connection is gone, or has sent a whole request that is admitted."""
         self._silent.pop(connection, None)
 
     def count(self, reason: str) -> None:
-        """One more was closed; the first of each reason is logged."""
+        """One more connection was closed; the first of each reason is logged."""
         self.closed[reason] += 1
         if self.closed[reason] == 1:
             logger.warning("%s: a connection is closed: %s. Further ones are counted only", self._name, reason)
@@ -92,13 +93,13 @@ def bounded_protocol(
 ) -> type[BoundedProtocol]:
     """A class for `http` of one uvicorn server's config. Set `ws="none"` beside it: upgrades are refused.
 
-    A connection that has sent nothing that `admits` counts as silent, though it is answered.
+    A connection is silent until it has sent a whole request that `admits` accepts. Other requests are answered too.
     """
     return type("BoundedProtocol", (BoundedProtocol,), {"door": Door(name, limits or HttpLimits(), admits)})
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Use it by `bounded_protocol`, which gives it a door."""
+    """One connection. Make the class with `bounded_protocol`, which gives it a door."""
 
     door: Door
     _stage: Stage = "head"
@@ -117,7 +118,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's, which however stops the keep-alive timer for a lone line feed and logs every bad request."""
+        """As uvicorn's, but a lone line feed does not stop the keep-alive timer.
+
+        Bad requests are counted here; uvicorn would log each of them.
+        """
         if self.parser is None or self.transport.is_closing():
             return
         try:
@@ -166,7 +170,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.door.count(reason)
         self._waited()
         if self.cycle is not None and not self.cycle.response_complete:
-            # What came behind a request that is being answered: an answer here would end up within that one.
+            # The bad bytes came behind a request that is being answered. A second answer would end up inside the first.
             self.transport.abort()
             return
         phrase = http.HTTPStatus(self._status).phrase

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transport is: one object holds everything in which it differs from the others. Values only.
+"""What a transport is: one object holds everything in which a transport differs from the others. Values only.
 
-`transport.transports.describe` makes it from the settings. Replicas, gateways, fake engines, statistics and checks ask
-it; none of them asks for the transport's name to decide what to do.
+`transport.transports.describe` makes the object from the settings. Replicas, gateways, fake engines, statistics and
+checks ask it; none of them decides by the transport's name what to do.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 from transport.facts import EngineFacts, Platform
 
 Legs = Literal["prefill_first", "both_at_once"]
-"""`prefill_first`: the prefill leg's answer says where the KV is, and goes into the decode leg. `both_at_once`: each
-engine waits for the other, and the decode leg says what the prefill replica has published. It waits no longer than a
-lease, and then computes the prompt."""
+"""`prefill_first`: the prefill leg's answer says where the KV is, and the gateway puts it into the decode leg.
+`both_at_once`: each engine waits for the other, and the gateway puts into the decode leg what the prefill replica has
+published. The decode engine waits no longer than a lease, and then computes the prompt."""
 
 Feature = Literal["hedging", "prefill_pipeline", "decode_pipeline", "tensor_parallel"]
 
@@ -32,7 +32,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Listener:
-    """Where an engine answers the engines of the other pool, and what can be asked there to see whether it does."""
+    """Where an engine answers the engines of the other pool, and which question shows whether it answers."""
 
     protocol: Literal["nixl_handshake", "http_query"]
     host: str
@@ -51,7 +51,7 @@ class Statistics:
     bytes: str
     """Counter that sums the list `bytes_transferred`."""
     cases: Mapping[str, tuple[str, ...]]
-    """Counter -> lists with an entry for each case."""
+    """Counter -> vLLM's lists that have an entry for each case to count."""
 
 
 class Transport(Protocol):
@@ -59,7 +59,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """Engines on transports of one name can hand KV over to each other. Also its name in messages."""
+        """Names the transport in messages. Engines whose transports have one name can hand KV over to each other."""
         ...
 
     @property
@@ -87,7 +87,7 @@ class Transport(Protocol):
 
     @property
     def limits(self) -> Mapping[Feature, Limit]:
-        """What is not here has no limit."""
+        """A feature without an entry has no limit."""
         ...
 
     @property
@@ -96,9 +96,9 @@ class Transport(Protocol):
         ...
 
     def child(self, facts: EngineFacts) -> dict[str, Any]:
-        """Its entry in the connectors of MultiConnector, for one engine. JSON-able.
+        """The transport's entry among the children of MultiConnector, for one engine. JSON-able.
 
-        It carries no `engine_id`: vLLM hands the outer one down and refuses a second.
+        The entry carries no `engine_id`: vLLM hands down the outer connector's id and refuses a second one.
         """
         ...
 
@@ -113,7 +113,7 @@ class Transport(Protocol):
     def source(self, facts: EngineFacts) -> dict[str, Any]:
         """What that (prefill) engine publishes about where its KV is, for `decode_params`. JSON-able.
 
-        Empty when only the answer of each prefill leg says it.
+        Empty when only the answer of each prefill leg says where the KV is.
         """
         ...
 

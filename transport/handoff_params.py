@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of `kv_transfer_params`, in which gateway and engines speak of one hand-off. Pure.
 
-The one place that spells those which gateway, replica and connectors share. `do_remote_*` is vLLM's (0.32), `lmcache.*`
-is LMCache's, `disagg.*` is ours. What else a transport needs is its own business.
+This is the one place that spells the names which gateway, replica and connectors share. `do_remote_*` is vLLM's (0.32),
+`lmcache.*` is LMCache's, `disagg.*` is ours. A transport spells any further names that it needs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Store = Literal["never", "always"]
-"""What a client may say about KV that no decode engine consumes; unsaid, the shared tier's `sink` decides."""
+"""What a client may say about storing KV in the shared tier. When it says nothing, the tier's `sink` decides."""
 
 HANDOFF_ID = "disagg.handoff_id"
 """In both legs: the id under which engines report what became of the KV."""
@@ -53,12 +53,12 @@ def settle_params(handoff_ids: Sequence[str]) -> dict[str, Any]:
 
 
 def handoff_id_of(params: Mapping[str, Any], otherwise: object) -> str:
-    """The hand-off's id, or `otherwise`, an engine's own name for it: a leg need not have an id of ours."""
+    """The hand-off's id. A leg without an id of ours gets `otherwise`, the engine's own name for the hand-off."""
     return str(params.get(HANDOFF_ID) or otherwise)
 
 
 def warm_up_id(unique: str) -> str:
-    """Id of a hand-off with which a gateway warms a pair; no request's has its form, and no ledger counts it."""
+    """Id of a hand-off with which a gateway warms a pair. No request's hand-off has such an id; no ledger counts it."""
     return _WARM_PREFIX + unique
 
 

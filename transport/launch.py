@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the settings of KV and the facts of one replica to vLLM's arguments and environment. Pure.
+"""Makes vLLM's arguments and environment from the KV settings and the facts of one replica. Pure.
 
-Nothing is bound, opened or exported here; whoever starts the engine does that with the result.
+Nothing is bound, opened or exported here; the code that starts the engine does that with the result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launch(
 ) -> EngineLaunch:
     """What one engine needs to hand KV over (`prefill`) or to take it (`decode`), and to keep it in further tiers.
 
-    The tiers are asked in the order transfer, host memory, shared tier.
+    The children of MultiConnector have the order transfer, host memory, shared tier.
     """
     moves = describe(transport)
     children, env = [moves.child(facts)], moves.env(facts)

@@ -10,16 +10,16 @@ from transport.tiers import ExternalServerConfig, SharedCacheConfig
 
 _MODULE = "transport.in_engine.lmcache.connector"
 _CUDA_TIMEOUTS = 10
-"""With an accelerator the server copies by itself, and may still do what an engine has given up on: an engine waits for
-so many times `mq_timeout_s` before it gives the blocks away. On a CPU the engine copies."""
+"""With an accelerator the server itself copies, and may still run a copy that an engine has given up. So an engine
+waits this many times `mq_timeout_s` before it gives the blocks away. On a CPU the engine copies."""
 
 
 def lmcache_child(config: SharedCacheConfig, facts: EngineFacts) -> dict[str, Any]:
     """The LMCacheMPConnector entry for one engine, JSON-able.
 
-    Decode engines only load: LMCache's own role for that is `kv_consumer`, and so it is for prefill engines without a
-    sink. Without `facts.lmcache_url` (nothing is started yet) the address is the configured one, port 0 standing for
-    one that the kernel chooses.
+    Decode engines only load, and so do prefill engines without a sink: LMCache's own role for that is `kv_consumer`.
+    Without `facts.lmcache_url` (nothing is started yet) the address is the configured one; port 0 then stands for a
+    port that the kernel chooses.
 
     Source:
         LMCache 0.5.6 `lmcache_mp_connector.py`, `vllm_multi_process_adapter.py`: keys of `kv_connector_extra_config`.

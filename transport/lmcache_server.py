@@ -13,16 +13,16 @@ from typing import Any, assert_never
 from transport.tiers import FsL2Config, L2Config, ManagedServerConfig, MooncakeStoreL2Config, RespL2Config, S3L2Config
 
 REAP_TIMEOUT_S = 120
-"""Silence after which an engine that has sent heartbeats is forgotten. It sends one every few seconds, so it is dead;
-until then the server holds on to its GPU memory. A live engine must never be forgotten: it would not register again,
-and its next load would hang (LMCache#4715)."""
+"""Seconds of silence after which the server forgets an engine that has sent heartbeats. An engine sends one every few
+seconds, so a silent engine is dead; until it is forgotten the server holds on to its GPU memory. The server must never
+forget a live engine: the engine would not register again, and its next load would hang (LMCache#4715)."""
 REGISTRATION_GRACE_S = 10 * 365 * 24 * 3600
-"""The same for an engine that has not sent one yet, which it does with its first request: ten years, so that one that
-waits for its first request is kept."""
+"""The same for an engine that has not sent a heartbeat yet. An engine sends the first one with its first request, so it
+is ten years: the server keeps an engine that waits for its first request."""
 
 HTTP_HOST = "127.0.0.1"
-"""Where the HTTP API listens, on every node. It asks for no key, and `GET /env` prints the server's environment: the
-password of Redis and whatever cloud keys the node has. They stay in the environment, for boto3 looks there."""
+"""Where the HTTP API listens, on every node. The API asks for no key, and `GET /env` prints the server's environment:
+the password of Redis and the cloud keys of the node. The keys stay in the environment, because boto3 looks there."""
 
 _SHM_PREFIX = "lmcache_l1_pool_"
 """What LMCache puts before a segment's name."""
@@ -38,13 +38,13 @@ def server_argv(
 ) -> list[str]:
     """Arguments after `lmcache server`.
 
-    Metrics are served at `/metrics` of the HTTP port, so there is no further port for Prometheus. That port is bound to
+    Metrics are served at `/metrics` of the HTTP port, so there is no further port for Prometheus. The HTTP port is on
     loopback, because the HTTP API tells secrets; see `HTTP_HOST`.
 
     Args:
         platform: `cpu` engines copy through one shared-memory segment, which needs all of L1 allocated at start (pages
             are taken when they are first written). On `cuda` the server copies itself, out of pinned memory that grows.
-        host: private address that the message queue is bound to; it does not ask who is there.
+        host: private address to which the message queue is bound. The queue does not ask who connects.
         shm_name: name from `new_shm_name`; unused on `cuda`.
     """
     argv = [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MultiConnector, the outer connector of every engine. Pure; receives built children, imports none of them.
 
-It is there with a single child too, so that another tier adds an entry to a list and changes nothing else.
+An engine with a single child has it too, so that another tier adds an entry to a list and changes nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from transport.facts import EngineFacts
 
 
 def multi(children: Sequence[dict[str, Any]], facts: EngineFacts) -> dict[str, Any]:
-    """The `kv_transfer_config` of one engine around `children`, asked for KV in their order. JSON-able.
+    """The `kv_transfer_config` of one engine around `children`: the transfer child first, then the tiers. JSON-able.
 
-    The class is ours, under vLLM's name. `kv_load_failure_policy` is read from here alone, never from a child: KV that
-    does not arrive is computed again.
+    The class is ours, under vLLM's name. vLLM reads `kv_load_failure_policy` from here alone, never from a child. With
+    `recompute` it computes KV that does not arrive.
 
     Source:
         vLLM 0.32 `multi_connector.py`, `config/kv_transfer.py`, `v1/core/sched/scheduler.py`.

@@ -11,7 +11,7 @@ from transport.tiers import OffloadConfig
 GIB = 1024**3
 
 _HOST_SPECS = "transport.in_engine.host_offload.specs"
-"""vLLM's own specs copy with an accelerator's copy engine; this module's copy on a machine without one."""
+"""vLLM's own specs copy with an accelerator's copy engine. The specs of this module copy on a machine without one."""
 
 _SPEC_NAMES = {
     ("cuda", False): "CPUOffloadingSpec",
@@ -25,7 +25,7 @@ _SPEC_NAMES = {
 def offload_child(config: OffloadConfig, facts: EngineFacts) -> dict[str, Any]:
     """The OffloadingConnector entry for one engine, JSON-able.
 
-    `kv_both` in both roles: either pool stores what its own memory loses and takes it back.
+    `kv_both` in both roles: an engine of either pool stores what its own memory loses, and loads it again.
 
     Source:
         vLLM 0.32 `offloading/config.py`, `v1/kv_offload/cpu/spec.py`, `v1/kv_offload/tiering/spec.py`: keys of

@@ -104,8 +104,8 @@ def check_file(
         single_host: all replicas run on this machine, so its cores and memory bound them.
         require_model: a model directory that does not exist is an error, else a warning.
         known_kwargs: vLLM's argument names; read from the installed vLLM when absent.
-        installed: whether a Python module is there; asked only where vLLM itself is.
-        environment: where the variables that `password_env` names are looked for.
+        installed: whether a Python module is there; asked only where vLLM itself is installed.
+        environment: the variables in which API keys and the passwords of `password_env` are looked for.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def validate_machine(
 ) -> list[Problem]:
     """Problems of running all replicas on one machine: its cores, memory and directories. Nothing about GPUs.
 
-    A config for GPUs is compared only with a machine that has some: another one only checks it.
+    A config for GPUs is compared only with a machine that has GPUs: another machine only checks the config.
 
     Args:
         sizes: number of replicas of `gateway`, `prefill` and `decode`.
@@ -224,7 +224,7 @@ def validate_machine(
         if config.platform == "cuda":
             return [*problems, *check_gpu_node(config, sizes, machine, prefix)]
         return [*problems, *check_machine(config, sizes, machine, _checkpoint(config), prefix)]
-    except ConfigError:  # a parallel size that is none, which `validate_app` reports
+    except ConfigError:  # an impossible parallel size, which `validate_app` reports
         return problems
 
 
@@ -266,7 +266,7 @@ def _check_ports(data: Mapping[str, Any], machine: Machine) -> tuple[str | None,
 
 
 def _check_strangers(config: AppConfig, data: Mapping[str, Any], prefix: str) -> list[Problem]:
-    """An address that others reach needs API keys, or the word that it needs none."""
+    """A problem when others reach the address and the config neither sets API keys nor allows requests without."""
     http = data.get("http_options")
     host = http.get("host", DEFAULT_HOST) if isinstance(http, dict) else DEFAULT_HOST
     if not isinstance(host, str) or data.get("proxy_location") == "Disabled":
@@ -293,7 +293,7 @@ def _check_drain(config: AppConfig, data: Mapping[str, Any], application: Mappin
     """Time limits of Serve and HAProxy that would cut streams before the pools' own limit."""
     problems = []
     limits = {"prefill": config.prefill.drain_timeout_s, "decode": config.decode.drain_timeout_s}
-    limits["gateway"] = limits["decode"]  # its streams are theirs
+    limits["gateway"] = limits["decode"]  # the gateway's streams are those of decode
     for index, entry in enumerate(application.get("deployments") or []):
         limit = limits.get(entry.get("name", "")) if isinstance(entry, dict) else None
         given = entry.get("graceful_shutdown_timeout_s") if limit is not None else None

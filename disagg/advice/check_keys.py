@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the files and variables with keys hold any. Reads them and says nothing of what they hold.
+"""Whether the files and variables for keys hold keys. Reads them, and repeats nothing of what they hold.
 
-What is missing here may be there on the nodes that need it, so it is a warning; gateway and replicas refuse to start.
+A file or variable that is missing here may exist on the nodes that need it, so it is only a warning. A gateway or a
+replica that lacks it refuses to start.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from transport.transports import describe
 ENGINE_PROCESSES_GIB = 2.6
 """API server, EngineCore and one worker of vLLM's CPU build, without weights and KV cache; measured on 0.32."""
 EXTRA_RANK_GIB = 0.9
-"""Each further worker."""
+"""What each further worker adds."""
 
 _POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override")
 

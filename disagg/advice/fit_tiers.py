@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the tiers of a config can work: against the engines, the model, the packages and the machine. Pure.
 
-What a tier's own models can tell is checked there; what only a running LMCache server can tell, when a replica starts.
+A tier's config models check what they can themselves. What only a running LMCache server can tell is checked when a
+replica starts.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def memory_demands(config: AppConfig, engines: Mapping[str, int], prefix: str) -
 
 
 def shm_demands(config: AppConfig, engines: Mapping[str, int], prefix: str) -> list[Demand]:
-    """What of that lies in /dev/shm.
+    """The part of `memory_demands` that lies in /dev/shm.
 
     Source:
         vLLM 0.32 `SharedOffloadRegion` (on GPUs, and below a disk tier everywhere), `ShmRingBuffer`. LMCache 0.5.6
@@ -192,7 +193,7 @@ def shm_demands(config: AppConfig, engines: Mapping[str, int], prefix: str) -> l
 
 
 def check_memory(demands: list[Demand], have_bytes: int) -> list[Problem]:
-    """One problem, at the first of the demands that no longer fits after those before it."""
+    """One problem, at the first demand that no longer fits beside those before it; none when all fit."""
     have_gib, total = have_bytes / GIB, sum(demand.gib for demand in demands)
     so_far = 0.0
     for index, demand in enumerate(demands):
@@ -265,7 +266,7 @@ def _directories(config: AppConfig) -> list[tuple[str, str]]:
 
 
 def _check_directories_apart(config: AppConfig, prefix: str) -> list[Problem]:
-    """No tier's directory is, holds or lies in that of another one, however it is spelled."""
+    """A problem for each tier directory that is, holds or lies in another tier's, however the paths are spelled."""
     problems = []
     for (_, first), (field, second) in itertools.combinations(_directories(config), 2):
         a, b = PurePath(os.path.abspath(first)), PurePath(os.path.abspath(second))
@@ -305,7 +306,7 @@ def _check_blocks(config: AppConfig, prefix: str) -> list[Problem]:
 def _server_problems(
     config: AppConfig, environment: Mapping[str, str] | None, installed: Callable[[str], bool]
 ) -> list[tuple[str, str]]:
-    """What a managed server says of its settings. Without an environment every variable counts as set."""
+    """Problems of a managed server's settings. Without an environment every variable counts as set."""
     server = config.shared_cache.server if config.shared_cache else None
     if not isinstance(server, ManagedServerConfig):
         return []

@@ -59,7 +59,7 @@ class Machine:
     port_trouble: Callable[[str, int], str | None]
     """Why nothing can listen on (host, port), or None when it is free."""
     shm_bytes: int | None = None
-    """Size of /dev/shm; None where there is none, and nothing is said of it."""
+    """Size of /dev/shm; None where there is no /dev/shm, which is not checked then."""
     num_gpus: int = 0
     """NVIDIA GPUs; 0 on a machine that only checks configs for others."""
     directory_trouble: Callable[[str], str | None] = directory_trouble

@@ -24,7 +24,7 @@ _PATH_KWARGS = (
 def resolve(config: AppConfig, base_dir: Path) -> AppConfig:
     """The same config with local paths made absolute, so that replicas with other working directories find them.
 
-    Paths among `engine_kwargs` are those that exist below `base_dir`; other values stay as they are.
+    Of `engine_kwargs`, a value that may be a path is made absolute if it exists below `base_dir`, else kept.
     """
     directory = local_directory(config.model.source, base_dir)
     model = config.model.model_copy(

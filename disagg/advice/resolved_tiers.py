@@ -32,7 +32,7 @@ class Tier:
     """Tokens that one holds; None where only the engine knows the size of a token."""
     details: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
-    """What starts the server, with placeholders for what is chosen then."""
+    """The command that starts the server, with placeholders for what is chosen at the start."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -32,7 +32,7 @@ class Process:
     session: int
     name: str
     ended: bool = False
-    """It waits to be collected."""
+    """Whether the process has ended and waits for its parent to collect it."""
 
 
 def adopt_orphans() -> None:
@@ -54,7 +54,7 @@ def process_table() -> dict[int, Process]:
 
 
 def belonging_to(root: int, table: Mapping[int, Process], *, me: int) -> list[Process]:
-    """`root`, its session, and all that descends from either or was orphaned to `me`; without those that ended.
+    """The running processes in the session of `root` and among the children of `me`, and all their descendants.
 
     Args:
         root: pid of a child of `me` that leads its own session.

@@ -34,7 +34,7 @@ def main() -> None:
 
         return after_drain
 
-    # `serve run` ends with this name, whatever ended it.
+    # `serve run` calls this function at its end, whatever ended it.
     replace(SERVE_SHUTDOWN, drained_first)
     sys.argv = ["serve", "run", config]
     scripts.cli()

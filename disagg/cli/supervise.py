@@ -50,8 +50,11 @@ class ServeRun:
         return self._child.pid
 
     def start(self) -> None:
-        """Start the child, its output going to the log. The caller's signal handlers must be installed by now,
-        or a child of a shell's background job ignores the interrupt that stops it."""
+        """Start the child, whose output goes to the log.
+
+        The caller must have installed its signal handlers before. Otherwise, in a background job of a shell, the child
+        ignores the interrupt that stops it.
+        """
         processes.adopt_orphans()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -93,8 +96,8 @@ class ServeRun:
         """Ends the run: interrupt, then terminate, then kill. Blocks. Returns what is left over, in words.
 
         Args:
-            patience_s: seconds from the interrupt to the next means.
-            hurry: asked all the time; True skips the rest of the drain.
+            patience_s: seconds from the interrupt until the child is terminated.
+            hurry: asked again and again; True skips the rest of the drain.
             say: shows a line of progress.
         """
         assert self._child is not None, "start() comes first"
@@ -137,7 +140,7 @@ class ServeRun:
 
 
 def child_env(env: dict[str, str]) -> dict[str, str]:
-    """The environment of `serve run`: without telemetry unless asked for, the interpreter's own commands first."""
+    """The environment of `serve run`: no telemetry unless asked for, the interpreter's own commands first in PATH."""
     path = os.pathsep.join(part for part in (str(Path(sys.executable).parent), env.get("PATH", "")) if part)
     return {**_NO_TELEMETRY, **env, "PATH": path}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The admin API: sizes, states and load of the pools, scaling, and the ledger of hand-offs.
 
-How a pool is scaled is the `Scaler`'s matter; `disagg.gateway.deployment` gives one that asks Serve.
+A `Scaler` scales the pools; `disagg.gateway.deployment` has one that asks Serve.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Admin:
         self._foreign = foreign
 
     async def pools(self) -> dict[str, Any]:
-        """Sizes, states and load, told after each replica was asked for its load: what that shows of it is in."""
+        """Sizes, states and load. Asks each replica for its load first, so that the states show who is unreachable."""
         targets = await self._scaler.targets()
         members = {name: self._membership.members(name) for name in POOLS}
         asked = await asyncio.gather(*(self._stats(member) for name in POOLS for member in members[name]))
@@ -96,7 +96,7 @@ class Admin:
         }
 
     async def _stats(self, member: Member) -> ReplicaStats | None:
-        """The load that a replica tells of itself; None when it does not."""
+        """The load that a replica reports of itself; None when it reports nothing that can be used."""
         try:
             return await member.client.stats()
         except UnusableAnswerError:

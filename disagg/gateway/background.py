@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Detached tasks: in a context of their own, so that no cancelled request takes them along; awaited at close."""
+    """Detached tasks. Each has its own context, so that a cancelled request does not cancel it. `close` awaits them."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -28,7 +28,7 @@ class Background:
         return task
 
     def spawn_kept(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """As `spawn`, for a task that may fail unseen: whoever needs its outcome has it already."""
+        """As `spawn`, but asyncio does not log the task's failure: the code that needs the outcome awaits the task."""
         task = self.spawn(coroutine)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
@@ -37,7 +37,7 @@ class Background:
         self._tasks.discard(task)
 
     def forever(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A loop of the gateway; its failure is logged with a traceback."""
+        """As `spawn`, for a loop of the gateway. `close` cancels it, and its failure is logged with a traceback."""
         task = self.spawn(coroutine)
         self._loops.add(task)
         task.add_done_callback(self._loops.discard)
@@ -45,7 +45,7 @@ class Background:
         return task
 
     async def close(self, timeout_s: float) -> None:
-        """End the loops, let the rest finish for `timeout_s`, then cancel it."""
+        """Cancel the loops, wait up to `timeout_s` seconds for the other tasks, then cancel those that still run."""
         for loop in self._loops:
             loop.cancel()
         if not self._tasks:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 class Backoff:
     """Waits that double up to a limit, each shortened at random by up to a half.
 
-    Many who lost the same replica at the same moment would otherwise all come back at the same moment, too.
+    Otherwise all who lost the same replica at the same moment would also try again at the same moment.
     """
 
     def __init__(self, first_s: float, max_s: float, draw: Callable[[], float] = random.random) -> None:
@@ -27,5 +27,5 @@ class Backoff:
         return delay_s * (1 - self._draw() / 2)
 
     def reset(self) -> None:
-        """It went well: the next wait is a first one again."""
+        """Call it after a success: the next wait starts from `first_s` again."""
         self._delay_s = self._first_s

@@ -44,7 +44,7 @@ class GatewayDeployment:
     async def __init__(  # type: ignore[misc]  # Serve awaits a coroutine of a constructor
         self, config: Mapping[str, Any], prefill: DeploymentHandle, decode: DeploymentHandle
     ) -> None:
-        # A stream takes two: the client's and the engine's.
+        # A stream takes two descriptors: one of the client's connection, one of the engine's.
         raise_limit()
         require(BORROWED, "disagg.gateway.deployment")
         require(BORROWED, "disagg.routing")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which replicas and pairs a request may have, and the frame of a decision, which a policy fills with ranks. Pure.
 
-What a request rules out holds here for all policies: a policy orders candidates and adds none.
+This module applies what a request rules out, for all policies: a policy orders the candidates and adds none.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def pairs(request: RequestView, snapshot: Snapshot) -> list[PairView]:
 
 
 def decodes(request: RequestView, snapshot: Snapshot) -> list[ReplicaView]:
-    """The decode replicas that may answer the request alone, room or none.
+    """The decode replicas that may answer the request alone, whether or not they have room.
 
-    Those of last resort are among them only where there is no other one, and those that drain only where there is no
-    other one of last resort.
+    Replicas of last resort are returned only when there is no regular one. Among these, draining replicas are returned
+    only when all of them drain.
     """
     regular = [replica for replica in snapshot.decode if _allowed(request, replica)]
     if regular or not snapshot.last_resort:
@@ -50,7 +50,7 @@ def decodes(request: RequestView, snapshot: Snapshot) -> list[ReplicaView]:
 
 
 def has_room(replica: ReplicaView, num_tokens: int, *, limit: int) -> bool:
-    """Whether a replica may compute so many more. One that computes none always may, however long the prompt."""
+    """Whether a replica may compute `num_tokens` more. A replica that computes none always may, however many."""
     taken = replica.local_prefill_tokens
     return taken == 0 or taken + num_tokens <= limit
 

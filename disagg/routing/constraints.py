@@ -66,11 +66,11 @@ def view_of(
 
 
 def errand(without: frozenset[str] = frozenset(), *, num_tokens: int = 0, decode_id: str | None = None) -> RequestView:
-    """What the gateway needs a decode replica for and no hand-off: to tokenise a text, to compute an answer again.
+    """A request of the gateway itself to a decode replica alone: to tokenise a text, or to compute an answer again.
 
     Args:
-        num_tokens: tokens of the prompt that it computes there, for which it has to have room; 0 for none.
-        decode_id: the replica, where only that one will do.
+        num_tokens: prompt tokens that the decode replica computes and must have room for; 0 for none.
+        decode_id: the only decode replica that will do; None when any will.
     """
     return RequestView(
         "completions", None, num_tokens, _ERRAND, without=without, decode_id=decode_id, needs_room=num_tokens > 0
@@ -78,21 +78,22 @@ def errand(without: frozenset[str] = frozenset(), *, num_tokens: int = 0, decode
 
 
 def alone(request: RequestView, reason: str, without: Iterable[str] = ()) -> RequestView:
-    """The request for a decode replica alone, because its hand-off came to nothing, and for none of `without`."""
+    """The request for a decode replica alone, and for none of `without`, because its hand-off failed (`reason`)."""
     return replace(request, ruled_out=_alone(reason), without=request.without.union(without))
 
 
 def resumed(request: RequestView, kv_fit: str) -> RequestView:
-    """A request that goes on with a stream: on a replica of the same `kv_fit`, room or none, for it was let in before.
+    """The request as it goes on with a broken stream: on a decode replica of the same `kv_fit`.
 
-    Nothing is primed for it: it has one answer.
+    The decode replica needs no room, because the request was let in before. The mode `primed` is ruled out, because the
+    stream is one answer.
     """
     rules = MappingProxyType({"primed": "resumed", **request.ruled_out})
     return replace(request, ruled_out=rules, kv_fit=kv_fit, needs_room=False)
 
 
 def pair_only(request: RequestView, without: Iterable[str] = ()) -> RequestView:
-    """The request for a pair that none of `without` is in; what happens where there is none is the caller's matter."""
+    """The request for a pair without any replica of `without`. The caller decides what happens when there is none."""
     rules = MappingProxyType({"local": "pair_only", **request.ruled_out})
     return replace(request, ruled_out=rules, without=request.without.union(without))
 
@@ -128,7 +129,7 @@ def num_prompt_tokens(prompts: Sequence[Sequence[int]] | None, raw: bytes, *, ma
     """Tokens that a request makes a decode engine compute; estimated from its body when it could not be rendered.
 
     Args:
-        max_model_len: tokens that the model can take, when known. An estimate beyond it is wrong: images, for one.
+        max_model_len: tokens that the model can take, when known. A larger estimate is wrong, as for images.
     """
     if prompts is not None:
         return sum(map(len, prompts))
@@ -137,7 +138,7 @@ def num_prompt_tokens(prompts: Sequence[Sequence[int]] | None, raw: bytes, *, ma
 
 
 def _count(value: Any) -> int:
-    """A count as vLLM may take it: "2" and 2.0 become 2 there, so whatever is no whole number counts as several."""
+    """A count as vLLM may read it. vLLM turns "2" and 2.0 into 2, so any value that is no int counts as several."""
     if value is None:
         return 1
     return value if isinstance(value, int) else 2

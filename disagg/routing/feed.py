@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where Serve's routers report replicas and the gateway of the same process listens. Thread-safe.
 
-The one piece of state of a process that is shared by module: Serve builds its routers itself, so that nothing can be
-handed to them.
+This module holds the one state that a process keeps at module level. Serve builds its routers itself, so the gateway
+cannot hand them an object.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _lock = threading.Lock()
 _latest: dict[str, list[ReplicaInfo]] = {}
 _listeners: list[Listener] = []
 _told: set[str] = set()
-"""What the log says already: names of fields, and replicas that cannot be used."""
+"""Messages that are in the log already, about unknown fields and replicas that cannot be used."""
 _MAX_TOLD = 1024
 
 
 def report(pool: str, published: Mapping[str, Mapping[str, Any]]) -> None:
     """Publish a pool's list as Serve has it: replica id to what the replica published about itself.
 
-    Replicas of several versions are together in it during a rolling update. One that cannot be understood is left out,
-    and says so in the log; it costs no other one anything.
+    During a rolling update the list holds replicas of several versions. A replica whose data cannot be understood is
+    logged and left out; the others are published all the same.
     """
     replicas: list[ReplicaInfo] = []
     for replica_id, metadata in published.items():

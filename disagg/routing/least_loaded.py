@@ -16,7 +16,8 @@ four pairs.
 """
 
 _DECODE_RANK = attrgetter("slow", "local_prefill_tokens", "num_in_flight", "last_chosen", "replica_id")
-"""The prompts that a replica computes already come first, because they decide the first token."""
+"""Slow replicas come last. Then the prompt tokens that a replica already computes count first, because they decide how
+long the first token takes."""
 
 
 class LeastLoaded:

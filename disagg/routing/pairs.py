@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a prefill and a decode replica may be a pair at all. Pure.
 
-They differ while a rolling update changes the model or an engine argument: old and new replicas live side by side, and
-KV of one must not reach the other, even where its layout would let it.
+Replicas differ while a rolling update changes the model or an engine argument: old and new ones live side by side. KV
+of the old ones must not reach the new ones, nor the other way round, even where the layouts are the same.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a routing policy is: from values to a value, at once. One file a policy; `policies` builds them by name."""
+"""What a routing policy is: a plain function of values. Each policy has a file; `policies` builds them by name."""
 
 from __future__ import annotations
 

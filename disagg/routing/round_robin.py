@@ -9,13 +9,13 @@ from disagg.routing.candidates import decided
 from disagg.routing.views import Decision, RequestView, Snapshot
 
 _PAIR_RANK = attrgetter("slow", "last_chosen", "prefill.last_chosen", "decode.last_chosen")
-"""The turn is the pair's, so that each is used; among new pairs both sides change from one to the next."""
+"""Pairs take turns, so that each pair is used. Among new pairs, both replicas change from one decision to the next."""
 
 _DECODE_RANK = attrgetter("slow", "last_chosen", "replica_id")
 
 
 class RoundRobin:
-    """Goes by turns alone; slow replicas have theirs only where there is no other one."""
+    """Lets pairs and replicas take turns; a slow one is chosen only when there is no other."""
 
     def choose(self, request: RequestView, snapshot: Snapshot) -> Decision:
         return decided(request, snapshot, pair_rank=_PAIR_RANK, decode_rank=_DECODE_RANK)

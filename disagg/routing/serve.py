@@ -26,7 +26,7 @@ class ReplicaRouter(RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        # Serve pickles this module by value; the feed is imported so that all copies share one.
+        # Serve pickles this module by value. The feed is imported here, so that all copies share one feed.
         from disagg.routing import feed
 
         try:

@@ -22,16 +22,16 @@ class ReplicaInfo:
     block_size: int
     """Tokens in one KV block of its engine."""
     vocab_size: int
-    """Token ids are below it."""
+    """Every token id is below this number."""
     kv_source: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Where a decode engine finds the KV of this (prefill) engine, in the words of its transport, which reads it again;
-    see `transport.descriptor`. Empty for an engine whose transport says it with each hand-off."""
+    """Where a decode engine finds the KV of this (prefill) engine. The transport writes and reads this value; see
+    `transport.descriptor`. Empty when the transport says it with each hand-off instead."""
     lmcache_http_url: str | None = None
     """HTTP API of the LMCache server that its engine uses: status and metrics. None without one, or when unknown."""
     kv_fit: str = ""
     """Equal for replicas whose engines compute and lay out KV alike; see `pools.replica.kv_digest`."""
     secret: str | None = field(default=None, repr=False)
-    """Key that its private HTTP asks for. In no log and in no answer of the gateway."""
+    """Key that the replica's private HTTP requires. It is in no log and in no answer of the gateway."""
 
     @classmethod
     def from_metadata(cls, replica_id: str, metadata: Mapping[str, Any]) -> Self:
@@ -43,7 +43,7 @@ class ReplicaInfo:
 
     @classmethod
     def unknown_fields(cls, metadata: Mapping[str, Any]) -> frozenset[str]:
-        """What a replica published and this version does not know."""
+        """Names of the fields that a replica published and this version does not know."""
         return frozenset(metadata) - {known.name for known in fields(cls)}
 
 
@@ -73,11 +73,11 @@ class RequestView:
     without: frozenset[str] = frozenset()
     """Ids of replicas that are not to be chosen: they were tried."""
     decode_id: str | None = None
-    """The decode replica, where that is settled."""
+    """The only decode replica that may be chosen; None when any may."""
     kv_fit: str | None = None
-    """The decode replica's `ReplicaInfo.kv_fit`, where that is settled."""
+    """The only `ReplicaInfo.kv_fit` that the decode replica may have; None when it may have any."""
     needs_room: bool = True
-    """Whether it is refused when no decode replica has room for its prompt."""
+    """Whether the request is refused when no decode replica has room for its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class ReplicaView:
     slow: bool = False
     """It works, but far slower than the best of its pool."""
     draining: bool = False
-    """It says that it leaves. Only replicas of last resort do."""
+    """The replica says that it leaves the pool. Only replicas of last resort can be in this state."""
     kv_fit: str = ""
     """As in `ReplicaInfo`."""
     warm_peers: frozenset[str] = frozenset()
-    """Ids of the replicas of the other pool that KV has moved with."""
+    """Ids of the replicas of the other pool with which this one has moved KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,14 @@ class PairView:
     prefill: ReplicaView
     decode: ReplicaView
     last_chosen: int
-    """As in `ReplicaView`, of the two together."""
+    """Sequence number of the last decision that took both together; 0 before the first."""
     slow: bool = False
-    """One of them is."""
+    """Whether one of the two is slow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The replicas that may serve, at the moment of a decision. Who may is settled before."""
+    """The replicas that may serve, at the moment of a decision. The gateway has checked before who may."""
 
     prefill: tuple[ReplicaView, ...]
     decode: tuple[ReplicaView, ...]
@@ -133,8 +133,8 @@ class Decision:
 
     mode: Mode
     reasons: tuple[str, ...] = ()
-    """Words from a fixed set, used as metric labels. First why nothing is handed off as usual; with mode `none` then
-    why nobody serves it."""
+    """Words from a fixed set, used as metric labels. The first says why nothing is handed off as usual. In mode
+    `none` the last says why nobody serves the request."""
     prefill_id: str | None = None
     decode_id: str | None = None
     candidates: tuple[PairView | ReplicaView, ...] = ()
@@ -156,7 +156,7 @@ class Decision:
         return tuple(candidate for candidate in self.candidates if not self._is_chosen(candidate))
 
     def has_other_prefill(self, *, decode_id: str | None = None) -> bool:
-        """Whether another prefill replica could take the hand-off, with any decode replica or with that one."""
+        """Whether another prefill replica could take the hand-off, with any decode replica or with `decode_id`."""
         return any(
             isinstance(pair, PairView)
             and pair.prefill.replica_id != self.prefill_id

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Client` and `AsyncClient`: read and scale the pools of a running application, and read its hand-offs.
 
-They speak the admin API only; any OpenAI client talks to the model. What is sent and how answers are read is in
-`disagg.sdk.messages`, so the twins differ in `await` alone. httpx, pydantic and asyncio load when they are first used.
+They speak the admin API only; any OpenAI client talks to the model. `disagg.sdk.messages` builds their requests and
+reads the answers, so the two differ in `await` alone. httpx, pydantic and asyncio load when they are first used.
 """
 
 from __future__ import annotations
@@ -158,12 +158,12 @@ class ScaleOperation:
     def wait(self, timeout_s: float = 300.0, poll_s: float = 0.5, on_progress: OnProgress | None = None) -> Pool:
         """Block until exactly the wanted replicas exist and all get requests; removed ones are gone by then.
 
-        Connection trouble and 503 are waited out, and so are replicas that are quarantined: the application replaces
-        them. `on_progress` is called with every snapshot.
+        The wait goes on over connection trouble and the statuses 502, 503 and 504, and over quarantined replicas: the
+        application replaces those. `on_progress` is called with every snapshot.
 
         Raises:
-            ScaleTimeoutError: not reached in `timeout_s` seconds; says which replicas are missing and why. The server
-                goes on.
+            ScaleTimeoutError: the size was not reached in `timeout_s` seconds. The message says which replicas are
+                missing and why. The server goes on trying.
             ClientError: the server refuses to say how the pool stands.
         """
         deadline = time.monotonic() + timeout_s

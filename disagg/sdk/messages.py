@@ -51,13 +51,13 @@ class ApiCall:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered to a `ApiCall`."""
+    """What a server answered to an `ApiCall`."""
 
     method: str
     url: str
     status: int
     reason: str
-    """The words beside the status, which may be empty."""
+    """The reason phrase beside the status; may be empty."""
     body: bytes
 
 

@@ -21,7 +21,7 @@ class Replica(_Answer):
     replica_id: str
     """Name that Ray Serve gave it."""
     engine_id: str | None = None
-    """Name that KV transfers know its engine by."""
+    """Name by which KV transfers know the replica's engine."""
     incarnation: int | str | None = None
     """Changes when the engine behind the same name is a new one."""
     state: Literal["warming", "routable", "slow", "quarantined", "draining", "unreachable"] | str
@@ -61,7 +61,7 @@ class Pool(_Answer):
     num_routable: int
     """Replicas that get requests."""
     state: Literal["routable", "slow", "warming", "quarantined", "draining", "unreachable", "empty"] | str | None = None
-    """That of its best replica. Without a prefill pool that is `routable` or `slow`, decode replicas serve alone."""
+    """State of the pool's best replica. Decode replicas serve alone unless prefill is `routable` or `slow`."""
     reason: str | None = None
     """Why it is in that state, in a word, as in `Replica`."""
     replicas: tuple[Replica, ...] = ()
@@ -85,7 +85,7 @@ class Accepted(_Answer):
     name: str
     """The pool."""
     target_num_replicas: int
-    """Its size to be."""
+    """The size that the pool is to have."""
 
 
 class HandoffReplica(_Answer):
@@ -119,11 +119,11 @@ class HandoffRecord(_Answer):
     bytes: int = 0
     """Size of their KV."""
     produced_at: float | None = None
-    """When the prefill engine had it."""
+    """When the prefill engine had computed the KV."""
     ended_at: float | None = None
     """When the outcome was clear."""
     lease_left_s: float | None = None
-    """What was left of its lease then."""
+    """Seconds that were left of the lease when the prefill engine stopped holding the KV."""
     stored_tokens: int = 0
     """Tokens of it that the shared cache took."""
     stored_bytes: int = 0
@@ -131,7 +131,7 @@ class HandoffRecord(_Answer):
     reused_tokens: int = 0
     """Tokens of it that were loaded from the shared cache when it was first found there."""
     reused_at: float | None = None
-    """When that was."""
+    """When these tokens were loaded."""
 
 
 class HandoffTotal(_Answer):

@@ -2,8 +2,9 @@
 """One `lmcache server` a node as a detached Ray actor, and how a replica of the node gets and keeps it.
 
 The first replica of a node makes the actor; ports are arguments of its constructor, so Ray restarts it at the same
-address. Replicas renew their use, and the actor ends itself when none is left: at once when the application is gone or
-another server waits for its port, else after a grace in which a replaced replica finds what its predecessor stored.
+address. Replicas renew their use. When no user is left, the actor ends itself: at once when the application is gone or
+another server waits for its port, else after a grace time. In that time a new replica still finds what the replica
+before it stored.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class CacheServerSpec(Config):
     http_port: int
     """Port of the HTTP API."""
     heartbeat_interval_s: float
-    """That of the engines; a restart takes at least two of them."""
+    """Seconds between two heartbeats of an engine; a restart takes at least two of these."""
     replaces: bool = False
     """Whether engines knew a server at this address, which was lost."""
     times: LeaseTimes = TIMES
@@ -75,7 +76,7 @@ class CacheServerActor:
         self._port_is_wanted = False
         self._failed_at: float | None = None
         self._starting: asyncio.Task[None] | None = None
-        # From now on, so that an actor that nobody comes to ends as well.
+        # Begun here, so that an actor that no replica ever uses ends as well.
         self._ending = asyncio.create_task(self._end_when_unused())
 
     async def renew(self, user: str) -> dict[str, Any]:
@@ -101,10 +102,10 @@ class CacheServerActor:
         self._leases.release(user, time.monotonic())
 
     async def yield_ports(self, ports: Sequence[int]) -> bool:
-        """A server with other settings waits for one of `ports`. If it is this one's, it ends with its last user.
+        """A server with other settings waits for `ports`. If this server has one of them, it ends with its last user.
 
         Returns:
-            Whether it is.
+            Whether this server has one of the ports.
         """
         mine = not {self._spec.port, self._spec.http_port}.isdisjoint(ports)
         self._port_is_wanted = self._port_is_wanted or mine
@@ -129,7 +130,7 @@ class CacheServerActor:
     async def _over(self) -> bool:
         now = time.monotonic()
         if self._starting is not None and self._starting.done() and self._starting.exception() is not None:
-            # A server that never ran; the next replica tries with other ports. Its users are told why first.
+            # The server never ran. The actor stays until its users know why; the next replica tries other ports.
             self._failed_at = self._failed_at or now
             return now - self._failed_at > RENEW_PERIOD_S or self._leases.num_users(now) == 0
         if self._leases.num_users(now):
@@ -152,7 +153,7 @@ class NodeCacheServer:
         user: str,
         times: LeaseTimes = TIMES,
     ) -> None:
-        """Decides nothing yet; `start` does.
+        """Starts nothing yet; `start` does.
 
         Args:
             heartbeat_interval_s: that of the engines.
@@ -200,10 +201,11 @@ class NodeCacheServer:
     async def _wait_for_ports(self) -> None:
         """Wait until no server of this application with other settings has a port that the config asks for.
 
-        Engines of its replicas would take another one at its address for theirs, so it goes on until they have ended.
+        The replicas of such a server have to end first: their engines would take a new server at its address for their
+        own.
 
         Raises:
-            EngineStartError: they have not ended in time.
+            EngineStartError: these replicas have not ended in time.
         """
         server, times = self._spec.server, self._spec.times
         fields = {name: port for name in ("port", "http_port") if (port := getattr(server, name)) is not None}
@@ -239,8 +241,10 @@ class NodeCacheServer:
         return False
 
     async def _join(self) -> None:
-        """One try to get the address of a server that is healthy. Without one when the actor was lost, as an actor is
-        that was just about to end for want of users."""
+        """Try once to get the address of a healthy server.
+
+        Leaves the address empty when the actor was lost: it may have been about to end, because it had no users.
+        """
         try:
             self._actor = await asyncio.to_thread(self._make)
             await self._actor.renew.remote(self._user)
@@ -262,12 +266,12 @@ class NodeCacheServer:
                 async with asyncio.timeout(_CALL_S):
                     await self._actor.release.remote(self._user)
             except (RayError, TimeoutError) as exc:
-                # It is gone already, or its lease will run out.
+                # The actor is gone already, or this user's lease will run out.
                 logger.info("the cache server was not told that %s left: %s", self._user, exc)
 
     def _name(self) -> str:
         node = ray.get_runtime_context().get_node_id()
-        # Other settings are another server: engines of two versions of an application may not share one.
+        # Each set of settings has its own server: engines of two versions of an application may not share one.
         settings = hashlib.blake2b(self._spec.server.model_dump_json().encode(), digest_size=4).hexdigest()
         return f"cache-server:{self._spec.application}:{node}:{settings}"
 
@@ -297,7 +301,7 @@ class NodeCacheServer:
         return "healthy" if status["healthy"] else "starting"
 
     def _find_again(self) -> None:
-        """The actor is being restarted, or it is gone for good and is made anew at the address engines know."""
+        """Find the actor if Ray restarts it, or make a new one at the address that engines know."""
         # Without Ray, `remote` of an actor's class would start a cluster.
         if not ray.is_initialized():
             return
@@ -307,7 +311,7 @@ class NodeCacheServer:
 
 
 def _answer(reference: Any) -> Any:
-    """The answer of an actor. Blocks its thread, not the event loop, with which `ray.get` would find fault here.
+    """The answer of an actor. Blocks its own thread only; `ray.get` would object here all the same.
 
     Raises:
         TimeoutError: there is none within 10 s.

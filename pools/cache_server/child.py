@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a command that cannot outlive the thread that started it: `python -I -S <this file> <parent pid> <command>`.
 
-The kernel sends the death signal to the program that takes this process over by `execv`, whatever ends the parent. It
-is SIGKILL, because a server that hangs would not hear another one. Started as a file, so it imports the standard
-library only. Linux; elsewhere the command simply runs.
+When the parent ends, whatever ends it, the kernel sends the death signal to the program that has replaced this one by
+`execv`. The signal is SIGKILL, because a server that hangs would not react to another one. This module is started as a
+file, so it imports the standard library only. This works on Linux; elsewhere the command simply runs.
 """
 
 import ctypes

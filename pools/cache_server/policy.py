@@ -23,17 +23,17 @@ QUICK_DEATH_S = 30.0
 """A server that dies younger than this dies of its settings or its surroundings, and is restarted ever more slowly."""
 MAX_RESTART_DELAY_S = 15.0
 FASTEST_START_S = 3.0
-"""From start to the first answer at least, whatever the machine: the import of torch."""
+"""Shortest time from a start to the first answer on any machine, because the server imports torch."""
 MAX_RESTART_PAUSE_S = 60.0
 
 RENEW_PERIOD_S = 3.0
 """How often a replica says that it uses the server."""
 LEASE_S = 15.0
-"""How long that holds."""
+"""How long one such renewal holds."""
 GRACE_S = 60.0
 """How long a server without users goes on, so that a replaced replica finds what its predecessor stored."""
 MAX_RETRY_DELAY_S = 60.0
-"""Between two tries of a replica to make a lost server again, at most."""
+"""Longest time between two tries of a replica to make a lost server again."""
 PORT_WAIT_S = 660.0
 """How long a new server waits for the configured port of its predecessor, whose replicas drain: for 600 s by default.
 """
@@ -72,9 +72,9 @@ def restart_delay_s(num_quick_deaths: int) -> float:
 def restart_pause_s(heartbeat_interval_s: float) -> float:
     """Seconds from the end of a server to the start of the next one, at least.
 
-    An engine notices that its server is gone by two heartbeats without an answer. If another one answers before that,
-    the engine goes on with a registration which that one does not know, and waits for it until a request times out.
-    At most a minute, which with the start is well below what a replica waits for a server.
+    An engine notices by two heartbeats without an answer that its server is gone. If a new server answers before that,
+    the engine goes on with a registration that the new server does not know, and waits until a request times out. The
+    pause is at most a minute. Pause and start together are well below the time that a replica waits for a server.
     """
     return min(max(0.0, 2 * heartbeat_interval_s - FASTEST_START_S), MAX_RESTART_PAUSE_S)
 
@@ -93,13 +93,13 @@ class Life:
     started_at: float | None = None
     """When the current process was started; None while none runs."""
     healthy_at: float | None = None
-    """When it first answered; None until then."""
+    """When the current process first answered; None until then."""
     start_at: float = 0.0
-    """When the next one may be started."""
+    """When the next process may be started."""
     num_failed_probes: int = 0
-    """Failed in a row."""
+    """Probes that failed in a row."""
     num_quick_deaths: int = 0
-    """In a row."""
+    """Early deaths in a row."""
     num_restarts: int = 0
     """Starts after the first one."""
 
@@ -124,13 +124,13 @@ class Life:
             self.num_failed_probes += 1
 
     def silenced(self) -> None:
-        """It said itself that it will answer no more: no further probe is waited for."""
+        """The server's output says that it will answer no more, so no further probe is waited for."""
         self.num_failed_probes = MAX_FAILED_PROBES
 
     def died(self, now: float) -> None:
         """The process is gone, by itself or killed."""
         quick = self.healthy_at is None or now - self.healthy_at < QUICK_DEATH_S
-        # The first early death may be an accident: only those that follow are waited for.
+        # The first early death may be an accident, so only the next ones delay the start.
         self.start_at = now + max(restart_delay_s(self.num_quick_deaths if quick else 0), self.pause_s)
         self.num_quick_deaths = self.num_quick_deaths + 1 if quick else 0
         self.started_at, self.healthy_at = None, None
@@ -148,7 +148,7 @@ class Leases:
     _until: dict[str, float] = field(default_factory=dict)
 
     def renew(self, user: str, now: float) -> None:
-        """`user` uses the server for the next 15 s."""
+        """`user` uses the server for the next `lease_s` seconds."""
         self._used = True
         self._until[user] = now + self.times.lease_s
 
@@ -164,7 +164,7 @@ class Leases:
         return len(self._until)
 
     def over(self, now: float, *, unwanted: bool) -> bool:
-        """Whether the server should end: nobody uses it, and nobody should any more or nobody came for the grace.
+        """Whether the server should end: it has no users, and it is unwanted or had none for the grace time.
 
         Args:
             unwanted: the application is gone, or a server with other settings waits for this one's port. A server

@@ -30,7 +30,7 @@ _ANSWER_S = 5.0
 
 
 async def ask(url: str, operation: int, *, timeout_s: float) -> Any:
-    """The answer to one request. Raises TimeoutError without one, and ValueError for one that is no answer.
+    """Send one request and return the answer. Raises TimeoutError without one, ValueError for a wrong one.
 
     Args:
         url: `tcp://host:port`.
@@ -52,7 +52,10 @@ async def ask(url: str, operation: int, *, timeout_s: float) -> Any:
 
 
 async def is_well(url: str, *, chunk_tokens: int, timeout_s: float) -> bool:
-    """Whether the server's message queue answers. `/healthcheck` stays 200 when the queue's thread is dead."""
+    """Whether the server's message queue answers, and with the right chunk size.
+
+    The server's `/healthcheck` stays 200 when the queue's thread is dead.
+    """
     try:
         return bool(await ask(url, GET_CHUNK_SIZE, timeout_s=timeout_s) == chunk_tokens)
     except (TimeoutError, ValueError, zmq.ZMQError):

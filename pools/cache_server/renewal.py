@@ -81,7 +81,7 @@ class Renewal:
             wait_s = self.once()
 
     def _tell(self, what: str, exc: Exception | None = None) -> None:
-        """One warning an outage, which lasts until the server answers."""
+        """Log one warning for each outage. An outage lasts until the server answers."""
         level = logging.DEBUG if self._told else logging.WARNING
         logger.log(level, "the cache server of this node %s%s", what, f": {exc!r}" if exc is not None else "")
         self._told = True

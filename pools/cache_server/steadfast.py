@@ -16,9 +16,10 @@ Loop = Callable[[Any], None]
 
 
 def steadfast(loop: Loop) -> Loop:
-    """`loop` begun again after each exception: the message that caused it has been taken off the queue by then.
+    """Wrap `loop`, so that it begins again after each exception.
 
-    A `zmq.ZMQError` is raised: it tells of the socket, not of a message, and would come again at once.
+    The message that caused the exception has been taken off the queue by then. A `zmq.ZMQError` is raised: it is about
+    the socket and not about a message, and would come again at once.
     """
 
     @functools.wraps(loop)

@@ -57,7 +57,7 @@ class CacheServerAddress:
 
     @property
     def http_url(self) -> str:
-        """Base URL of the HTTP API, for processes of the node: it asks nobody for a key and shows the environment."""
+        """Base URL of the HTTP API. Only for the node's processes: it asks for no key and shows the environment."""
         return f"http://{HTTP_HOST}:{self.http_port}"
 
 
@@ -77,7 +77,7 @@ class CacheServer:
         """Starts nothing yet.
 
         Args:
-            heartbeat_interval_s: that of its engines; a restart takes at least two of them.
+            heartbeat_interval_s: seconds between two heartbeats of an engine; a restart takes at least two of these.
             replaces: a server at this address has just ended, so the first start is a restart to engines.
         """
         self.address = address
@@ -182,7 +182,7 @@ class CacheServer:
                     raise EngineStartError(f"{path}: {l2.path} cannot be made: {exc.strerror or exc}") from exc
 
     def _read(self, process: subprocess.Popen[str], output: deque[str]) -> None:
-        """Keep the last lines for an error message, and show its warnings and errors."""
+        """Keep the server's last lines for an error message, and log its warnings and errors."""
         assert process.stderr is not None
         for line in process.stderr:
             output.append(line.rstrip())
@@ -214,7 +214,7 @@ class CacheServer:
             self._died("it did not answer and was killed")
 
     def _start_again(self) -> None:
-        """One try; what cannot even be started waits like what dies young."""
+        """Try once to start the server. A failure counts as an early death, so the next try waits as long."""
         try:
             self._make_directories()
             self._spawn()

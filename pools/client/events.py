@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events of an engine as whoever reads them over HTTP has them: one type a kind. `pools.engine.events` explains
-each.
+"""The events of an engine as a reader over HTTP gets them, one type for each kind. `pools.engine.events` explains them.
 
-A batch is read in one go. One that holds a kind of a later version, or an event that cannot be read, is read event by
-event, so that neither costs the others anything.
+`read_events` decodes a batch in one go. If the batch holds a kind of a later version, or an event that cannot be read,
+`read_events` decodes the batch event by event and keeps the other events.
 """
 
 from __future__ import annotations
@@ -73,18 +72,18 @@ class ReadEvents(msgspec.Struct):
 
     incarnation: str
     next: int
-    """`after` of the next read."""
+    """The `after` that the next read has to send."""
     lost: int
-    """Events between `after` and the first of these that were dropped before they were read."""
+    """Number of events after `after` that the engine's log dropped before this read."""
     events: list[Happened]
     draining: bool = False
     """Whether the replica leaves."""
     num_malformed: int = 0
-    """Events of a known kind that cannot be read. Not on the wire."""
+    """Number of events that cannot be read, except those of an unknown kind. Counted by the client, not on the wire."""
 
 
 class _RawEvents(msgspec.Struct):
-    """The same, each event as it came."""
+    """`ReadEvents` with each event still as JSON."""
 
     incarnation: str
     next: int
@@ -94,7 +93,7 @@ class _RawEvents(msgspec.Struct):
 
 
 def read_events(payload: bytes) -> ReadEvents:
-    """A batch. Events of unknown kinds are dropped, those that cannot be read are counted. Raises ValueError."""
+    """Decode a batch. Drops events of unknown kinds; drops and counts those that cannot be read. Raises ValueError."""
     try:
         return _decode_batch(payload)
     except msgspec.ValidationError:
@@ -110,7 +109,7 @@ def read_events(payload: bytes) -> ReadEvents:
 
 
 def _is_malformed(raw: msgspec.Raw) -> bool:
-    """Whether it is more than an event of a kind that this version does not know."""
+    """Whether the event is malformed, and not merely of a kind that this version does not know."""
     event: Any = msgspec.json.decode(raw)
     kind = event.get("kind") if isinstance(event, dict) else None
     return not isinstance(kind, str) or kind in KINDS

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTTP/1.1 from the gateway to the engines' private ports, at asyncio-protocol level.
 
-A stream's bytes go from socket to socket without a task switch a token, which is what a general HTTP client cannot
-do. Only what an engine sends is spoken here: no redirects, no TLS, no compression. Nothing is retried: a lost
-connection is the caller's decision.
+The gateway passes a stream's bytes from socket to socket without a task switch for each token. A general HTTP client
+cannot do that. This client understands only what an engine sends: no redirects, no TLS, no compression. It retries
+nothing: the caller decides what to do about a lost connection.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pools.process.descriptors import OWN_ERRORS
 
 _HIGH_WATER_BYTES = 256 * 1024
 _IDLE_CONNECTION_S = 60.0
-"""Shorter than the engine's keep-alive, so that a pooled connection is never closed under a request."""
+"""Shorter than the engine's keep-alive, so that the engine never closes a pooled connection under a request."""
 
 Chunk = bytes
 
 
 class Exchange:
-    """One request and its response. Either `read` it whole, take it by `next_chunk`, or `forward` it."""
+    """One request and its response. The caller takes the response with `read`, `next_chunk` or `forward`."""
 
     def __init__(self, url: str, loop: asyncio.AbstractEventLoop) -> None:
         self._url = url
@@ -54,7 +54,7 @@ class Exchange:
 
     @property
     def over(self) -> bool:
-        """Nothing more can come: complete, failed or given up."""
+        """Whether nothing more can come: the response is complete or has failed, or the caller has given it up."""
         return self.complete or self._error is not None or self._connection is None
 
     async def head(self) -> int:
@@ -64,7 +64,7 @@ class Exchange:
         return self.status
 
     async def next_chunk(self) -> Chunk | None:
-        """What has arrived since the last call, joined; None at the end. Raises ReplicaLostError."""
+        """Wait for bytes of the body and return all that are here, joined; None at the end. Raises ReplicaLostError."""
         while not self._chunks:
             if self.complete:
                 return None
@@ -85,8 +85,8 @@ class Exchange:
     async def forward(self, sink: Callable[[Chunk], None], *, is_full: Callable[[], bool] = lambda: False) -> None:
         """Give every further chunk to `sink`, in the call that received it; return at the end of the body.
 
-        Raises ReplicaLostError. `sink` must not block; use `pause` and `resume` when it is full. `is_full` says whether
-        it is before the first of those.
+        Raises ReplicaLostError. `sink` must not block: its owner calls `pause` when the sink is full, and `resume` when
+        there is room again. `forward` asks `is_full` once, after the buffered chunks, and pauses if the sink is full.
         """
         self.resume()
         while self._chunks:
@@ -114,7 +114,7 @@ class Exchange:
             self._connection.resume_reading()
 
     def close(self) -> None:
-        """Give up: an unfinished response closes its connection, which stops the request in the engine."""
+        """Give the response up. If it is unfinished, its connection closes, which stops the request in the engine."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abandon()
@@ -263,7 +263,7 @@ class Upstream:
     """The connections to one engine."""
 
     def __init__(self, url: str, *, connect_timeout_s: float, key: str | None = None) -> None:
-        """`key`: what its engine asks for; None where it asks for nothing."""
+        """`key`: the key that the engine requires with each request; None when it requires none."""
         parts = urlsplit(url)
         assert parts.hostname and parts.port, url
         self.url = url
@@ -282,7 +282,10 @@ class Upstream:
     async def open(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Exchange:
-        """Send a request; the response is the exchange's. Raises ReplicaLostError, unsent, when it cannot connect."""
+        """Send a request, and return the exchange that receives the response.
+
+        Raises ReplicaLostError, with `sent` false, when the client cannot connect.
+        """
         connection = self._pop_idle() or await self._connect()
         exchange = Exchange(self.url, asyncio.get_running_loop())
         lines = [b"%s %s HTTP/1.1\r\n%b" % (method.encode(), path.encode(), self._fixed)]
@@ -308,7 +311,7 @@ class Upstream:
     ) -> tuple[int, bytes]:
         """Status and whole body. Raises ReplicaLostError, also when `timeout_s` runs out.
 
-        `on_sent` is called once the request may have reached the engine.
+        `on_sent` is called as soon as the request may have reached the engine.
         """
         exchange: Exchange | None = None
         try:
@@ -335,7 +338,7 @@ class Upstream:
                 if now - exchange.paused_at > stall_timeout_s:
                     exchange.fail(ReplicaLostError(f"the client took nothing for {stall_timeout_s:g} s", sent=True))
             else:
-                # Engines write the head of a stream before its first token, which may have to wait in their queue.
+                # The head shows no progress: an engine writes it while the request may still wait in its queue.
                 limit = idle_timeout_s if exchange.has_body else first_byte_timeout_s
                 if now - exchange.last_data_at > limit:
                     exchange.fail(ReplicaLostError(f"the engine at {self.url} sent nothing for {limit:g} s", sent=True))
@@ -351,7 +354,7 @@ class Upstream:
     def fail(self, error: ReplicaLostError) -> None:
         """Fail every exchange that is not over."""
         for exchange in list(self._active):
-            # One each: a traceback grows with every place that raises it.
+            # Each exchange gets its own error: the traceback of a shared one grows with every place that raises it.
             exchange.fail(ReplicaLostError(str(error), sent=error.sent, gone=error.gone))
 
     def close(self) -> None:

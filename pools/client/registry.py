@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clients of all replicas that a gateway speaks to, and the one look that watches their exchanges."""
+"""The clients of all replicas that a gateway speaks to, and one `sweep` that watches the exchanges of all of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pools.client.replica import LegObserver, Limits, ReplicaClient
 
 
 class ReplicaClients:
-    """Makes clients and watches them until they are let go. Belongs to one event loop."""
+    """Makes clients, and watches each until it is closed and its last exchange is over. Belongs to one event loop."""
 
     def __init__(self, *, connect_timeout_s: float, limits: Limits, observer: LegObserver | None) -> None:
-        """`observer` is told of the legs of all of them."""
+        """`observer` is told of every leg of every client."""
         self._connect_timeout_s = connect_timeout_s
         self._limits = limits
         self._observer = observer
@@ -23,7 +23,7 @@ class ReplicaClients:
         return client
 
     def sweep(self, now: float) -> None:
-        """Fail what has stood still too long, also of clients that are closed and not at their end. Call it often.
+        """Fail exchanges that have stood still too long, also those of closed clients. Call it often.
 
         `now` is the loop's time.
         """

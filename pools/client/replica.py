@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client of one replica: everything that a gateway says to it, by what it is for.
+"""The client of one replica: a method for each thing that a gateway asks of it.
 
-Deadlines, trace context and counters of a leg are put on here. Nothing is retried or fallen back to, and nothing is
-known of hand-offs beyond their parameters.
+The client adds deadlines, trace context and counters to a leg. It retries nothing, has no fallback, and knows nothing
+of hand-offs beyond their parameters.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ NO_TRACE: Trace = {}
 
 LegKind = Literal["prefill", "decode", "probe", "check"]
 Outcome = Literal["answered", "lost", "given_up"]
-"""How a leg went up to its answer, or a stream's first bytes: `lost` by its replica, `given_up` by who sent it."""
+"""How a leg went: `answered` when its answer or the first bytes of its stream came, `lost` when the replica was lost or
+late before that, `given_up` when the sender stopped waiting before that."""
 
 STATS_TIMEOUT_S = 2.0
 CLEANUP_TIMEOUT_S = 10.0
 _POLL_TIMEOUT_S = 10.0
-"""Of a read of events, beyond the time that the replica was asked to wait."""
+"""How long a read of events may take beyond the time that the replica was asked to wait."""
 _ERROR_EVENT = b'data: {"error"'
 _MAX_QUOTED = 200
 
@@ -57,7 +58,10 @@ class LegObserver(Protocol):
     """Is told of every leg, to count it. Must not block."""
 
     def leg_over(self, kind: LegKind, outcome: Outcome, seconds: float) -> None:
-        """A leg has its answer, or the first bytes of a stream, or will have none; `seconds` after it was begun."""
+        """The client calls this when a leg has its answer or the first bytes of its stream, or will get neither.
+
+        `seconds` is the time since the client began the leg, connecting included.
+        """
         ...
 
 
@@ -73,14 +77,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A replica's own answer, passed on unread."""
+    """A replica's answer, which the client passes on without reading it."""
 
     status: int
     payload: bytes
 
 
 class OpenedLeg:
-    """A decode leg whose head is here, and its first bytes. Close it, finished or not."""
+    """A decode leg whose head and first bytes have arrived. The caller closes it, finished or not."""
 
     def __init__(self, exchange: Exchange, content: bytes, *, streaming: bool) -> None:
         self.status = exchange.status
@@ -90,7 +94,7 @@ class OpenedLeg:
         self.exchange = exchange if streaming else None
         """The rest of a stream; None when `content` is everything."""
         self.complete = exchange.complete
-        """Whether all of it is here."""
+        """Whether the whole response has arrived."""
 
     def close(self) -> None:
         """End the leg, which stops the request in the engine. Idempotent."""
@@ -101,8 +105,8 @@ class OpenedLeg:
 class ReplicaClient:
     """One replica, by its address and key. Belongs to one event loop.
 
-    Every method raises ReplicaLostError when the replica cannot be reached, breaks off, or is late. Those that return
-    a value of `messages` raise UnusableAnswerError when it answers something else.
+    Every request raises ReplicaLostError when the replica cannot be reached, breaks off, or is late. `probe`, `abort`,
+    `settle`, `health`, `stats` and `events` raise UnusableAnswerError when the replica answers something else.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class ReplicaClient:
         connect_timeout_s: float,
         observer: LegObserver | None,
     ) -> None:
-        """Connects to nothing yet. `key`: what the replica asks for; None where it asks for nothing."""
+        """Connects to nothing yet. `key`: the key that the replica requires with each request, None for none."""
         self.url = url
         self._upstream = Upstream(url, connect_timeout_s=connect_timeout_s, key=key)
         self._observer = observer
@@ -122,7 +126,7 @@ class ReplicaClient:
     # Legs
 
     async def prefill(self, body: bytes, *, leg_id: str, trace: Trace, timeout_s: float) -> PrefillReply:
-        """A prefill leg, whole."""
+        """Send a prefill leg and read its whole answer."""
         headers = {routes.REQUEST_ID_HEADER: leg_id, **trace}
         with _Observed(self._observer, "prefill"):
             status, payload = await self._upstream.request(
@@ -131,7 +135,7 @@ class ReplicaClient:
         return prefill_reply(status, payload)
 
     async def check(self, body: bytes, *, leg_id: str, timeout_s: float) -> Forwarded:
-        """A completion that no client waits for, whole."""
+        """Send a completion that no client waits for, and read its whole answer."""
         headers = {routes.REQUEST_ID_HEADER: leg_id}
         with _Observed(self._observer, "check"):
             return Forwarded(
@@ -148,13 +152,14 @@ class ReplicaClient:
         handoff_id: str | None = None,
         on_sent: Callable[[], None] = lambda: None,
     ) -> OpenedLeg:
-        """A decode leg up to its first bytes, or whole when it is no stream.
+        """Send a decode leg, and wait for the first bytes of its stream, or for its whole answer when it is no stream.
 
-        How long it may stand still is the business of `sweep`.
+        `sweep` limits how long the leg may stand still.
 
         Args:
-            handoff_id: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
-            on_sent: called once the leg may have reached the engine.
+            handoff_id: the hand-off that `body` names. The engine reports it as `unread` if the leg ends before the
+                engine has admitted it.
+            on_sent: called as soon as the leg may have reached the engine.
         """
         headers = {routes.REQUEST_ID_HEADER: request_id, **trace}
         if handoff_id is not None:
@@ -186,7 +191,7 @@ class ReplicaClient:
         cache_salt: str | None = None,
         on_sent: Callable[[], None] = lambda: None,
     ) -> Probed:
-        """One token through the engine, for the KV's sake."""
+        """Run one token through the engine. The caller wants the KV that is computed or moved for it, not the token."""
         body = _encode(Probe(list(prompt_token_ids), None if params is None else dict(params), cache_salt))
         with _Observed(self._observer, "probe"):
             status, payload = await self._upstream.request(
@@ -194,21 +199,21 @@ class ReplicaClient:
             )
         return self._read(_decode_probed, routes.PROBE, status, payload)
 
-    # What becomes of them
+    # The end of legs and hand-offs
 
     async def abort(self, request_id: str) -> bool:
-        """Stop the request that carries this id; whether it was running."""
+        """Stop the request that carries this id. Returns whether it was running."""
         said = await self._tell(_decode_aborted, routes.ABORT, Abort(request_id), CLEANUP_TIMEOUT_S)
         return said.aborted
 
     async def settle(self, handoff_ids: Sequence[str]) -> None:
-        """Nobody will read these hand-offs: the engine ends its hold of their KV."""
+        """Tell the engine that nobody will read these hand-offs, so that it ends its hold of their KV."""
         await self._tell(_decode_settled, routes.SETTLE, Settle(list(handoff_ids)), CLEANUP_TIMEOUT_S)
 
-    # What it tells
+    # What the replica reports
 
     async def health(self, *, timeout_s: float) -> ReplicaHealth:
-        """What its process knows of its engine."""
+        """What the replica's process knows of its engine."""
         return await self._ask(_decode_health, routes.HEALTH, timeout_s)
 
     async def stats(self, *, timeout_s: float = STATS_TIMEOUT_S) -> ReplicaStats:
@@ -219,21 +224,21 @@ class ReplicaClient:
         """Events numbered above `after`; waits up to `wait_s` seconds for the first.
 
         Args:
-            reader: name of the gateway that reads, for which a replica that leaves waits.
-            done: whether this gateway sends nothing more there.
+            reader: name of the gateway that reads. A replica that leaves the pool waits for its readers.
+            done: whether this gateway sends no more requests to the replica.
         """
         standing = f"&reader={reader}&done={int(done)}" if reader else ""
         path = f"{routes.EVENTS}?after={after}&wait_s={wait_s:g}{standing}"
         return await self._ask(read_events, path, wait_s + _POLL_TIMEOUT_S)
 
     async def forward(self, method: str, path: str, body: bytes, *, timeout_s: float) -> Forwarded:
-        """A route of its OpenAI app that needs no KV."""
+        """Send a request to a route of the engine's OpenAI app that needs no KV."""
         return Forwarded(*await self._upstream.request(method, path, body, timeout_s=timeout_s))
 
     # Its connections
 
     def fail(self, error: ReplicaLostError) -> None:
-        """Fail what is under way, so that it can go on elsewhere; a later request is tried again."""
+        """Fail the requests under way, so that the gateway can run them elsewhere. Later requests are sent as usual."""
         self._upstream.fail(error)
 
     def sweep(self, now: float, limits: Limits) -> None:
@@ -246,13 +251,13 @@ class ReplicaClient:
         )
 
     def close(self) -> None:
-        """Keep no connection: idle ones close now, the others when their exchange ends. It can still be spoken to."""
+        """Keep no connection: idle ones close now, the others when their exchange ends. Requests can still be sent."""
         self.closed = True
         self._upstream.close()
 
     @property
     def is_over(self) -> bool:
-        """Closed, and nothing under way that would have to be watched."""
+        """Whether the client is closed and has no exchange under way that `sweep` has to watch."""
         return self.closed and self._upstream.is_idle
 
     async def _ask(self, decode: Callable[[bytes], T], path: str, timeout_s: float) -> T:
@@ -272,7 +277,10 @@ class ReplicaClient:
 
 
 class _Observed:
-    """Tells the observer of one leg when the block ends. A class, since generators cost more than the rest of a leg."""
+    """Tells the observer how one leg went when the `with` block ends.
+
+    This is a class, because a generator costs more time than the rest of a leg.
+    """
 
     __slots__ = ("_began", "_kind", "_observer")
 

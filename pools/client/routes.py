@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 CONTROL = "/disagg/v1/"
-"""What every path below it begins with; all others are the engine's own OpenAI app."""
+"""Prefix of the paths that the replica's server answers itself. It passes all others to the engine's OpenAI app."""
 ABORT = CONTROL + "abort"
 SETTLE = CONTROL + "settle"
 PROBE = CONTROL + "probe"
@@ -17,6 +17,6 @@ COMPLETIONS = "/v1/completions"
 CHAT_COMPLETIONS = "/v1/chat/completions"
 
 ENGINE_KEY_HEADER = "x-disagg-engine-key"
-"""Brings the key of the engine."""
+"""In this header a caller sends the engine's key."""
 REQUEST_ID_HEADER = "x-request-id"
-"""Brings the id by which a request can be aborted."""
+"""In this header a caller sends the id by which the request can be aborted."""

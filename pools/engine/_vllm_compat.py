@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every vLLM name that is private or has moved between releases, in one place.
 
-They are checked on import against their entries in `pools.borrowed`. Nothing here decides anything: `vllm_engine.py`
-does.
+Importing this module checks the names against their entries in `pools.borrowed`. `vllm_engine.py` decides what is
+done with them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def split_args(arguments: Mapping[str, Any]) -> tuple[AsyncEngineArgs, argparse.
 def incremental_detokenizer(
     tokenizer: Any, prompt_token_ids: list[int], *, skip_special_tokens: bool, spaces_between_special_tokens: bool
 ) -> BaseIncrementalDetokenizer:
-    """What makes text of a request's tokens in the engine: the same text for the same tokens after the same prompt."""
+    """The detokenizer that the engine uses: after the same prompt it turns the same tokens into the same text."""
     params = SamplingParams(
         skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces_between_special_tokens
     )
@@ -86,8 +86,8 @@ def incremental_detokenizer(
 async def vllm_app(engine: AsyncLLM, args: argparse.Namespace) -> Any:
     """vLLM's own OpenAI FastAPI app over a running engine.
 
-    Source: vLLM 0.32 `entrypoints/launchers/api_server`. vLLM's error handler flips `state.server.should_exit` of the
-    launcher's uvicorn server; a replica has its own watch for a dead engine, so a stand-in takes the flag.
+    Source: vLLM 0.32 `entrypoints/launchers/api_server`. vLLM's error handler sets `state.server.should_exit`
+    to end the launcher's uvicorn server. A replica watches for a dead engine itself, so a stand-in takes the flag.
     """
     tasks = await engine.get_supported_tasks()
     state = State()
@@ -99,7 +99,7 @@ async def vllm_app(engine: AsyncLLM, args: argparse.Namespace) -> Any:
 
 
 def settle_request(request_id: str, handoff_ids: list[str]) -> EngineCoreRequest:
-    """A request that is over before it is scheduled and tells the connector which hand-offs to settle.
+    """A request that tells the connector which hand-offs to settle. The engine aborts it before it is scheduled.
 
     Source: vLLM 0.32 `AsyncLLM.notify_kv_transfer_request_rejected`, which sends the same for its own purpose.
     """

@@ -18,8 +18,8 @@ KVTransferParams = dict[str, Any]
 """One hand-off's `kv_transfer_params`, in vLLM's own keys. Single-use."""
 
 HANDOFF_HEADER = "x-disagg-handoff-id"
-"""Header of the leg that brings `kv_transfer_params` to a decode engine: the hand-off's id, so that the engine can tell
-it as `unread` when the leg ends before the engine has the request."""
+"""In this header a decode leg sends the id of the hand-off that its `kv_transfer_params` name. With it the engine can
+report the hand-off as `unread` when the leg ends before the engine has the request."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,7 +33,7 @@ class ProbeResult:
     """What one token through the engine showed."""
 
     num_cached_tokens: int
-    """Prompt tokens that were not computed by this engine for this request: prefix cache or KV transfer."""
+    """Prompt tokens that this engine did not compute for this request: from its prefix cache or by KV transfer."""
     kv_transfer_params: KVTransferParams | None
     """Hand-off parameters, when the probe asked for a remote decode."""
     finish_reason: str | None
@@ -67,18 +67,18 @@ class EngineStats:
     prompt_tokens_host_total: int = 0
     """Prompt tokens loaded from host memory."""
     prompt_tokens_disk_total: int = 0
-    """Prompt tokens loaded from the disk below it."""
+    """Prompt tokens loaded from the disk tier below host memory."""
     prompt_tokens_external_total: int = 0
     """Prompt tokens loaded from a tier that vLLM cannot name: LMCache."""
     nixl_num_failed_notifications_total: int = 0
-    """Reads whose end could not be reported to the prefill engine, so that its lease has to end."""
+    """Reads whose end could not be reported to the prefill engine, which then holds the KV until the lease runs out."""
     num_notifications_after_expiry_total: int = 0
-    """Reads that ended after this (prefill) engine had given the KV up: what was read may have been overwritten. In
-    push mode writes that ended after this (decode) engine had given the blocks away."""
+    """Reads that ended after this (prefill) engine had given the KV up. Its blocks may have been overwritten before the
+    read ended. In push mode: writes that ended after this (decode) engine had given the blocks away."""
     kv_offload_load_bytes_total: int = 0
     """Bytes moved from host memory into this engine's KV space."""
     kv_offload_store_bytes_total: int = 0
-    """Bytes moved the other way."""
+    """Bytes moved from this engine's KV space into host memory."""
     kv_offload_allocation_failures_total: int = 0
     """Times that host memory had no room for what was to be moved there."""
     mooncake_bytes_transferred_total: int = 0
@@ -86,7 +86,7 @@ class EngineStats:
     mooncake_num_failed_transfers_total: int = 0
     """Writes that failed on this (prefill) engine, or hand-offs whose KV did not come to this (decode) engine."""
     num_steps_total: int = 0
-    """Steps that the engine has reported, also those that finished nothing; 0 from an engine that does not tell."""
+    """Steps that the engine has reported, also those that finished nothing; 0 for an engine that reports no steps."""
     num_requests_kv_fetch_waiting_to_start: int = 0
     """Requests on this (decode) engine whose KV is elsewhere and whose fetch has not begun. A gauge."""
 
@@ -109,7 +109,7 @@ class Engine(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it, valid after `start`."""
+        """Every token id is below this number. Valid after `start`."""
         ...
 
     @property
@@ -127,18 +127,19 @@ class Engine(Protocol):
         ...
 
     async def abort(self, request_id: str) -> bool:
-        """Stop the request that carried this `X-Request-Id`; whether it was running. Idempotent.
+        """Stop the request that carried this `X-Request-Id`. Returns whether it was running. Idempotent.
 
-        A prefill leg may have ended in the engine a moment before, its KV held by then: whoever aborts one settles its
-        hand-off, too.
+        A prefill leg may have ended in the engine a moment before, and the engine then holds its KV. So whoever aborts
+        a prefill leg settles its hand-off, too.
         """
         ...
 
     async def settle(self, handoff_ids: Sequence[str]) -> None:
-        """Nobody will consume these hand-offs: end this (prefill) engine's hold of their KV.
+        """End this (prefill) engine's hold of the KV of these hand-offs, because nobody will consume them.
 
-        Returns when the engine has taken the ids; that the holds are over is in `events`. Ids that are unknown or over
-        are fine; one that is not produced yet is remembered, within bounds, and ended when it is.
+        Returns when the engine has taken the ids; `events` says when each hold is over. Ids of unknown or ended
+        hand-offs do no harm. The engine remembers the id of a hand-off that is not produced yet, within bounds, and
+        ends the hold when the hand-off is produced.
         """
         ...
 
@@ -149,16 +150,16 @@ class Engine(Protocol):
         *,
         cache_salt: str | None = None,
     ) -> ProbeResult:
-        """Run one token through the engine itself. Raises EngineDeadError when it is gone.
+        """Run one token through the engine itself. Raises EngineDeadError when the engine is gone.
 
-        `cache_salt`: whose caches it uses and fills, as in a request.
+        The probe uses and fills the caches of `cache_salt`, as a request with that salt does.
         """
         ...
 
     async def reset_prefix_cache(self) -> bool:
         """Forget every prompt in the engine's own KV memory; tiers below it keep theirs.
 
-        False, and nothing is forgotten, while blocks are in use. Raises EngineDeadError.
+        Returns False and forgets nothing while blocks are in use. Raises EngineDeadError.
         """
         ...
 

@@ -11,7 +11,7 @@ Every event is a JSON-able dict with `kind` and `at` (unix seconds). `id` is the
 - `loaded` (both): `source` (lmcache, offload), `tokens`, and for lmcache `chunks`. A request loads from a tier.
 - `tier_degraded`, `tier_recovered` (both): `tier`. The engine goes on without a tier that does not answer, or with it
   again.
-- `unread` (decode): `id`. Its request ended before the KV was read, so the producer has to be told.
+- `unread` (decode): `id`. The request ended before this engine read the KV, so the gateway has to settle the hand-off.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Batch:
     """One answer to a reader."""
 
     next: int
-    """`after` of its next read."""
+    """The `after` of the reader's next read."""
     lost: int
-    """Events between `after` and the first of these that were dropped before it asked."""
+    """Number of events after `after` that the log dropped before the reader asked."""
     events: list[Event]
 
 
@@ -61,7 +61,7 @@ class EventLog:
     async def read(self, after: int, wait_s: float) -> Batch:
         """All events numbered above `after`, waiting up to `wait_s` seconds for the first.
 
-        A number that this log never gave is of an earlier incarnation: reading starts at the beginning.
+        An `after` that this log has not reached is of an earlier incarnation, so reading starts at the beginning.
         """
         if after > self._newest:
             after = 0

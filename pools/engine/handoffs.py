@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which hand-offs an engine took as their consumer, so that parameters are used once, and which it never will.
+"""Which hand-offs a decode engine has admitted, so that it admits none twice, and which it will never admit.
 
-A request can end in the HTTP server, before the engine has it: while its prompt is rendered, or by a refusal. No
-scheduler tells of that, so the leg that brings the hand-off says its id in a header, and what was not admitted when the
-leg is over is told as `unread`.
+A request can end in the HTTP server before the engine has it: while its prompt is rendered, or because it is refused.
+The scheduler reports nothing of such a request. So the decode leg sends the hand-off's id in a header. If the engine
+has not admitted the hand-off when the leg is over, `Admissions` reports it as `unread`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pools.errors import HandoffRefusedError
 from transport.handoff_params import DO_REMOTE_PREFILL, handoff_id_of
 
 _MAX_REMEMBERED = 65_536
-"""Hand-offs kept so that none is admitted twice; far beyond what a lease lets live at once."""
+"""Hand-offs remembered, so that none is admitted twice; far more than can be within their leases at once."""
 _HEADER = HANDOFF_HEADER.encode("latin-1")
 
 
@@ -28,9 +28,9 @@ class ConsumedHandoff:
     """One hand-off, as its consumer sees it."""
 
     key: str
-    """Names the KV in all engines: vLLM's own ids."""
+    """The KV's name in all engines, made of vLLM's own ids."""
     id: str
-    """Under which the prefill engine and the gateway know it."""
+    """The id by which the prefill engine and the gateway know the hand-off."""
 
 
 def consumed_by(params: KVTransferParams | None) -> ConsumedHandoff | None:
@@ -43,7 +43,7 @@ def consumed_by(params: KVTransferParams | None) -> ConsumedHandoff | None:
 
 
 class Admissions:
-    """The hand-offs of one engine, the newest of them. Used from one event loop."""
+    """The newest hand-offs that one engine has admitted, refused or given up. Used from one event loop."""
 
     def __init__(self, events: EventLog) -> None:
         self._events = events
@@ -52,12 +52,12 @@ class Admissions:
         self.num_admitted = 0
 
     def admit(self, handoff: ConsumedHandoff) -> None:
-        """Let a request take this hand-off. Raises HandoffRefusedError when one had it, or was to have it, before."""
+        """Let a request take this hand-off. Raises HandoffRefusedError if it was taken, refused or given up before."""
         if handoff.key in self._admitted:
             verb = "admitted" if self._admitted[handoff.key] else "refused"
             raise HandoffRefusedError(f"hand-off {handoff.key} was {verb} before; parameters are single-use")
         if not self._ids.get(handoff.id, True):
-            # Its producer may have freed the blocks by now.
+            # The prefill engine may have freed the blocks by now.
             raise HandoffRefusedError(f"hand-off {handoff.id} was given up before; parameters are single-use")
         self._admitted[handoff.key] = True
         self._ids[handoff.id] = True
@@ -70,18 +70,21 @@ class Admissions:
             self._ids.pop(handoff.id, None)
 
     def refuse(self, handoff: ConsumedHandoff) -> None:
-        """Never admit this hand-off, unless it was."""
+        """Never admit this hand-off from now on. Does nothing for one that was admitted."""
         if handoff.key not in self._admitted:
             self._admitted[handoff.key] = False
 
     def give_up(self, handoff_id: str) -> None:
-        """Tell, once, that nobody will read this hand-off here, unless it was admitted: then the scheduler tells."""
+        """Report, once, that this engine will not read this hand-off: event `unread`.
+
+        Does nothing for a hand-off that was admitted: the scheduler reports on those.
+        """
         if handoff_id not in self._ids:
             self._ids[handoff_id] = False
             self._events.append({"kind": "unread", "at": time.time(), "id": handoff_id})
 
     def watch(self, app: ASGIApp) -> ASGIApp:
-        """`app`, whose requests give up at their end what their header names and the engine has not admitted."""
+        """Wrap `app`: at the end of a request, `give_up` is called for the hand-off that the request's header names."""
 
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             handoff_id = next((value for name, value in scope.get("headers", ()) if name == _HEADER), None)

@@ -91,7 +91,7 @@ class VllmEngine:
         return _TallyLogger(self._tally)
 
     def _guard_admissions(self, llm: AsyncLLM) -> None:
-        """See hand-off parameters on their way into the engine, by whatever route."""
+        """Wrap the methods of `llm` through which hand-off parameters reach the engine, by whatever route they come."""
         add_request = llm.add_request
 
         async def admitting(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,14 +102,14 @@ class VllmEngine:
             try:
                 self._handoffs.admit(handoff)
             except HandoffRefusedError as exc:
-                # A class that vLLM's routes answer with 400.
+                # vLLM's routes answer an error of this class with 400.
                 raise VLLMValidationError(str(exc), parameter="kv_transfer_params") from exc
             adding = asyncio.ensure_future(add_request(request_id, prompt, params, *args, **kwargs))
             try:
                 return await asyncio.shield(adding)
             except asyncio.CancelledError:
-                # vLLM aborts only what it has a queue for. Cut off in between, the request would never be aborted and
-                # its KV never fetched, so let it reach the engine and abort it there.
+                # vLLM aborts only requests that it has a queue for. A request that is cancelled before that would never
+                # be aborted, and its KV never fetched. So let the request reach the engine, and abort it there.
                 self._keep(self._abort_added(llm, adding, handoff))
                 raise
             except Exception:
@@ -117,8 +117,11 @@ class VllmEngine:
                 raise
 
         async def rejected(request_id: str, kv_transfer_params: dict[str, Any], **kwargs: Any) -> None:
-            """A request that vLLM's server refused. vLLM would have the engine notify the producer as a reader does;
-            the gateway sees the refusal and settles there, and these parameters are of no use here any more."""
+            """vLLM calls this for a request that its server refused.
+
+            vLLM's own method would make the engine notify the prefill engine as a reader does. Here the gateway
+            settles the hand-off when it sees the refusal, and this engine never admits these parameters.
+            """
             handoff = consumed_by(kv_transfer_params)
             if handoff is not None:
                 self._handoffs.refuse(handoff)
@@ -217,7 +220,7 @@ class VllmEngine:
         self._stopped = True
         llm, self._llm = self._llm, None
         if llm is not None:
-            # Joins the engine's processes, for seconds.
+            # In a thread, because it waits for the engine's processes to end, which takes seconds.
             with contextlib.suppress(VllmEngineDeadError):
                 await asyncio.to_thread(llm.shutdown)
 

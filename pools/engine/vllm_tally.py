@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what vLLM reports after each engine step, and passes on the events that come with it. Without vLLM itself.
+"""Counts what vLLM reports after each engine step, and passes on the events that come with it. Does not import vLLM.
 
 Source: vLLM 0.32 `SchedulerStats`, `IterationStats`, and the statistics of its connectors as they cross processes.
 """

@@ -21,12 +21,15 @@ class HangLimits:
 
 
 def cache_blocks_s(shared_cache: SharedCacheConfig | None) -> float:
-    """Seconds that a cache server which does not answer can block an engine's scheduler; twice before it is noticed."""
+    """Seconds for which a cache server that does not answer can block an engine's scheduler.
+
+    The scheduler waits `mq_timeout_s` twice before the engine notices.
+    """
     return 0.0 if shared_cache is None else 2 * shared_cache.mq_timeout_s
 
 
 def hang_limits(pool: PoolConfig, shared_cache: SharedCacheConfig | None) -> HangLimits:
-    """What a pool's config says, and where it says nothing what suits the shared cache."""
+    """The limits that the pool's config sets. A limit that it does not set follows from the shared cache."""
     suspect_s = pool.hang_after_s
     if suspect_s is None:
         suspect_s = (

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an engine works, judged from what it has counted and how long it owes an answer. Pure: time is handed in.
 
-An engine that counts something works. One that counts nothing is asked for one token of real work, and hangs when that
-stays out while nothing is counted, for longer than the steps of its own requests have been seen to take.
+An engine whose counters rise works. The watchdog asks an engine whose counters stand still for one token of real work.
+The engine hangs when the token does not come and no counter rises, for longer than the limits allow. The limits grow
+with the longest step that the engine's own requests were seen to take.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ State = Literal["ok", "suspect", "draining"]
 Reason = Literal["hang", "probe_failed", "listener"]
 
 _LONGEST_LOOK_S = 1.0
-"""More time than this between two looks is this process's own: it was stopped, or its loop was."""
+"""More time than this between two looks is not held against the engine: this process or its event loop stood still."""
 _CARRYING_S = 1.0
-"""How soon an engine is asked that counts nothing although its replica carries requests."""
+"""Seconds after which an engine is asked for a token if it counts nothing although its replica carries requests."""
 _STEPS_ALONE_S = 900.0
-"""How long an engine may make steps that bring no token while it owes one: the prefill of a long prompt in chunks,
-behind which the token waits, takes minutes on a slow machine, and each chunk is work that gets done."""
+"""How long an engine may make steps that bring no token while it owes one. On a slow machine the prefill of a long
+prompt in chunks takes minutes, and the owed token waits behind it; each chunk is work that gets done."""
 _SUSPECT_STEPS = 2
 _REPLACE_STEPS = 4
-"""How many times the longest step that was seen an engine with requests may take for the next one."""
+"""An engine with requests becomes suspect, or is replaced, at the earliest after this many times the longest step that
+it was seen to take."""
 _STEP_SEEN_S = 600.0
 """How long a step is remembered."""
 _COMPUTES_S = 60.0
-"""How long an engine may compute without a count; a deadlock that spins computes, too."""
+"""How long an engine may compute without a count before that time is held against it. There is a limit, because a
+deadlock that spins computes, too."""
 _COMPUTING_CORES = 0.5
 _CPU_WINDOW_S = 2.0
 _CPU_WINDOW_MIN_S = 1.0
@@ -46,9 +49,9 @@ class EngineHealth:
     since_s: float = 0.0
     """How long it has been in that state, in seconds."""
     probe_s: float | None = None
-    """How long the engine took for the last token that it was asked for without other work; None before the first."""
+    """Seconds that the engine took for the last probe token, without other work before it; None before the first."""
     num_probes: int = 0
-    """How many of these it has answered."""
+    """How many such probes the engine has answered."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,15 +75,16 @@ class HangRules:
         """Start with an engine that works.
 
         Args:
-            probe_interval_s: idle time after which it is asked.
-            hang_after_s: time without an answer or a count after which it is suspect, with requests at least.
-            replace_after_s: the same, after which it has to be replaced.
+            probe_interval_s: idle time after which the engine is asked for a token.
+            hang_after_s: time without an answer and without a count after which the engine is suspect. Long steps of
+                its requests raise this limit.
+            replace_after_s: the same time after which the engine has to be replaced.
         """
         self._interval_s = probe_interval_s
         self._hang_after_s = hang_after_s
         self._replace_after_s = replace_after_s
         self._looked_at = now
-        # Seconds that this process was awake to see; the rest of the times are in these.
+        # Seconds for which this process was awake. All times below are on this clock.
         self._awake = 0.0
         self._seen: tuple[int, int] | None = None
         self._done_at = 0.0
@@ -89,13 +93,13 @@ class HangRules:
         self._asked_at = 0.0
         self._outstanding = False
         self._carrying = False
-        # Since when it has had requests without a count in between, and whether it has had any since the last count.
+        # Since when the replica has carried requests without a count; and whether it has since the last count.
         self._carrying_since: float | None = None
         self._carried = False
         self._queued = False
-        # (when it ended, how long it took) of long steps, each longer than those behind it.
+        # For long steps: (when the step ended, how long it took). Each is longer than those after it in the queue.
         self._steps: deque[tuple[float, float]] = deque()
-        # (when, CPU seconds) since the last count, and of this time how long it computed, and how long it did not.
+        # Since the last count: (when, CPU seconds), and how long the engine computed, and how long it stood still.
         self._cpu: deque[tuple[float, float]] = deque()
         self._computed_s = self._stood_s = 0.0
         self.was_refused = False
@@ -120,7 +124,7 @@ class HangRules:
         self._queued = self._queued or carrying
 
     def used_cpu(self, total_s: float) -> None:
-        """Take over the CPU seconds of the engine's processes, read after `look` when it `wants_cpu`."""
+        """Take over the CPU seconds of the engine's processes. Call it after `look`, if `wants_cpu`."""
         if not self._cpu:
             self._cpu.append((self._awake, total_s))
             return
@@ -143,10 +147,10 @@ class HangRules:
         return self._carried and self.silent_s >= self._suspect_s / 2
 
     def _moved(self) -> None:
-        """Something was counted."""
+        """Note that a counter rose, or that a token came."""
         if self._carrying_since is not None:
             took_s = self._awake - max(self._moved_at, self._carrying_since) - self._stood_s
-            # A process that mostly stood still was stopped, which is no step.
+            # An engine that mostly stood still was stopped; that time was no step.
             if _SUSPECT_STEPS * took_s > self._hang_after_s and took_s >= self._stood_s:
                 while self._steps and self._steps[-1][1] <= took_s:
                     self._steps.pop()
@@ -159,7 +163,7 @@ class HangRules:
 
     @property
     def _longest_step_s(self) -> float:
-        """Of the steps with requests that ended of late; 0 when none was long, or when there are no requests."""
+        """The longest recent step with requests; 0 when none was long, or without requests since the last count."""
         while self._steps and self._awake - self._steps[0][0] > _STEP_SEEN_S:
             self._steps.popleft()
         return self._steps[0][1] if self._steps and self._carried else 0.0
@@ -181,18 +185,18 @@ class HangRules:
             self._owed_since = self._awake
 
     def answered(self, took_s: float) -> None:
-        """It came, `took_s` seconds after it was asked for."""
+        """The token came, `took_s` seconds after it was asked for."""
         self._outstanding = self.was_refused = False
         self._owed_since = None
         self._moved()
         self._done_at = self._awake
         if not self._queued:
-            # Else it is the time of the requests before it, and says nothing about the engine.
+            # Otherwise the token waited for the requests before it, and its time says nothing about the engine.
             self.probe_s = took_s
             self.num_probes += 1
 
     def failed(self) -> None:
-        """The engine refused to give one, though it is not dead. It goes on owing it."""
+        """The probe ended with an error instead of the token. The engine goes on owing the token."""
         self._outstanding = False
         self.was_refused = True
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks an engine's transport whether it still answers other engines. The engine's `/health` does not know.
 
-Source: vLLM 0.32 `nixl/base_scheduler.py` (handshake listener) and Mooncake's `GET /query`. An older listener's thread
-dies of any message but the one sent here.
+Source: vLLM 0.32 `nixl/base_scheduler.py` (handshake listener) and Mooncake's `GET /query`. In an older
+vLLM the listener's thread ends at any message but the one sent here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUM_PARTS = 2
 
 
 def listener_probe(listener: Listener, *, fake: bool = False) -> ListenerProbe | None:
-    """The question that every engine can answer there. None where a `fake` engine has no such listener."""
+    """A probe that asks what every engine can answer at `listener`. None where a `fake` engine has no such listener."""
     match listener.protocol:
         case "nixl_handshake":
             return None if fake else nixl_probe(listener.host, listener.port)

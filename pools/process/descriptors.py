@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many file descriptors a replica's process, its engine and a cache server may have.
 
-Ray's workers start with the shell's limit, often 1024. UCX stops listening for good when it has none left for a
-connection that comes in, and the engine's other ports keep everybody waiting meanwhile.
+Ray's workers start with the shell's limit, often 1024. When no descriptor is left for an incoming connection, UCX stops
+listening for good, and the engine's other ports keep callers waiting.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import resource
 
 OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-"""Of a connection that fails because this process has run out of something, which says nothing of the other side."""
+"""Errors of a connection that fails because this side has run out of something. They say nothing of the other side."""
 _ENOUGH = 65_535
 """What vLLM's own server asks for."""
 
@@ -25,6 +25,6 @@ def wanted(soft: int, hard: int) -> int:
 
 
 def raise_limit() -> None:
-    """For this process and those that it starts from now on."""
+    """Raise the limit of this process and of those that it starts from now on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted(soft, hard), hard))

@@ -7,8 +7,8 @@ import socket
 
 
 def free_port(host: str) -> int:
-    """A TCP port of `host` that is free at the moment. Whoever gets it binds it moments later, and fails loudly if it
-    is taken."""
+    """A TCP port of `host` that is free at the moment. The caller binds it moments later, and fails loudly if another
+    process has taken it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         sock.bind((host, 0))
         return int(sock.getsockname()[1])

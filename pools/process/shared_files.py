@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a replica's processes have in shared memory, and its removal once they are gone.
 
-vLLM's message queues are files of up to 240 MiB in `/dev/shm`. Whoever makes one removes it, but not when it is
-killed. So each replica keeps a record of the files of its processes, locked for as long as it lives; every replica
-looks for records whose lock is free, and removes those of their files that nobody uses. Linux; elsewhere nothing is
-found and nothing done.
+vLLM's message queues are files of up to 240 MiB in `/dev/shm`. The process that makes such a file removes it, unless
+that process is killed. So each replica keeps a record of the files of its processes, and locks the record for as long
+as the replica lives. Every replica looks for records that are not locked, and removes those of their files that no
+process uses. This works on Linux; elsewhere no file is found.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 _NAMES = ("psm_", "sem.mp-")
-"""What Python's `multiprocessing` calls its files. Others have owners who look after them, like an LMCache server."""
+"""How the names of files of Python's `multiprocessing` begin. Other files have owners who look after them, like an
+LMCache server."""
 _STARTING_PERIOD_S = 1.0
 """Between two looks while the engine starts, for that is when it makes its files."""
 _PERIOD_S = 30.0
 _STARTING = "."
-"""A record begins with this until it is locked."""
+"""The name of a record begins with this until the record is locked."""
 
 
 def mapped_by(processes: Iterable[int], directory: Path = SHARED_MEMORY) -> frozenset[Path]:
     """The files of `directory` that the given processes have mapped or open.
 
-    By inode: a semaphore is made under another name than the one it keeps, and the kernel goes on telling the first.
+    Files are compared by inode: a semaphore is made under another name than it keeps, and the kernel goes on showing
+    the first name.
     """
     names: dict[int, Path] = {}
     with contextlib.suppress(OSError):
@@ -97,7 +99,10 @@ class SharedFiles:
         self._period_s = _PERIOD_S
 
     def stop(self) -> None:
-        """Once the engine has ended: give the record up, at once when nothing of it is left. Idempotent."""
+        """Give the record up. Call it when the engine has ended. Idempotent.
+
+        The record is removed if none of its files is left; else a later `sweep` of another replica removes it.
+        """
         self._stop.set()
         if self._file.closed:
             return
@@ -106,7 +111,7 @@ class SharedFiles:
         self._file.close()
 
     def note(self) -> None:
-        """Write down what is new in shared memory since the last time."""
+        """Add to the record the files that this process and its descendants use and the record does not hold yet."""
         family = [os.getpid()]
         with contextlib.suppress(psutil.NoSuchProcess):
             family += [process.pid for process in psutil.Process().children(recursive=True)]
@@ -121,7 +126,7 @@ class SharedFiles:
             self._file.flush()
 
     def sweep(self) -> list[str]:
-        """Remove what processes that are gone have left; the names of the files that were removed."""
+        """Remove the files that replicas left when they ended. Returns the names of the removed files."""
         removed: list[str] = []
         busy: frozenset[Path] | None = None
         for record in sorted(self._records.iterdir()):
@@ -153,7 +158,7 @@ class SharedFiles:
 
 
 def _read(text: str) -> list[str]:
-    """The names in a record. One that was cut short, or names anything else, names nothing."""
+    """The names in a record. Names without a prefix of `_NAMES` are left out; a record that was cut short has none."""
     try:
         names = json.loads(text)
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process has started, by process id and by descent alone: what it computes, and its end."""
+"""The processes that a process has started, found by id and descent alone: their CPU time, and how to kill them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def cpu_seconds(pid: int | None = None) -> float:
 
 
 def kill_descendants(pid: int | None = None) -> list[int]:
-    """SIGKILL every descendant of `pid` (this process by default), and nothing else; the ids that were killed.
+    """SIGKILL every descendant of `pid` (this process by default), and nothing else. Returns the killed ids.
 
-    A stopped child does not notice that its parent ends, and would keep its memory for good. Parents go before their
-    children, so that none can start another one meanwhile.
+    A stopped child does not notice that its parent ends, and would keep its memory for good. Parents are killed
+    before their children, so that none can start another one meanwhile.
     """
     try:
         found = psutil.Process(pid if pid is not None else os.getpid()).children(recursive=True)

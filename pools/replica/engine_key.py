@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key of an engine's private HTTP: only who has it is answered. Gateways get it with the list of replicas."""
+"""The key of an engine's private HTTP: the server answers only who sends it. Gateways get it with the replica list."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transport.errors import ConfigError
 
 _NAME = ENGINE_KEY_HEADER.encode()
 _OPEN = frozenset(("/health", "/metrics"))
-"""Routes that scrapers and operators may ask without it."""
+"""Routes that scrapers and operators may ask without the key."""
 
 
 def make_key(file: str | None) -> str:
-    """A random key, or the one in `file`. Blocks. Raises ConfigError when there is none in it."""
+    """The key in `file`, or a random key without a file. Blocks. Raises ConfigError when `file` gives no key."""
     if file is None:
         return secrets.token_urlsafe(32)
     try:
@@ -40,7 +40,7 @@ class EngineKey:
     """Decides who may ask an engine. Pure."""
 
     def __init__(self, key: str | None) -> None:
-        """`key` None: everyone may, as tests of a single engine want it."""
+        """With `key` None everyone may ask, as tests of a single engine need."""
         self._key = None if key is None else key.encode("ascii")
 
     def admits(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> bool:

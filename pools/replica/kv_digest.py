@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engines may use each other's KV, as one word that is equal where they may. Pure.
+"""A digest that is equal for engines that may use each other's KV. Pure.
 
-NIXL's own handshake compares layouts; it does not see that two engines of one layout have other weights, as during a
-rolling update to another checkpoint.
+NIXL's own handshake compares layouts. It does not see when two engines of the same layout have different weights, as
+during a rolling update to another checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOT_OF_KV = frozenset(
 
 
 def kv_fit(spec: ReplicaSpec) -> str:
-    """A digest of the model and of every argument on which the KV of a token depends, or how it is laid out."""
+    """A digest of the model and of every argument on which the KV of a token or its layout depends."""
     kwargs = merged_engine_kwargs(spec.model, spec.pool, spec.platform)
     chosen = {key: kwargs[key] for key in sorted(SHARED_ENGINE_KWARGS - _NOT_OF_KV) if key in kwargs}
     facts = [spec.model.source, spec.platform, spec.engine.type, describe(spec.transport).name, chosen]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which gateways read an engine's events, how far each has come, and which of them may still send requests.
 
-A replica that leaves must not stop while a gateway has chosen it for a leg that is yet to come, nor before the last of
-its events is read. Each read says both. Pure but for the clock; a handful of entries, one a gateway.
+A replica that leaves the pool must not stop while a gateway may still send it a leg, nor before the gateways have read
+its last event. With each read a gateway tells the replica both. Pure but for the clock; one entry for each gateway.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _ALIVE_S = 12.0
-"""Longer than a gateway that lives lets pass between two reads: one wait of 5 s and its longest retry delay."""
+"""A gateway counts as gone when its last read is older. A live gateway reads more often: between two reads it lets pass
+one wait of 5 s and its longest retry delay."""
 
 
 @dataclass
@@ -30,11 +31,16 @@ class Readers:
         self._readers: dict[str, _Reader] = {}
 
     def read(self, reader: str, after: int, *, done: bool) -> None:
-        """A read begins. `done`: this gateway sends no more requests here; `after`: it has taken all up to this one."""
+        """Note that a gateway begins a read.
+
+        Args:
+            after: number of the last event that the gateway has taken.
+            done: whether the gateway sends no more requests to this replica.
+        """
         self._readers[reader] = _Reader(self._clock(), after, done)
 
     def left(self, reader: str) -> None:
-        """Its connection broke: it has ended, or comes back at once."""
+        """Forget a gateway whose connection broke: it has ended, or it reads again at once."""
         self._readers.pop(reader, None)
 
     def may_send(self) -> int:

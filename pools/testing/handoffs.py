@@ -184,7 +184,7 @@ async def parameters_are_used_once(engines: Engines) -> None:
 
 
 async def tells_what_it_never_took(engines: Engines) -> None:
-    """A leg that ends before the engine has its request is told as unread, once; one that was read is not."""
+    """A hand-off whose leg ends before the engine has its request is reported as unread, once; a read one is not."""
     ids = await fresh_prompt(engines)
     after = await newest_event(engines.decode)
     read = await prefill_leg(engines, ids)

@@ -22,7 +22,7 @@ class TransferWorker(Protocol):
     """Worker side of the child that moves KV between the pools. One instance a rank."""
 
     def settle(self, req_ids: set[str]) -> None:
-        """Forget the lease of those still held.
+        """Forget the leases of the requests that are still held.
 
         They come out of the next `get_transfer_results` as `finished_sending`. Ids that are not held are ignored.
         """
@@ -47,16 +47,16 @@ class EarlySettler(Protocol):
     """Scheduler side of a transfer child whose reader may be waiting for KV that is not there yet."""
 
     def settle_handoffs(self, handoff_ids: Collection[str]) -> None:
-        """These are not held, perhaps not yet; nobody will consume them. A waiting reader is told."""
+        """Nobody will consume these hand-offs. They are not held, or not yet. A reader that waits for one is told."""
         ...
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Scheduler side of the shared child where it stores what nobody consumed."""
+    """Scheduler side of a shared tier's child, when this child stores KV that nobody consumed."""
 
     def hold(self, request: Any, handoff_id: str, store: str | None) -> None:
-        """A finished request whose KV the transfer child keeps. Called before the child's own `request_finished`.
+        """Note a finished request whose KV the transfer child keeps. Called before the sink's own `request_finished`.
 
         `store` is what the client said: "never", "always" or None.
         """
@@ -67,13 +67,13 @@ class Sink(Protocol):
         ...
 
     def take_events_of_sink(self) -> Iterable[Event]:
-        """`rescued` and `rescue_failed` events since the last call."""
+        """`rescued`, `rescue_failed`, `tier_degraded` and `tier_recovered` events since the last call."""
         ...
 
 
 @runtime_checkable
 class Skippable(Protocol):
-    """A child that needs to know a request whose KV comes from another one."""
+    """A child that must know of a request even when another child has its KV."""
 
     def skip(self, request: Any) -> None:
         """Make the per-request state without looking anything up."""
@@ -82,10 +82,10 @@ class Skippable(Protocol):
 
 @runtime_checkable
 class Chunked(Protocol):
-    """A child that stores chunks of tokens under what these are."""
+    """A child that stores KV in chunks, each under a name made of its tokens."""
 
     chunk_tokens: int
 
     def token_ids(self, request: Any) -> list[int]:
-        """The tokens that name the request's chunks; not the prompt's own where it has images."""
+        """The tokens that name the request's chunks. Where a prompt has images they differ from the prompt's tokens."""
         ...

@@ -21,7 +21,7 @@ _PIPELINE = Limit("Mooncake hand-off with an engine in pipeline stages is untest
 
 @dataclass(frozen=True)
 class Mooncake:
-    """Keeps `transport.descriptor.Transport`."""
+    """Implements `transport.descriptor.Transport`."""
 
     config: MooncakeConfig
 
@@ -58,8 +58,8 @@ class Mooncake:
 
         Source:
             vLLM 0.32 `mooncake/mooncake_connector.py`: keys of `kv_connector_extra_config`. With
-            `bootstrap_server_address` vLLM starts no bootstrap server, which would listen on every address of the node;
-            the prefill engine's own class starts one there.
+            `bootstrap_server_address` vLLM does not start its own bootstrap server, which would listen on every address
+            of the node. Our worker class starts one at the address instead.
         """
         extra: dict[str, Any] = {
             "mooncake_protocol": self.config.protocol,
@@ -92,7 +92,7 @@ class Mooncake:
         return None if facts.role == "decode" else Listener("http_query", facts.host, facts.listener_port)
 
     def source(self, facts: EngineFacts) -> dict[str, Any]:
-        """The engine's id, which its bootstrap server has from the same setting, and the server's URL."""
+        """The engine's id and the URL of its bootstrap server, which has the id from the same setting."""
         bootstrap = self.listener(facts)
         if bootstrap is None:
             return {}

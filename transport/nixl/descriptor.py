@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NIXL in pull mode: the decode engine reads the blocks out of the prefill engine's memory. Pure.
 
-A prefill leg's answer says where its blocks are, and goes on to the decode engine as it is.
+A prefill leg's answer says where the blocks are. The gateway passes it on to the decode engine as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transport.handoff_params import HANDOFF_ID
 
 @dataclass(frozen=True)
 class Nixl:
-    """Keeps `transport.descriptor.Transport`."""
+    """Implements `transport.descriptor.Transport`."""
 
     config: NixlConfig
 
@@ -72,7 +72,7 @@ class Nixl:
         }
 
     def listener(self, facts: EngineFacts) -> Listener | None:
-        """The side channel of a prefill engine. A decode engine has one too, and nobody asks it."""
+        """The side channel of a prefill engine. A decode engine has one too, but nobody asks anything there."""
         if facts.role == "decode":
             return None
         return Listener("nixl_handshake", self._host(facts), facts.listener_port)

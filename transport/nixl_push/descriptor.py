@@ -19,7 +19,7 @@ from transport.handoff_params import HANDOFF_ID, REMOTE_PREFILL
 
 @dataclass(frozen=True)
 class NixlPush:
-    """Keeps `transport.descriptor.Transport`."""
+    """Implements `transport.descriptor.Transport`."""
 
     config: NixlConfig
 
@@ -69,7 +69,7 @@ class NixlPush:
         }
 
     def env(self, facts: EngineFacts) -> dict[str, str]:
-        """Where this engine answers NIXL handshakes, and whether a hand-off is still to come."""
+        """Where this engine answers NIXL handshakes, and the question whether a hand-off is still to come."""
         return {
             "VLLM_NIXL_SIDE_CHANNEL_HOST": self._host(facts),
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(facts.listener_port),
@@ -80,7 +80,7 @@ class NixlPush:
         return Listener("nixl_handshake", self._host(facts), facts.listener_port)
 
     def source(self, facts: EngineFacts) -> dict[str, Any]:
-        """The engine and its side channel, in the words of a decode leg."""
+        """The engine and its side channel, as parameters of a decode leg."""
         return {
             "remote_engine_id": facts.engine_id,
             "remote_host": self._host(facts),

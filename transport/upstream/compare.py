@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was found of a borrowed name against what is expected of it. Pure."""
+"""Compares what was found of a borrowed name with what is expected of it. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Found:
     """What one version of a package has under a name."""
 
     parameters: tuple[str, ...] | None = None
-    """Of a function, with the stars of `*args`, `**kwargs` and of a bare `*`; None for anything else."""
+    """The parameters of a function, with the stars of `*args`, `**kwargs` and a bare `*`; None for anything else."""
     source: str = ""
     """Its text, empty for a name that is merely bound."""
 

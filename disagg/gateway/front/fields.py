@@ -12,4 +12,4 @@ FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
 """Body fields that only the gateway may send: they can crash an engine, leak other prompts' KV or name other hosts."""
 
 STORE_FIELD = "disagg_store"
-"""Body field in which a client says what becomes of KV that nobody consumes: a `Store`. No engine sees it."""
+"""Body field in which a client says whether the shared cache keeps its prompt's KV: a `Store`. No engine sees it."""

@@ -37,16 +37,16 @@ class Asked:
 
     endpoint: Endpoint
     body: Mapping[str, Any]
-    """Without what only the gateway reads."""
+    """The client's fields, without those that only the gateway reads."""
     raw: bytes
-    """`body` in the client's own bytes as far as that can be."""
+    """`body` as bytes, as far as possible the client's own."""
     request_id: str
     trace: Mapping[str, str]
     """The client's trace context."""
     store: Store | None
-    """What the client says about KV that nobody consumes."""
+    """Whether the shared cache is to keep this prompt's KV; None when the client did not say."""
     tenant: str | None
-    """Whose API key it came with; None where clients need none."""
+    """Name of the tenant whose API key the client sent; None where clients need no key."""
 
 
 async def taken_in(request: Request, endpoint: Endpoint, *, config: GatewayConfig, model_id: str) -> Asked:
@@ -103,11 +103,11 @@ def parse_json(request: Request, raw: bytes) -> dict[str, Any]:
 
 
 def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
-    """Refuse what never reaches an engine. Raises InvalidRequestError or ModelNotFoundError."""
+    """Refuse fields and models that must not reach an engine. Raises InvalidRequestError or ModelNotFoundError."""
     for name in FORBIDDEN_FIELDS:
         if name in body:
             raise InvalidRequestError(f"Unrecognized request argument supplied: {name}", param=name)
-        # vLLM merges these into the same arguments that the fields above end in.
+        # vLLM merges `vllm_xargs` into the same arguments that the forbidden fields end in.
         if isinstance(extra := body.get("vllm_xargs"), dict) and name in extra:
             raise InvalidRequestError(f"vllm_xargs must not hold {name}", param=f"vllm_xargs.{name}")
     model = body.get("model")
@@ -120,7 +120,7 @@ def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
 
 
 def check_prompts(body: Mapping[str, Any], max_prompts: int) -> None:
-    """Raises InvalidRequestError when a completion asks for more prompts than that. A list of token ids is one."""
+    """Raises InvalidRequestError when a completion has more than `max_prompts`. A list of token ids is one prompt."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) > max_prompts and not isinstance(prompt[0], int):
         raise InvalidRequestError(
@@ -130,9 +130,9 @@ def check_prompts(body: Mapping[str, Any], max_prompts: int) -> None:
 
 
 def take_store(body: dict[str, Any], raw: bytes) -> tuple[Store | None, bytes]:
-    """What the client says about KV that nobody consumes, taken out of `body`, and the body's bytes without it.
+    """Take `disagg_store` out of `body`. Returns its value, and the body's bytes without it.
 
-    Only a request that says something is encoded again. Raises InvalidRequestError.
+    Only a body that has the field is encoded again. Raises InvalidRequestError.
     """
     if STORE_FIELD not in body:
         return None, raw

@@ -73,7 +73,7 @@ def shape_of(error: DisaggError) -> Shape:
 
 
 def client_message(error: DisaggError) -> str:
-    """What a client is told. The message of a loss has addresses in it, so it is for the log."""
+    """What a client is told. The message of a ReplicaLostError has addresses in it, so only the log gets it."""
     if not isinstance(error, ReplicaLostError):
         return str(error)
     return _LOST if error.reason is None else f"{_LOST}; the stream ends here: {error.reason}"

@@ -21,9 +21,9 @@ from disagg.errors import InvalidRequestError
 
 FIELD = "cache_salt"
 SCOPE_KEY = "disagg.tenant"
-"""Where an ASGI scope has the `Tenant` that sends the request; nothing is there where clients need no key."""
+"""Key of an ASGI scope that holds the request's `Tenant`. Absent where clients need no key."""
 _SALT_CHARACTERS = 32
-"""Of base64url: 192 bits, none of them a character that LMCache refuses."""
+"""In base64url: 192 bits, and no character that LMCache refuses."""
 _encode_json = msgspec.json.Encoder().encode
 
 
@@ -42,7 +42,7 @@ def salt_of(secret: bytes, name: str) -> str:
 
 
 def mixed(tenant_salt: str, client_salt: str) -> str:
-    """The salt of a request whose client names one itself: it divides what the tenant has and reaches nobody else's."""
+    """The salt of a request whose client sends a salt. It divides the tenant's KV, and reaches no other tenant's."""
     return _text(hashlib.sha256(f"{tenant_salt}\0{client_salt}".encode("utf-8", "surrogatepass")).digest())
 
 
@@ -68,7 +68,7 @@ def salted(body: dict[str, Any], raw: bytes, tenant: Tenant) -> bytes:
     if given is not None and (not isinstance(given, str) or not given):
         raise InvalidRequestError(f"{FIELD} must be a non-empty string", param=FIELD)
     body[FIELD] = tenant.cache_salt if given is None else mixed(tenant.cache_salt, given)
-    # With two fields of one name the client's would win.
+    # Encode the body again: if it had two fields of this name, the client's would win.
     return _encode_json(body)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A breaker a pair of replicas: opens when hand-offs between the two keep failing while each of them works. Pure.
+"""One breaker for each pair of replicas. It opens when hand-offs between the two keep failing while both work. Pure.
 
-A hand-off is answered before it is known whether its KV was read: an engine that cannot read computes the prompt, and
-says so later. So the success of a hand-off is taken back when its engine says `unread`.
+A decode engine answers a hand-off before the gateway knows whether the engine has read the KV. A decode engine that
+cannot read KV computes the prompt itself, and reports `unread` later. The breaker then takes back the success that it
+had counted for the hand-off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ THRESHOLD = 3
 _FIRST_REST_S = 0.5
 _MAX_REST_S = 30.0
 _MAX_REMEMBERED = 16_384
-"""Hand-offs whose pair is known, and successes that may be taken back: those of the last seconds matter."""
+"""How many hand-offs the breaker remembers, and how many successes it can take back. The last seconds are enough."""
 
 
 @dataclass
@@ -27,7 +28,7 @@ class _State:
     num_failures: int = 0
     """In a row."""
     num_opened: int = 0
-    """In a row, without a success between them."""
+    """How often the breaker has opened since the pair's last success."""
     said: bool = False
 
 
@@ -37,9 +38,9 @@ class Opened:
 
     pair: Pair
     rest_s: float
-    """How long to leave the pair alone before it is warmed again; doubles until a hand-off succeeds."""
+    """How long the pair rests before it is warmed again. Doubles with each opening until a hand-off succeeds."""
     first: bool
-    """Whether it is the pair's first time."""
+    """Whether this pair's breaker has never opened before."""
 
 
 class PairBreaker:
@@ -47,21 +48,21 @@ class PairBreaker:
 
     def __init__(self) -> None:
         self._pairs: FIFOCache[str, Pair] = FIFOCache(_MAX_REMEMBERED)
-        # By incarnations: what is known of a pair ends with either of them.
+        # By incarnations: a pair's state ends when either of its replicas does.
         self._states: dict[tuple[str, str], _State] = {}
-        # Hand-off to what its success has set back to nothing.
+        # From a hand-off's id to the state of its pair that its success has reset.
         self._forgiven: FIFOCache[str, _State] = FIFOCache(_MAX_REMEMBERED)
 
     def begin(self, handoff_id: str, pair: Pair) -> None:
-        """A hand-off that both engines may speak of."""
+        """Remember the pair of a hand-off, so that its success or failure counts for that pair."""
         self._pairs[handoff_id] = pair
 
     def pair_of(self, handoff_id: str) -> Pair | None:
-        """The pair of a hand-off that is begun, and neither over nor failed."""
+        """The pair of a hand-off; None before `begin` and after `over` or `failed`."""
         return self._pairs.get(handoff_id)
 
     def over(self, handoff_id: str) -> None:
-        """A hand-off was given up: whatever is said of it, its pair is not to blame."""
+        """Forget a hand-off: nothing that an engine reports of it later counts against its pair."""
         self._pairs.pop(handoff_id, None)
         self._forgiven.pop(handoff_id, None)
 
@@ -75,7 +76,10 @@ class PairBreaker:
         self._forgiven[handoff_id] = state
 
     def failed(self, handoff_id: str) -> Opened | None:
-        """A hand-off failed by its pair's fault, a success of it included. Each hand-off fails once."""
+        """Count a hand-off that failed by its pair's fault, and take its success back if it had one.
+
+        Each hand-off fails once. Returns an `Opened` if this failure opens the breaker.
+        """
         pair = self._pairs.pop(handoff_id, None)
         if pair is None:
             return None

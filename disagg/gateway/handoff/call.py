@@ -22,7 +22,7 @@ class Progress:
     phase: Phase = "prefill"
 
     def at_decode(self) -> None:
-        """The decode leg begins. A stream that goes on elsewhere stays one."""
+        """Note that the decode leg begins. A stream that another replica resumes stays in the phase `stream`."""
         if self.phase == "prefill":
             self.phase = "decode"
 
@@ -34,15 +34,15 @@ class Call:
     endpoint: Endpoint
     body: Mapping[str, Any]
     raw: bytes
-    """The body as the client sent it, less what only the gateway reads; goes out when nothing is handed off."""
+    """The client's body without the fields that only the gateway reads. Sent as it is in modes `local` and `primed`."""
     prompts: Sequence[Sequence[int]] | None
     """Token ids of each prompt, or None when it could not be rendered."""
     request_id: str
     trace: Trace = field(default_factory=dict)
     """Trace context of the client, for every leg."""
     store: Store | None = None
-    """What the client said about KV that nobody consumes."""
+    """Whether the shared cache is to keep this prompt's KV; None when the client did not say."""
     tenant: str | None = None
-    """Whose API key it came with; None where clients need none."""
+    """Name of the tenant whose API key the client sent; None where clients need no key."""
     progress: Progress = field(default_factory=Progress, compare=False)
-    """Shared by all that is made of this request."""
+    """Shared by all calls that the gateway derives from this request."""

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long the prefill side of a request may take before the decode engine computes the prompt itself. Pure.
 
-The first token is due at a target. What the way out would cost, the prompt computed on decode, is kept back from it.
+The first token is due within a target time. The gateway keeps back as much of that time as a local prefill would take,
+so that one is still possible when the prefill side fails.
 """
 
 from __future__ import annotations
 
 _WEIGHT = 0.2
-"""Of the newest measurement in the moving average."""
+"""Weight of the newest measurement in the moving average."""
 _MIN_MEASURED_TOKENS = 256
-"""Of shorter prompts the time is mostly queue and overhead, and says nothing about tokens."""
+"""Shorter prompts are not measured: their time is mostly queue and overhead, and says nothing about tokens."""
 
 
 class LocalRate:
@@ -20,7 +21,7 @@ class LocalRate:
         """None until a prompt was measured."""
 
     def expected_s(self, num_tokens: int) -> float | None:
-        """How long a prompt should take."""
+        """Seconds that a decode engine should take to compute a prompt; None while no rate is known."""
         return None if self.tokens_per_s is None else num_tokens / self.tokens_per_s
 
     def measured(self, num_tokens: int, seconds: float) -> None:
@@ -37,9 +38,10 @@ def prefill_allowance_s(
 ) -> float:
     """Seconds for all prefill attempts of a prompt of `num_tokens`.
 
-    The target less the expected local prefill, half the target when no rate is known. Where the local prefill takes
-    more than half of the target, the prefill side gets as long as that: stopped any earlier, a prompt that only its
-    length makes slow would always be computed twice.
+    The allowance is the target less the expected time of a local prefill, or half the target while no rate is known. A
+    local prefill may itself be expected to take more than half of the target. Then the allowance is that expected time:
+    with a shorter one, a prompt that is slow only because it is long would always be computed twice. The allowance is
+    never more than `prefill_timeout_s`.
     """
     if local_tokens_per_s is None:
         allowance = first_token_target_s / 2
@@ -50,5 +52,5 @@ def prefill_allowance_s(
 
 
 def attempt_until(now: float, deadline: float, *, another: bool) -> float:
-    """When one attempt ends: half of what is left while `another` prefill replica could be tried, else all of it."""
+    """When one attempt must end: after half of the time left if `another` one could be tried, else at `deadline`."""
     return now + max(0.0, deadline - now) / 2 if another else deadline

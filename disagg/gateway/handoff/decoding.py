@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode leg of one request, and the answer that it is. Knows nothing of retries or cleaning up."""
+"""The decode leg of one request, and the answer that comes of it. Retries and cleaning up are not here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pools.client.replica import OpenedLeg
 
 @dataclass
 class Answer:
-    """The decode leg, ready to be sent on: its head is here, and its first bytes."""
+    """A decode leg whose head and first bytes have arrived, so that the gateway can send it on to the client."""
 
     leg: OpenedLeg
     seat: Seat
@@ -23,9 +23,9 @@ class Answer:
     prefill_id: str
     decode_id: str
     decode_fit: str
-    """Its `kv_fit`."""
+    """`kv_fit` of the decode replica."""
     under_way: UnderWay | None
-    """The hand-off that it is made of, if the prompt's KV came by one."""
+    """The hand-off that this leg brought to the decode engine; None in the modes `local` and `primed`."""
 
     @property
     def status(self) -> int:
@@ -60,11 +60,11 @@ async def decoded(
     prefill_id: str,
     under_way: UnderWay | None = None,
 ) -> Answer:
-    """The decode leg up to its first bytes. Raises ReplicaLostError while nothing of it was shown to the client.
+    """Send the decode leg and wait for its first bytes. Raises ReplicaLostError; the client has seen nothing by then.
 
     Args:
-        seat: taken over by the answer, which releases it at its end.
-        under_way: the hand-off that `body` brings; the engine tells it as `unread` if it never takes it.
+        seat: the answer takes it over, and releases it when the leg ends.
+        under_way: the hand-off that `body` brings. The engine reports it as `unread` if the engine never takes it.
     """
     member = seat.member
     try:

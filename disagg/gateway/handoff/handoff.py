@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two legs of one request: prefill on one replica, the answer from another, and what happens when one is lost.
 
-Deciding is the routing policy's, the order of the legs the transfer's, giving back `settling`'s; this is the shell that
-carries decisions out and falls back.
+The routing policy decides, the transfer orders the legs, and `settling` gives KV back. This module carries the
+decisions out, and falls back to a local prefill when a hand-off fails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DecodeLost(Exception):
     """A decode replica broke off before it had shown anything.
 
     Attributes:
-        had_it: whether it may have had the request.
+        had_it: whether the request may have reached the replica.
     """
 
     def __init__(self, replica_id: str, *, had_it: bool) -> None:
@@ -51,7 +51,7 @@ class DecodeLost(Exception):
 
 @dataclass(frozen=True)
 class Primed:
-    """A prompt whose KV the decode engine has, or will compute."""
+    """A prompt whose KV the decode engine has read, or will compute itself."""
 
     replica_id: str
     """The prefill replica that computed it."""
@@ -108,7 +108,7 @@ class Handoff:
         Cancelling it stops both legs and gives unused KV back. Raises NoReplicaError when nobody can serve.
 
         Args:
-            losses: takes the decode replicas that are lost on the way.
+            losses: `answer` adds the decode replicas that this request loses.
         """
         request = self._view(call)
         with self._chooser.reserve(request) as reservation:
@@ -120,14 +120,14 @@ class Handoff:
             return await self._local.answer(call, alone(request, decision.reason), losses, first=reservation)
 
     async def resume(self, call: Call, losses: Losses) -> Answer:
-        """Go on with a stream that was begun, at another replica than those in `losses` while there is one.
+        """Resume a stream that the client has begun to read, on a replica that is not in `losses` while there is one.
 
-        Raises what `answer` raises, but is not refused for lack of room: its stream has begun. Replicas of another
-        `kv_fit`, as there are during a rolling update, do not go on with it.
+        Raises what `answer` raises. The gateway does not refuse a resume for lack of room, because it has accepted the
+        stream before. Replicas with another `kv_fit`, which exist during a rolling update, cannot resume the stream.
 
         Args:
-            call: one prompt, which ends with the tokens that were sent.
-            losses: of its stream and of all earlier tries to go on; those of this one are added.
+            call: has one prompt, which ends with the tokens of the answer up to the cut.
+            losses: the replicas that the stream and all earlier tries to resume it lost. `resume` adds those it loses.
         """
         request = self._chooser.sparing(resumed(self._view(call), losses.kv_fit), losses.replica_ids)
         with self._chooser.reserve(request) as reservation:
@@ -139,7 +139,7 @@ class Handoff:
             return await self._local.answer(call, alone(request, decision.reason), losses, first=reservation)
 
     def settle(self, handoff_id: str) -> None:
-        """Take a decode engine's word that it read nothing of a hand-off, and will not. Returns at once."""
+        """Take note that a decode engine has read nothing of a hand-off, and will not. Returns at once."""
         self._faults.unread(handoff_id)
         self._settling.settle(handoff_id)
 
@@ -156,7 +156,7 @@ class Handoff:
     # Modes
 
     async def _handed_off(self, call: Call, losses: Losses, request: RequestView, first: Reservation) -> Answer:
-        """Through a warm pair, the one that is reserved to begin with, else locally."""
+        """Answer through a warm pair, the reserved one first. When no hand-off works out, answer by a local prefill."""
         assert call.prompts is not None
         decode = functools.partial(self._decoded, call)
         try:
@@ -198,25 +198,25 @@ class Handoff:
         return answer
 
     def _lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
-        """The decode side of a hand-off broke off."""
+        """Handle that a decode replica broke off during a hand-off."""
         self._membership.mark_lost(under_way.pair.decode, error)
         self._settling.decode_lost(under_way, error)
         self._faults.decode_broke_off(under_way, error)
 
     def _answered(self, under_way: UnderWay, status: int) -> None:
-        """The decode side of a hand-off has a status."""
+        """Handle that a decode replica has answered its side of a hand-off with a status."""
         self._settling.decode_answered(under_way, status)
         self._faults.answered(under_way, status)
 
     async def _after_error(self, call: Call, answer: Answer, losses: Losses, request: RequestView) -> Answer:
-        """Locally after a decode replica has answered 5xx, at another one while there is one."""
+        """Answer by a local prefill after a decode replica has answered 5xx, on another replica while there is one."""
         answer.close()
         losses.add(answer.decode_id)
         request = self._chooser.sparing(alone(request, "decode_error"), (answer.decode_id,))
         return await self._local.answer(call, request, losses)
 
     async def _primed(self, call: Call, losses: Losses, request: RequestView, first: Reservation) -> Answer:
-        """Pull each prompt's KV into one decode engine's prefix cache, then send the request there as it is."""
+        """Make one decode engine pull each prompt's KV into its prefix cache, then send the client's request there."""
         failed: list[UnderWay] = []
         answer = await self._after_priming(call, losses, request, first, failed)
         if answer.status < 500:
@@ -227,12 +227,12 @@ class Handoff:
     async def _after_priming(
         self, call: Call, losses: Losses, request: RequestView, first: Reservation, failed: list[UnderWay]
     ) -> Answer:
-        """As `_primed`. Adds the hand-offs that decode answered 5xx to `failed`."""
+        """As `_primed`. Adds each hand-off to `failed` whose probe the decode replica answered with a 5xx."""
         assert call.prompts is not None
         decode = first.decode
         settled = replace(request, decode_id=decode.info.replica_id)
         async with asyncio.TaskGroup() as group:
-            # The first prompt goes to the chosen pair, the others where there is room for them.
+            # The first prompt goes to the reserved pair. For each other one the policy chooses a prefill replica.
             primed = [
                 group.create_task(self._primed_with(call, settled, ids, None if i else first, failed))
                 for i, ids in enumerate(call.prompts)
@@ -259,7 +259,7 @@ class Handoff:
         first: Reservation | None,
         failed: list[UnderWay],
     ) -> Primed | NotOffered:
-        """Make the settled decode replica pull one prompt's KV. A failure there costs a recomputation, nothing else."""
+        """Make the chosen decode replica pull one prompt's KV. After a failure it only has to compute the prompt."""
         probe = functools.partial(self._probed, call, prompt, failed)
         try:
             return await self._prefilling.handed_off(call, request, prompt, probe, first=first)
@@ -274,7 +274,7 @@ class Handoff:
         under_way: UnderWay,
         params: dict[str, Any],
     ) -> Primed:
-        """The decode side of a hand-off that only primes. Adds it to `failed` when it was answered 5xx."""
+        """Send the probe of a hand-off that only primes. Adds the hand-off to `failed` when the replica answers 5xx."""
         prefill_id = under_way.pair.prefill.info.replica_id
         try:
             with under_way.reservation.take_decode() as seat:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two attempts at the same thing, the second begun when the first is slow; the first to claim it goes on alone.
+"""A race of two attempts at one result. The second begins when the first is slow; the one that claims goes on alone.
 
-Knows nothing of replicas. An attempt claims when it has what both are after, which is before it is over.
+An attempt claims when it has the result that both want, which is before its task ends. Nothing here knows of replicas.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 T = TypeVar("T")
 Outcome: TypeAlias = Literal["won", "lost"]
-"""Of the second attempt."""
+"""What became of the second attempt."""
 
 
 class Runner:
@@ -20,7 +20,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.beaten = False
-        """Whether the other attempt has claimed. A cancellation is due to that, then."""
+        """Whether the other attempt has claimed. If so, that is why this attempt is cancelled."""
 
 
 Attempt: TypeAlias = Callable[[Runner], Coroutine[Any, Any, T]]
@@ -30,13 +30,13 @@ class Race(Generic[T]):
     """The attempts at one thing. Use it once."""
 
     def __init__(self, drop: Callable[[T], None]) -> None:
-        """`drop` ends a result that nobody takes any more."""
+        """`drop` ends a result that `run` does not return."""
         self._drop = drop
         self._tasks: dict[Runner, asyncio.Task[T]] = {}
         self._winner: Runner | None = None
 
     def claim(self, runner: Runner) -> None:
-        """Go on alone: the other attempt is cancelled. Call it in the attempt's own task, before its next wait."""
+        """Let `runner` go on alone, and cancel the other attempt. Call it in `runner`'s task, before its next wait."""
         self._winner = runner
         for other, task in self._tasks.items():
             if other is not runner:
@@ -48,11 +48,12 @@ class Race(Generic[T]):
     ) -> tuple[T, Outcome | None]:
         """The result of the attempt that claimed, and what became of the second one, if there was one.
 
-        A failure before a claim leaves the other attempt to go on; when both fail, the one that was left last is
-        raised. Cancelling it cancels both attempts and waits for their ends.
+        When one attempt fails before a claim, the other one goes on. When both fail, `run` raises the error of the one
+        that failed last. When `run` is cancelled, it cancels both attempts and waits until they have ended.
 
         Args:
-            second: called `after_s` seconds later if nobody has claimed; None when there is nothing else to try.
+            second: called after `after_s` seconds if the first attempt has neither claimed nor ended. Returns the
+                second attempt, or None when there is nothing else to try.
         """
         taken: T | None = None
         try:
@@ -73,7 +74,7 @@ class Race(Generic[T]):
         return runner
 
     async def _decided(self, leading: Runner, hedge: Runner | None) -> Runner:
-        """The attempt whose end is the race's."""
+        """Wait for the end of the race. Returns the attempt whose result or error `run` passes on."""
         await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_COMPLETED)
         left = leading if hedge is None or not self._tasks[leading].done() else hedge
         decided = self._winner or left

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests without a hand-off: sent as they came, their prompts computed by decode replicas that have room for them."""
+"""Requests without a hand-off: the gateway sends them on as they came, and a decode replica computes the prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pools.errors import AttemptsExhaustedError, NoReplicaError, ReplicaLostErro
 from transport.errors import DisaggError
 
 _UNKNOWN_PREFILL_S = 10.0
-"""How long a prompt is taken to be computed whose answer does not show when that is over, while no rate is known."""
+"""For how long a prompt counts as being computed when its answer is not streamed and no rate is known yet."""
 
 
 class LocalPrefill:
@@ -46,14 +46,15 @@ class LocalPrefill:
     async def answer(
         self, call: Call, request: RequestView, losses: Losses, *, first: Reservation | None = None
     ) -> Answer:
-        """The request as it came, on each decode replica in turn until one answers without a fault of its own.
+        """Send the request as it came to one decode replica after the other, until one answers without a 5xx.
 
-        Raises NoReplicaError, RateLimitError and AttemptsExhaustedError.
+        When no further replica can be tried, returns the last 5xx answer if there was one. Otherwise raises
+        NoReplicaError, RateLimitError or AttemptsExhaustedError.
 
         Args:
-            request: rules out all but `local`, and says why there is no hand-off.
-            losses: of what was tried before; those of this are added.
-            first: what is decided for it already; the caller's to release.
+            request: rules out all modes but `local`, and says why there is no hand-off.
+            losses: the replicas that the request lost before. `answer` adds those that it loses.
+            first: a reservation for the first try, if the caller has made one already.
         """
         reason = request.ruled_out["handoff"]
         failed: Answer | None = None
@@ -96,7 +97,7 @@ class LocalPrefill:
         )
 
     async def _computed(self, reservation: Reservation, call: Call, num_tokens: int) -> Answer:
-        """The request as it came, its prompt computed by the decode replica. Raises ReplicaLostError."""
+        """Send the request as it came to the reserved decode replica. Raises ReplicaLostError."""
         call.progress.at_decode()
         now = asyncio.get_running_loop().time
         began = now()
@@ -108,7 +109,7 @@ class LocalPrefill:
         finally:
             seat.prompt_computed()
         if answer.exchange is not None:
-            # An answer that is not streamed has no first token.
+            # Only a stream shows when its first token came.
             self._rate.measured(num_tokens, now() - began)
         return answer
 
@@ -119,7 +120,7 @@ class LocalPrefill:
 
 
 def no_replica(refusal: str) -> NoReplicaError:
-    """The error of a decision for nobody, by the word for why."""
+    """The error for a decision that no replica serves the request. `refusal` is the decision's word for why."""
     if refusal == OTHER_KV_FIT:
         return NoReplicaError("every decode replica that is ready has another model or other engine arguments")
     return NoReplicaError("no decode replica is ready")

@@ -31,38 +31,43 @@ class PairFaults:
         self._breaker = PairBreaker()
 
     def begin(self, under_way: UnderWay, leg: asyncio.Task[PrefillReply] | None = None) -> None:
-        """The prefill leg is over. What its decode engine said before that says nothing of the pair.
+        """Let a hand-off count for its pair from now on: its prefill leg is over.
+
+        What the decode engine reported of the hand-off before that says nothing about the pair.
 
         Args:
-            leg: is the same as the hand-off's, and there because this is a callback of it.
+            leg: the task of the prefill leg, because this is a callback of that task. Not used.
         """
         if not under_way.given_up:
             self._breaker.begin(under_way.leg.handoff_id, under_way.pair)
 
     def over(self, under_way: UnderWay) -> None:
-        """It was given up: its engines may say `unread`."""
+        """A hand-off was given up: an engine may report it as `unread`, and the pair is not to blame."""
         self._breaker.over(under_way.leg.handoff_id)
 
     def answered(self, under_way: UnderWay, status: int) -> None:
-        """The decode leg has a status. A refusal is the client's fault, and so may a 5xx be; see `failed`."""
+        """The decode replica answered with a status. A 4xx is the client's fault, and a 5xx may be; see `failed`."""
         if status >= 400:
             self._breaker.over(under_way.leg.handoff_id)
         else:
             self._breaker.succeeded(under_way.leg.handoff_id)
 
     def failed(self, under_way: UnderWay) -> None:
-        """The decode leg was answered 5xx, and the same request well without the hand-off."""
+        """The decode replica answered the hand-off with a 5xx, but the same request got no 5xx without the hand-off."""
         self._breaker.begin(under_way.leg.handoff_id, under_way.pair)
         self._failed(under_way.leg.handoff_id)
 
     def decode_broke_off(self, under_way: UnderWay, error: ReplicaLostError) -> None:
-        """The decode leg broke off: the pair's fault if the decode replica still answers. Returns at once."""
+        """The decode leg broke off. That is the pair's fault if the decode replica still answers. Returns at once."""
         self._breaker.over(under_way.leg.handoff_id)
         if error.sent:
             self._background.spawn(self._blame(under_way.leg.handoff_id, under_way.pair))
 
     def unread(self, handoff_id: str) -> None:
-        """A decode engine has not read this hand-off, and will not: its prefill replica's fault if that is gone."""
+        """A decode engine says that it has not read a hand-off, and will not.
+
+        The pair is to blame unless its prefill replica is gone.
+        """
         pair = self._breaker.pair_of(handoff_id)
         if pair is not None and not (pair.prefill.usable and self._membership.is_listed(pair.prefill)):
             self._breaker.over(handoff_id)
@@ -73,7 +78,7 @@ class PairFaults:
         try:
             await pair.decode.client.stats()
         except (ReplicaLostError, UnusableAnswerError):
-            # The replica is lost, not the pair; whoever sent the leg has dealt with that.
+            # The decode replica is lost, so the pair is not to blame. The code that sent the leg has handled the loss.
             return
         if pair.decode.usable:
             self._breaker.begin(handoff_id, pair)
@@ -82,7 +87,7 @@ class PairFaults:
     def _failed(self, handoff_id: str) -> None:
         pair = self._breaker.pair_of(handoff_id)
         if pair is not None and self._membership.is_resting(pair):
-            # It was under way when the pair was taken out.
+            # This hand-off was under way when its pair was taken out of routing.
             self._breaker.over(handoff_id)
             return
         opened = self._breaker.failed(handoff_id)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prefill side of a request: which pairs are tried for one prompt, how long, and what ends it.
+"""The prefill side of a request: which pairs are tried for one prompt, for how long, and what ends an attempt.
 
-How long is decided in `deadline`, the race of two attempts in `hedging`, the order of the legs in the transfer, giving
-back in `settling`.
+`deadline` decides for how long, `hedging` runs the race of two attempts, the transfer orders the legs, and `settling`
+gives KV back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from transport.handoff_params import offer_params
 T = TypeVar("T")
 Params = dict[str, Any]
 Take = Callable[[UnderWay, Params], Coroutine[Any, Any, T]]
-"""Sends the decode leg of a hand-off with these `kv_transfer_params`; a failure of its own is its to handle."""
+"""Sends a hand-off's decode leg with these `kv_transfer_params`. `Prefilling` does not handle what it raises."""
 
 
 class NotOffered(Exception):
@@ -58,7 +58,7 @@ class Tries:
 
     call: Call
     request: RequestView
-    """Without the prefill replicas that failed."""
+    """Rules out the prefill replicas that failed for this prompt."""
     token_ids: Sequence[int]
     deadline: float
     """Loop time by which the prefill side is over."""
@@ -104,12 +104,12 @@ class Prefilling:
         drop: Callable[[T], None] = lambda _: None,
         first: Reservation | None = None,
     ) -> T:
-        """What `take` makes of the prompt's hand-off. Raises NotOffered when no prefill replica offered one.
+        """Hand the prompt off, and return what `take` returns. Raises NotOffered when no prefill replica computed it.
 
         Args:
-            request: what is ruled out for it, and the decode replica where that is settled.
-            drop: ends what `take` returned when nobody takes it any more.
-            first: the pair to try first, where that is decided already.
+            request: says what is ruled out for the prompt, and names the decode replica where that is fixed.
+            drop: ends a result of `take` that no caller will get.
+            first: a reservation of the pair to try first; None lets the policy choose.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + prefill_allowance_s(
@@ -138,20 +138,24 @@ class Prefilling:
         raise NotOffered(reason)
 
     def _other(self, tries: Tries, *, beside: Pair | None = None) -> Reservation:
-        """A pair for the prompt, its decode replica the same where that is settled."""
+        """Reserve a pair for the prompt. Where the request fixes the decode replica, the pair has that one.
+
+        Args:
+            beside: a pair whose prefill replica is ruled out, too.
+        """
         return self._chooser.reserve(
             pair_only(tries.request, () if beside is None else (beside.prefill.info.replica_id,))
         )
 
     def _until(self, tries: Tries, reservation: Reservation) -> float:
-        """When an attempt with this pair ends."""
+        """Loop time at which an attempt with this pair must end."""
         another = reservation.decision.has_other_prefill(decode_id=tries.request.decode_id)
         return attempt_until(asyncio.get_running_loop().time(), tries.deadline, another=another)
 
     async def _offered(self, tries: Tries, first: Reservation, until: float) -> tuple[UnderWay, Params]:
-        """A hand-off whose decode leg may be sent, and what that leg is told.
+        """A hand-off whose decode leg may be sent, and the `kv_transfer_params` of that leg.
 
-        A second pair is tried beside the first when that is slow. Raises PrefillFailed.
+        When the first pair is slow, a second pair is tried beside it. Raises PrefillFailed.
         """
         after_s = self._config.hedge_after_s
         if after_s is None:
@@ -167,14 +171,14 @@ class Prefilling:
         def second() -> Callable[[Runner], Coroutine[Any, Any, tuple[UnderWay, Params]]] | None:
             nonlocal other
             other = self._other(tries, beside=first.pair)
-            # Each is tried for what is left of the whole: there is nothing to keep back for a retry.
+            # The second attempt may use all the time that is left: it keeps nothing back for a retry.
             return None if other.pair is None else attempt(other, tries.deadline)
 
         begun: tuple[UnderWay, Params] | None = None
         try:
             begun, outcome = await race.run(attempt(first, until), second, after_s=after_s)
         finally:
-            # An attempt that is cancelled before it begins releases nothing itself.
+            # An attempt whose task is cancelled before its first step does not release its reservation itself.
             for reservation in (first, other):
                 if reservation is not None and (begun is None or begun[0].reservation is not reservation):
                     reservation.release()
@@ -190,7 +194,7 @@ class Prefilling:
         race: Race[tuple[UnderWay, Params]] | None = None,
         runner: Runner | None = None,
     ) -> tuple[UnderWay, Params]:
-        """One hand-off up to where its decode leg may be sent. Raises PrefillFailed."""
+        """Run one hand-off up to the point where its decode leg may be sent. Raises PrefillFailed."""
         assert reservation.pair is not None
         try:
             under_way = self._send(tries, reservation, until)
@@ -217,7 +221,7 @@ class Prefilling:
     async def _finished(
         self, tries: Tries, under_way: UnderWay, decode: Coroutine[Any, Any, T], drop: Callable[[T], None]
     ) -> T:
-        """What the decode leg comes to. Raises PrefillFailed."""
+        """Run the decode leg and return its result. Raises PrefillFailed."""
         try:
             result = await self._transfer.finish(under_way.leg, decode, drop=drop, deadline=under_way.until)
         except asyncio.CancelledError:
@@ -253,7 +257,7 @@ class Prefilling:
         return under_way
 
     def _give_up(self, under_way: UnderWay, cause: BaseException | None) -> None:
-        """Its prefill side failed or was too slow; `cause` is None when the engine answered."""
+        """Give up a hand-off whose prefill side failed or was too slow. `cause` is None when the engine answered."""
         under_way.reservation.release()
         self._faults.over(under_way)
         self._settling.prefill_failed(under_way, cause)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives back KV that nobody will read: tells the prefill replica that holds it, by the hand-off's id.
+"""Gives back KV that nobody will read. To settle a hand-off is to tell its prefill replica that nobody will read it.
 
-What may be told when is decided here. A prefill engine frees settled blocks at once, so a hand-off is settled only when
-no decode engine can still be reading it and go on with what it read.
+This module decides when the gateway may settle. A prefill engine frees settled blocks at once. So the gateway settles a
+hand-off only when no decode engine can still be reading its KV and go on with what it has read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_REMEMBERED = 65_536
 _GRACE_S = 1.0
 """How long an abort may take from a decode engine's server to its scheduler."""
 _ANSWER_GRACE_S = 1.0
-"""How much later than the decode leg's first bytes a prefill leg may be answered whose KV they are made of."""
+"""How long after the decode leg's first bytes the prefill leg may be answered, although decode has read its KV."""
 
 Reason = Literal[
     "client_left",
@@ -54,7 +54,7 @@ class UnderWay:
     taken: bool = False
     """Whether the decode leg was sent. From then on its engine may be reading."""
     given_up: bool = False
-    """Whether something has ended it before its time, and what there is to do about that is under way."""
+    """Whether the gateway has given the hand-off up before its time. The cleanup has begun then."""
 
     @property
     def leg_done(self) -> bool:
@@ -73,14 +73,14 @@ class Settling:
         self._holders: FIFOCache[str, Member] = FIFOCache(_MAX_REMEMBERED)
 
     def expect(self, handoff_id: str, pair: Pair, request_id: str, num_tokens: int, tenant: str | None = None) -> None:
-        """A hand-off whose prefill leg is about to be sent."""
+        """Remember a hand-off whose prefill leg is about to be sent, and announce it to the ledger."""
         self._holders[handoff_id] = pair.prefill
         self._ledger.open(handoff_id, request_id, pair.prefill.info, pair.decode.info, num_tokens, tenant)
 
     def settle(self, handoff_id: str) -> None:
-        """Tell its prefill replica that nobody will read this hand-off. Ids that this gateway did not make are ignored.
+        """Tell the prefill replica that nobody will read this hand-off. Ignores ids that this gateway did not make.
 
-        For a decode engine's own word (`unread`): it has not read, and will not.
+        Called when a decode engine reports `unread`: it has not read the KV, and will not.
         """
         holder = self._holders.get(handoff_id)
         if holder is not None:
@@ -91,17 +91,19 @@ class Settling:
     def client_left(self, under_way: UnderWay) -> None:
         """The client went away while the legs ran.
 
-        Once the decode leg is sent, its engine alone knows whether it reads: closing the connection aborts the request
-        there, and the engine then says `unread` if it had read nothing, also when the request had not come as far as
-        its scheduler. Should even the request be lost, the lease ends the hand-off.
+        The gateway settles if the decode leg was not sent. Once it is sent, only the decode engine knows whether it
+        reads. Closing the connection aborts the request in that engine, and the engine reports `unread` if it had read
+        nothing, even if the request had not reached its scheduler. If the request itself is lost on its way, the lease
+        ends the hand-off.
         """
         self._give_up(under_way, "client_left", settle=not under_way.taken)
 
     def prefill_failed(self, under_way: UnderWay, cause: BaseException | None) -> None:
-        """The prefill leg failed or was given up, and the decode leg, if sent, is closed; that one says `unread`.
+        """The prefill leg failed or was given up. A decode leg that was sent is closed, and its engine says `unread`.
 
-        A leg that failed in the gateway's eyes may end well in the engine, hence the settling. `cause`: the error
-        behind it, None when the engine answered.
+        Without a decode leg the gateway settles, because the prefill engine may complete a leg that the gateway has
+        given up. It does not settle when the prefill leg never reached the replica. `cause`: the error behind the
+        failure, None when the prefill engine answered.
         """
         settle = not under_way.taken and not (isinstance(cause, ReplicaLostError) and not cause.sent)
         self._give_up(under_way, "abandoned" if isinstance(cause, TimeoutError) else "prefill_lost", settle=settle)
@@ -109,23 +111,28 @@ class Settling:
     def decode_lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
         """The decode leg broke off before its first bytes.
 
-        Not sent: nobody reads, so settle. Refused, reset or closed: the process is gone as a rule, and whatever its
-        workers still read dies with them; should it live, it has seen the connection close and aborts the request. An
-        engine does not cache what a read brings for an aborted request, so past the grace time blocks that change under
-        such a read harm nobody. Late: it may be reading, and may answer yet as far as it knows, so only its own
-        `unread` or the lease may end the hand-off.
+        - The leg was not sent: no engine reads, so the gateway settles at once.
+        - The replica refused, reset or closed the connection: as a rule its process is gone, and whatever its workers
+          still read dies with them. If the process lives, it has seen the connection close, and aborts the request. An
+          engine does not cache what a read brings for an aborted request. So once the grace time is over, it harms
+          nobody that blocks change under such a read, and the gateway settles.
+        - The replica is late: it may be reading, and may still answer. Only the decode engine's own `unread` or the
+          lease may end the hand-off.
         """
         settle = error.gone or not error.sent
         self._give_up(under_way, "decode_lost", settle=settle, grace=error.sent)
 
     def decode_answered(self, under_way: UnderWay, status: int) -> None:
-        """The decode leg has a status.
+        """The decode replica has answered with a status.
 
-        A 4xx is a refusal by vLLM's front end, from before the engine had the request: settle. A 5xx may come from
-        before or after the read, or from a failure beside a request that waits for its KV. If it was read, the id is
-        over at the prefill engine, and settling changes nothing. If nothing was read, nobody else would tell. If a read
-        is in progress, the request has failed and is aborted in the engine, which takes no longer than the grace time;
-        past it, as above, the read harms nobody.
+        A 4xx is a refusal by vLLM's front end, before the engine had the request: the gateway settles at once. A 5xx
+        may come before or after the read, or from another failure while the request waits for its KV. The gateway
+        settles once the grace time is over, whichever it was:
+
+        - The KV was read: the hand-off is over at the prefill engine, and settling changes nothing.
+        - Nothing was read: nobody but the gateway would tell the prefill engine.
+        - A read is in progress: the request has failed, and the engine aborts it within the grace time. After that the
+          read harms nobody, see `decode_lost`.
         """
         if 400 <= status < 500:
             self._give_up(under_way, "decode_rejected", settle=True)
@@ -133,12 +140,12 @@ class Settling:
             self._give_up(under_way, "decode_error", settle=True, grace=True)
 
     async def outlived(self, under_way: UnderWay) -> bool:
-        """Stop a prefill leg that runs on although the decode leg has answered; whether there was one.
+        """Stop a prefill leg that still runs although the decode leg has answered. Returns whether there was one.
 
-        With both legs sent at once, decode waits for KV no longer than a lease and then computes the prompt itself. Its
-        first bytes show that it reads nothing any more, so what is settled is of no use to it. On the ordinary way they
-        may come a moment before the prefill leg's own answer, hence the wait; to abort and settle what was consumed
-        would change nothing.
+        With both legs sent at once, the decode engine waits for KV no longer than a lease. Then it computes the prompt
+        itself, and its first bytes show that it will read nothing any more: the gateway may abort and settle the
+        prefill leg. When the decode engine did read the KV, its first bytes may come a moment before the prefill leg's
+        own answer, so this method waits first. To abort and settle a consumed hand-off would change nothing.
         """
         if under_way.given_up:
             return False
@@ -160,7 +167,7 @@ class Settling:
         if settle:
             if grace:
                 await asyncio.sleep(_GRACE_S)
-            # Also when the leg ended without parameters: an abort can come too late to keep the engine from producing.
+            # Settle also when the leg ended without parameters: the abort may come too late, and the engine holds KV.
             await self._settle(holder, under_way.leg.handoff_id)
 
     async def _abort(self, holder: Member, handoff_id: str) -> None:

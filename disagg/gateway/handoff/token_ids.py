@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids in an engine's answers: how they are asked for, and how a client who did not ask is spared them. Pure."""
+"""Token ids in an engine's answers: how to ask for them, and how to hide them from a client who did not. Pure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def asking_for_ids(call: Call) -> Call:
     if call.body.get(IDS) is True:
         return call
     body = {**call.body, IDS: True}
-    # A client that named the field itself would win: in JSON the last of two equal keys does.
+    # Of two equal keys in JSON the last one wins. So a body that has the field already is encoded again.
     raw = _encode(body) if IDS in call.body else call.raw.replace(b"{", b'{"%b":true,' % IDS.encode(), 1)
     return replace(call, body=body, raw=raw)
 
 
 def without_ids(document: bytes) -> bytes:
-    """vLLM's JSON of one choice, as an event or whole, as who did not ask for token ids would have got it."""
+    """vLLM's JSON of one choice, an event or a whole answer, as vLLM writes it when nobody asks for token ids."""
     return _without(_without(document, _IDS, _NO_IDS), _PROMPT_IDS, _NO_PROMPT_IDS)
 
 

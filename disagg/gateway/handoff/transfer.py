@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the two legs of one hand-off go together: when the decode leg may be sent, and what watches the prefill leg then.
 
-Two classes keep it, one for each value of a transport's `legs`. What the legs say is the transport's own; retries and
-cleaning up are not here.
+Two classes implement `Transfer`, one for each value of a transport's `legs`. The transport decides what the legs say.
+Retries and cleaning up are not here.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class PrefillLeg:
     handoff_id: str
     prefill: Member
     task: asyncio.Task[PrefillReply]
-    """Outlives whoever waits for it."""
+    """It runs on when a caller that awaits it is cancelled."""
 
 
 class Transfer(Protocol):
-    """The way through a hand-off: `prefill_params`, the prefill leg, `params`, `finish`."""
+    """The steps of a hand-off, in this order: `prefill_params`, the prefill leg, `params`, `finish`."""
 
     def prefill_params(self, offer: Mapping[str, Any], handoff_id: str, prefill: Member) -> dict[str, Any]:
         """`kv_transfer_params` of the prefill leg, from what all transports send (`handoff_params.offer_params`).
@@ -53,7 +53,7 @@ class Transfer(Protocol):
         ...
 
     async def params(self, leg: PrefillLeg, *, deadline: float) -> dict[str, Any]:
-        """`kv_transfer_params` of the decode leg, as soon as that may be sent.
+        """`kv_transfer_params` of the decode leg. Returns as soon as that leg may be sent.
 
         Raises PrefillFailed when the prefill side failed or was not over by `deadline` (loop time).
         """
@@ -62,11 +62,11 @@ class Transfer(Protocol):
     async def finish(
         self, leg: PrefillLeg, decode: Coroutine[Any, Any, T], *, drop: Callable[[T], None], deadline: float
     ) -> T:
-        """What the decode leg comes to. `decode` sends it, up to its first bytes; `drop` ends one that nobody takes.
+        """Run `decode` and return its result. `decode` sends the decode leg and waits for its first bytes.
 
-        Cancelling it ends the decode leg; the prefill leg is the caller's to stop, also when it runs on beside a result
-        that did not wait for it. Raises PrefillFailed when the prefill side failed or was not over by `deadline` (loop
-        time); the decode leg is ended by then.
+        When `finish` is cancelled, it ends the decode leg, and `drop` ends a result that no caller gets. The caller has
+        to stop the prefill leg, also when a result has come that did not wait for that leg. Raises PrefillFailed when
+        the prefill side failed or was not over by `deadline` (loop time); the decode leg has ended by then.
         """
         ...
 

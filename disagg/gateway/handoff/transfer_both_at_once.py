@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both legs at once, matched by the hand-off's id: each engine waits for the other.
 
-The first token takes as long as the slower leg. Decode waits for KV that may never come, so the prefill leg is watched
-until decode has shown something. It waits no longer than a lease: then it computes the prompt itself and answers beside
-a prefill leg that still runs, which is the caller's to stop.
+The first token takes as long as the slower leg. The decode engine waits for KV that may never come, so `finish` watches
+the prefill leg until the decode leg has its first bytes. The decode engine waits no longer than a lease. Then it
+computes the prompt itself, and may answer while the prefill leg still runs; the caller has to stop that leg.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transport.descriptor import Transport
 
 
 class BothAtOnce:
-    """Keeps `transfer.Transfer`."""
+    """Implements `transfer.Transfer`."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

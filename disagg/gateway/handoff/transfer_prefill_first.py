@@ -14,7 +14,7 @@ from transport.descriptor import Transport
 
 
 class PrefillFirst:
-    """Keeps `transfer.Transfer`."""
+    """Implements `transfer.Transfer`."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a transport says of its legs to the way its hand-offs go."""
+"""Chooses the class that runs a transport's hand-offs, by the transport's `legs`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transport.descriptor import Transport
 
 
 def transfer_for(transport: Transport) -> Transfer:
-    """The way through a hand-off on one transport."""
+    """The `Transfer` for the hand-offs of one transport."""
     match transport.legs:
         case "prefill_first":
             return PrefillFirst(transport)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moves KV once between every new pair of replicas, so that no request pays for the first handshake.
 
-How they move it is the transfer's business. A pair is warm when the decode engine reports a fresh prompt's block as
-cached that only the prefill engine had computed.
+The transfer says how the KV moves. A pair is warm when the decode engine reports the block of a fresh prompt as cached,
+although only the prefill engine has computed that block.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PairWarmer:
         self._misfits: set[tuple[str, str]] = set()
 
     def start_missing(self) -> None:
-        """Begin with every cold pair that is not being warmed. Returns at once."""
+        """Begin to warm every cold pair that is not being warmed already. Returns at once."""
         self._tell_misfits()
         self._paths.retain(self._membership.incarnations())
         for pair in self._membership.cold_pairs():
@@ -66,7 +66,7 @@ class PairWarmer:
                 self._background.forever(self._warm(pair, key))
 
     def _tell_misfits(self) -> None:
-        """Say once for each pair that it is none."""
+        """Log each pair once between whose replicas no KV can go."""
         found = {
             (pair.prefill.info.incarnation, pair.decode.info.incarnation): (pair, why)
             for pair, why in self._membership.misfits()
@@ -112,7 +112,7 @@ class PairWarmer:
         """One fresh block through the pair; None when it arrived, else what went wrong."""
         info = pair.prefill.info
         prompt = [self._random.randrange(info.vocab_size) for _ in range(info.block_size + 1)]
-        # Not an id of the gateway's requests, so that no ledger counts it; and no tier keeps random tokens.
+        # The id is not one of a request, so that no ledger counts it. `never`: no tier keeps the random tokens.
         warm_id = warm_up_id(uuid.uuid4().hex)
         deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
         try:
@@ -146,4 +146,4 @@ async def _probed(member: Member, prompt: list[int], params: dict[str, Any]) -> 
 
 
 def _nothing(_: Probed) -> None:
-    """A probe that was answered holds nothing."""
+    """Drop an answered probe: it holds nothing that has to be ended."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which ledger records stored which chunks of the shared cache, to notice when one is loaded again. Pure, bounded.
 
-A chunk belongs to the record that stored it first, as in the cache itself, where a second store of it moves nothing.
-A record all of whose chunks were there before it counts as found when its last chunk is loaded, with none of its own.
+A chunk belongs to the record that stored it first, as in the cache itself: a second store of a chunk moves nothing
+there. If other records had stored all chunks of a record before, that record owns none. It counts as found when its
+last chunk is loaded, with no chunk of its own.
 """
 
 from __future__ import annotations

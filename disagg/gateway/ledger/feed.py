@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads every replica's events into the ledger, and its statistics into the metrics.
 
-One task a replica, with a connection of its own: a long poll of `/disagg/v1/events`, and `/disagg/v1/stats` every few
-seconds. Nothing ends such a task but the replica's end. A replica that Serve has taken out of its list is read on until
-nothing listens at its address, because it still gives out KV while it drains. One that is merely late is read on, too,
-for minutes. What was read of a replica is never read again, should it come back.
+One task reads one replica, over its own connection: a long poll of `/disagg/v1/events`, and `/disagg/v1/stats` every
+few seconds. Only the end of the replica ends its task. When Serve has taken a replica out of its list, the task reads
+on until nothing listens at the replica's address, because a draining replica still gives out KV. If such a replica is
+merely late, the task reads on for minutes. When a replica comes back, its old events are not read again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PACE_S = 0.05
 _FIRST_RETRY_S = 0.1
 _MAX_RETRY_S = 5.0
 _SILENT_S = 600.0
-"""How long a replica that is out of the list may say nothing, e.g. because its node is gone."""
+"""How long a replica that is out of Serve's list may say nothing, e.g. because its node is gone."""
 _MAX_REMEMBERED = 1024
 """Incarnations that are not followed any more and may come back."""
 
@@ -50,9 +50,9 @@ class _Followed:
     info: ReplicaInfo
     task: asyncio.Task[None] | None = None
     leaving: bool = False
-    """Serve has taken it out of its list."""
+    """Serve has taken the replica out of its list."""
     draining: bool = False
-    """It said so itself. Serve's list alone is no proof: it is empty for a moment after a restart of the controller."""
+    """The replica says so itself. Serve's list is no proof: it is empty for a moment after a controller restart."""
     after: int = 0
     """Number of the last event read."""
     stats_at: float = 0.0
@@ -84,7 +84,7 @@ class LedgerFeed:
 
         Args:
             foreign: books of other gateways' hand-offs; unset keeps none.
-            reader: this gateway's name, by which a replica that leaves waits for it; none without one.
+            reader: this gateway's name, by which a leaving replica waits for it. No replica waits for an empty name.
             carrying: whether the gateway has requests that may need a replica that leaves.
             wait_s: longest that one poll waits for events.
             stats_s: seconds between two looks at statistics.
@@ -107,7 +107,7 @@ class LedgerFeed:
         self._read: FIFOCache[str, int] = FIFOCache(_MAX_REMEMBERED)
 
     def members_changed(self) -> None:
-        """Begin with every replica that is not followed. Returns at once."""
+        """Begin to follow every replica that is not followed yet. Returns at once."""
         members = {m.info.incarnation: m.info for pool in POOLS for m in self._membership.members(pool)}
         for incarnation, info in members.items():
             if incarnation not in self._followed:
@@ -118,7 +118,7 @@ class LedgerFeed:
         self._metrics.engines.retain({info.replica_id for info in members.values()})
 
     async def sweep(self) -> None:
-        """Forever: let the ledger write off what lost events have left open."""
+        """Run forever: let the ledgers write off records that lost events have left open."""
         while True:
             await asyncio.sleep(self._stats_s)
             self._ledger.sweep()
@@ -158,18 +158,18 @@ class LedgerFeed:
             self._membership.forget(followed.info.incarnation)
 
     async def _poll(self, client: ReplicaClient, followed: _Followed) -> bool:
-        """One round: statistics when they are due, then events; whether there were any."""
+        """One round: read statistics when they are due, then events. Returns whether there were events."""
         now = asyncio.get_running_loop().time()
         if now >= followed.stats_at:
             followed.stats_at = now + self._stats_s
             await self._read_stats(client, followed)
-        # No longer than until the statistics are due.
+        # The poll must end when the next statistics are due.
         wait_s = min(self._wait_s, self._stats_s)
         batch = await client.events(followed.after, wait_s=wait_s, reader=self._reader, done=self._is_done(followed))
         if batch.incarnation != followed.info.incarnation:
             raise _ReplacedError("another engine answers at its address")
         if batch.lost:
-            # What was overwritten before the first read is from before this gateway knew the replica.
+            # Events that were lost before the first read are from before this gateway knew the replica.
             if followed.after:
                 self._metrics.ledger_events_lost.inc(batch.lost)
                 logger.warning("%d events of %s are lost", batch.lost, followed.info.replica_id)
@@ -208,11 +208,11 @@ class LedgerFeed:
 
 
 class _ReplacedError(Exception):
-    """Another incarnation has the address, so this one is gone."""
+    """Another incarnation answers at the replica's address, so the replica is gone."""
 
 
 def _is_gone(problem: Exception) -> bool:
-    """Whether the replica is at its end for certain: its port refuses, or is another one's. Late is not gone."""
+    """Whether a replica has ended for certain: its port refuses, or another incarnation has it. Late is not gone."""
     if isinstance(problem, ReplicaLostError):
         return problem.gone and not problem.sent
     return isinstance(problem, _ReplacedError)

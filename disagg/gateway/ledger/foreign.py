@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Books of the hand-offs of other gateway replicas, as the engines tell of them.
 
-A gateway that is killed leaves hand-offs that its own ledger says no more about; every other gateway has them here.
-What only their gateway knew, the request and the reason, is missing. Bounded like the ledger itself.
+When a gateway is killed, its own ledger is lost. Every other gateway has the killed one's hand-offs in these books. The
+request and the reason are missing, because only the killed gateway knew them. Bounded like the ledger itself.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from pools.client.events import Happened, HoldEnded, Loaded, Produced, Rescued, 
 
 _MAX_OPEN = 65_536
 _MAX_GONE = 1024
-"""Replicas that ended, to remember; what such a one says later is old news."""
+"""How many ended replicas to remember: an event that such a replica sends later is old news."""
 _MAX_TEXT = 200
 
 
@@ -49,10 +49,10 @@ class Record:
     outcome: str = "open"
     """`open` or one of `ENDS`."""
     ended_as: str | None = None
-    """How the hold ended, while the sink stores the KV and the outcome is open."""
+    """How the prefill engine's hold ended. Set while the sink stores the KV, when the outcome is still open."""
     ended_at: float | None = None
     lease_left_s: float | None = None
-    """What was left of the lease when the hold ended; None where there was none to speak of."""
+    """What was left of the lease when the hold ended; None if the engine told nothing."""
     reason: str | None = None
     """Why the KV was not consumed, in the gateway's words, separated by `; `."""
     stored_tokens: int = 0
@@ -64,7 +64,7 @@ class Record:
     suspect_since: float | None = None
     """When events were lost that may have ended this record."""
     tenant: str | None = None
-    """Whose request it was; None where clients need no key, or when the ledger does not remember the request."""
+    """Name of the request's tenant; None where clients need no key, or if the ledger does not remember the request."""
 
     def add_reason(self, reason: str) -> None:
         """Append a reason, once."""
@@ -106,19 +106,19 @@ class Ledger:
 
         Args:
             num_records: consumed records to remember, and as many others.
-            unknown_after_s: longer than any hand-off can be open. An open record that old whose end may be among lost
-                events is written off.
+            unknown_after_s: longer than any hand-off can be open. An open record whose end may be among lost events is
+                written off so long after the loss.
             max_open: open records, and announced ones, to hold at most.
             on_count: told of every addition to the books, as (word, tokens, bytes).
             on_lease_left: told what was left of the lease of each consumed hand-off.
-            owns: whose hand-offs these books are of, by id; unset means those announced with `open`.
+            owns: whether the hand-off of an id belongs in these books. Unset: those whose ids this gateway made.
             clock: unix seconds.
         """
         self.totals = {word: Total() for word in TOTALS}
         self.num_foreign = 0
         """Hand-offs that engines produced for others, such as another gateway replica or a pair's warm-up."""
         self.num_repeated = 0
-        """Events that spoke of a hand-off that had ended."""
+        """Events that repeated what the books had, or spoke of a hand-off that had ended."""
         self.num_malformed = 0
         """Events that could not be read."""
         self.num_overflows = 0
@@ -134,7 +134,7 @@ class Ledger:
         # Announced by the gateway and not produced yet, so not in the books.
         self._announced: OrderedDict[str, Record] = OrderedDict()
         self._open: OrderedDict[str, Record] = OrderedDict()
-        # Apart, so that the many that were consumed do not push out the few that were not.
+        # Two caches, so that the many consumed records do not push out the few others.
         self._consumed: FIFOCache[str, Record] = FIFOCache(num_records)
         self._orphaned: FIFOCache[str, Record] = FIFOCache(num_records)
         self._chunks: ChunkIndex[Record] = ChunkIndex()
@@ -181,13 +181,13 @@ class Ledger:
     # From the engines
 
     def is_own(self, handoff_id: str) -> bool:
-        """Whether these books are of it: this gateway made the hand-off's id, or `owns` says so."""
+        """Whether a hand-off belongs in these books: `owns` says so, or this gateway made the id if `owns` is unset."""
         if self._owns is not None:
             return self._owns(handoff_id)
         return handoff_id.rpartition("-")[0] in self._prefixes
 
     def apply(self, replica: ReplicaInfo, event: Happened) -> None:
-        """Take over one engine event. Those of other gateways and those that no book is about change nothing."""
+        """Take over one engine event. It changes no record if no book is about its hand-off or its kind."""
         match event:
             case Produced():
                 self._produced(replica, event)
@@ -201,7 +201,7 @@ class Ledger:
                 self._loaded(event)
 
     def malformed(self, num_events: int) -> None:
-        """So many events could not be read."""
+        """Count events that could not be read."""
         self.num_malformed += num_events
 
     def gap(self, incarnation: str) -> None:
@@ -214,9 +214,10 @@ class Ledger:
                     self._num_suspect += 1
 
     def replica_gone(self, incarnation: str) -> None:
-        """The replica ended, and its KV with it: what was open there has failed.
+        """The replica has ended, and its KV with it: its open hand-offs have failed.
 
-        Should it live after all, what it says of these hand-offs counts no second time, remembered or not.
+        If the replica lives after all, its later events of these hand-offs do not count a second time. That holds even
+        when the ledger has dropped their records.
         """
         self._gone[incarnation] = None
         now = self._clock()
@@ -257,7 +258,7 @@ class Ledger:
         return self._open.get(handoff_id) or self._announced.get(handoff_id) or self._ended(handoff_id)
 
     def records(self) -> Iterator[Record]:
-        """Every record in the books that is remembered, in no order; `number` has one."""
+        """Every record in the books that is remembered, in no order. Sort by `number` for the order of their making."""
         return itertools.chain(self._open.values(), self._consumed.values(), self._orphaned.values())
 
     # Events
@@ -283,7 +284,7 @@ class Ledger:
         record.lease_left_s = lease_left_s
         self._trust(record)
         if outcome == "consumed":
-            # A store that the client asked for does not undo that the KV was read.
+            # The outcome stays `consumed`, also when the client asked to store the KV.
             if lease_left_s is not None:
                 self._on_lease_left(lease_left_s)
             self._close(record, outcome, at)
@@ -323,7 +324,7 @@ class Ledger:
     # Books
 
     def _live(self, handoff_id: str, replica: ReplicaInfo, at: float) -> Record | None:
-        """The open record of an own id. One whose `produced` was lost is entered here: whatever ends was produced."""
+        """The open record of an own id. If its `produced` event was lost, the record enters the books here."""
         record = self._open.get(handoff_id)
         if record is not None:
             return record
@@ -336,7 +337,7 @@ class Ledger:
         return self._enter(handoff_id, replica, at, announced.tokens if announced else 0, 0)
 
     def _is_over(self, handoff_id: str, replica: ReplicaInfo) -> bool:
-        """Whether an own hand-off that is not open has ended, or may have: its replica was written off meanwhile."""
+        """Whether an own hand-off that is not open has ended, or may have ended when its replica was written off."""
         if self._ended(handoff_id):
             return True
         return replica.incarnation in self._gone and handoff_id not in self._announced

@@ -54,7 +54,7 @@ class Filter:
     since: float | None = None
     limit: int = DEFAULT_LIMIT
     gateway: str = "own"
-    """Which books; says nothing of a record."""
+    """Which books to read. `passes` does not look at it."""
 
     def passes(self, record: Record) -> bool:
         return (

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts every choice of a replica to the one policy, and holds what is chosen. No other module picks a replica.
+"""Puts every choice of a replica to the one policy, and counts the legs on what it chose. Nothing else picks a replica.
 
-What has been tried and what is settled comes as constraints of the view. What runs on a replica is counted from the
-decision on, until the leg or the request ends; nothing else writes the counts of a `Member`. A call holds its
-reservation, and a leg that answers to the client or outlives the call's interest in it takes its seat over. Belongs to
-the gateway's loop.
+The `RequestView` says which replicas were tried, and which replica is fixed. A leg counts on its replica from the
+decision until the leg or the request ends. Only this module writes the counts of a `Member`. A call holds its
+reservation. A leg takes its seat over from the reservation if it answers to the client, or may run on when the call has
+lost interest in it. Belongs to the gateway's loop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Chooser:
         self._roster = membership.roster
 
     def reserve(self, request: RequestView) -> Reservation:
-        """Decide, and hold what was chosen. The decision takes its turn, so that the next one looks elsewhere."""
+        """Decide, and count the legs on the chosen replicas. The choice is numbered: the next one looks elsewhere."""
         roster = self._membership.roster
         decision = self._policy.choose(request, self._snapshot(roster))
         prefill_id, decode_id = decision.prefill_id, decision.decode_id
@@ -59,7 +59,7 @@ class Chooser:
         return self._policy.choose(request, self._snapshot(self._membership.roster))
 
     def sparing(self, request: RequestView, replica_ids: Collection[str]) -> RequestView:
-        """The request without these replicas as long as a decode replica is left for it, else as it is."""
+        """The request without these replicas if a decode replica is left for it then, else the request as it is."""
         spared = replace(request, without=request.without.union(replica_ids))
         return spared if decodes(spared, self._snapshot(self._membership.roster)) else request
 
@@ -76,13 +76,13 @@ class Chooser:
         )
 
     def _forget_gone(self) -> None:
-        """Keep the turns of the pairs that Serve has in its lists."""
+        """Forget the turns of the pairs that are not in Serve's lists any more."""
         listed = {member.info.replica_id for pool in (PREFILL, DECODE) for member in self._membership.members(pool)}
         self._pairs_chosen = {pair: at for pair, at in self._pairs_chosen.items() if listed.issuperset(pair)}
 
 
 def replica_view(member: Member) -> ReplicaView:
-    """A member as a policy sees it: the last view as long as that holds, because a request changes few members."""
+    """A member as a policy sees it. Reuses the member's last view while it holds, for a request changes few members."""
     last = member.last_view
     if (
         last is not None
@@ -113,7 +113,7 @@ class Seat:
     __slots__ = ("_num_tokens", "_taken", "_timer", "member")
 
     def __init__(self, member: Member, num_tokens: int = 0) -> None:
-        """Counted from here until `release`."""
+        """The leg counts on `member` from here until `release`."""
         self.member = member
         self._taken = True
         self._num_tokens = num_tokens
@@ -133,7 +133,7 @@ class Seat:
         self.release()
 
     def prompt_computed(self) -> None:
-        """The replica computes the leg's prompt no longer. Idempotent."""
+        """The replica no longer computes the leg's prompt: its tokens count no longer. Idempotent."""
         self.member.local_prefill_tokens -= self._num_tokens
         self._num_tokens = 0
         if self._timer is not None:
@@ -141,7 +141,7 @@ class Seat:
             self._timer = None
 
     def expect_prompt_within(self, seconds: float) -> None:
-        """Take the prompt as computed after so long, where the answer does not show when it is."""
+        """Take the prompt as computed after `seconds`. For answers that do not show when their prompt is computed."""
         self._timer = asyncio.get_running_loop().call_later(seconds, self.prompt_computed)
 
     def __enter__(self) -> Self:
@@ -176,13 +176,13 @@ class Reservation:
         return self._decode.member
 
     def take_prefill(self) -> Seat:
-        """The seat of the prefill leg, from here on the taker's to release. Take it once."""
+        """Take the seat of the prefill leg over: the caller has to release it. Call it once."""
         seat, self._prefill = self._prefill, None
         assert seat is not None
         return seat
 
     def take_decode(self) -> Seat:
-        """The seat of the decode leg, from here on the taker's to release. Take it once."""
+        """Take the seat of the decode leg over: the caller has to release it. Call it once."""
         seat, self._decode = self._decode, None
         assert seat is not None
         return seat

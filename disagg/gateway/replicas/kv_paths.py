@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the KV between the two replicas of each pair: that it moves, and that it is right. Pure.
+"""What the gateway knows of the KV between the two replicas of each pair: whether it moves and is right. Pure.
 
-A warm-up proves that KV moves, not what it says. So a warm-up does not clear a pair whose KV was found wrong; an
-answer that comes out the same does.
+A warm-up proves that KV moves, not that the KV is right. So a warm-up does not clear a pair whose KV was found wrong.
+Only a checked answer that comes out the same clears the pair.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 Key = tuple[str, str]
-"""Incarnations of the prefill and the decode replica: what is known ends with either of them."""
+"""Incarnations of the prefill and the decode replica: what is known of a pair ends when either replica does."""
 
 THRESHOLD = 2
 """Different answers in a row that take a pair out of routing."""
@@ -22,11 +22,11 @@ _MAX_REST_S = 3600.0
 @dataclass
 class _Path:
     verified: bool
-    """By the last proof."""
+    """Whether the last proof succeeded."""
     num_different: int = 0
     """Answers in a row that came out different."""
     num_rests: int = 0
-    """Times that the pair was taken out, without a same answer between them."""
+    """Times that the pair was taken out of routing since an answer last came out the same."""
 
 
 class KvPaths:
@@ -49,7 +49,7 @@ class KvPaths:
         self._paths[key] = _Path(True)
 
     def different(self, key: Key) -> float | None:
-        """An answer came out different; for how many seconds to leave the pair alone, None for not yet."""
+        """Count an answer that came out different. Returns seconds for which the pair must rest, None for not yet."""
         path = self._paths.setdefault(key, _Path(False))
         path.verified = False
         path.num_different += 1

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which replicas exist, which pairs of them have moved KV, and what is known of each.
 
-Lives in the gateway's event loop; `disagg.routing.serve` hands it whole new lists as Serve learns of replicas. What the
-facts mean is in `disagg.gateway.replicas.serving`, who is chosen in `disagg.gateway.replicas.choosing`. A pair is used
-only after `disagg.gateway.handoff.warm` has proved it.
+`Membership` lives in the gateway's event loop; `disagg.routing.serve` hands it whole new lists as Serve learns of
+replicas. `disagg.gateway.replicas.serving` says what the facts mean, `disagg.gateway.replicas.choosing` who is chosen.
+A pair is used only after `disagg.gateway.handoff.warm` has proved that it moves KV.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Member:
     last_chosen: int = 0
     """Sequence number of the last decision that took it; 0 before the first."""
     reachable: bool = True
-    """False after a failed connection, until it answers again."""
+    """False after a failed connection, until the replica answers again."""
     quarantined: str | None = None
-    """Why it is taken out although it may live, until it works again; see `disagg.gateway.replicas.watch`."""
+    """Why the replica is out of routing although it may live, else None; see `disagg.gateway.replicas.watch`."""
     draining: bool = False
-    """It says itself that it leaves."""
+    """The replica says itself that it leaves."""
     slow: bool = False
-    """It lives, but is chosen only where no other one can be."""
+    """The replica lives, but is chosen only where no other one can be."""
     on_probation: bool = False
-    """Its pool loses one replica after the other; it has to stay well for a while before it is chosen."""
+    """Its pool loses one replica after the other, so this one has to stay well for a while before it is chosen."""
     warm_peers: frozenset[str] = frozenset()
     """Replica ids of the other pool that KV has moved with."""
     local_prefill_tokens: int = 0
@@ -90,10 +90,10 @@ class Roster:
     prefill: Mapping[str, Member] = field(default_factory=dict)
     decode: Mapping[str, Member] = field(default_factory=dict)
     last_resort: Mapping[str, Member] = field(default_factory=dict)
-    """Decode replicas that leave, and finish what they are given until they are let go, and those on probation."""
+    """Decode replicas on probation, and those that leave: they finish what they get until the gateway lets them go."""
     finishes_only: bool = False
-    """Whether requests can go only to decode replicas that leave and say that they drain, and so would be cut when the
-    drain is over: what was accepted before goes there, and nothing new."""
+    """Whether all decode replicas that could serve leave and say that they drain. The end of the drain would cut a new
+    request. So the gateway sends only requests there that it has accepted before."""
 
 
 class Membership:
@@ -109,14 +109,14 @@ class Membership:
         """Start with nobody.
 
         Args:
-            connect: the client of a replica; it is closed here when the replica is gone.
+            connect: makes the client of a replica. `Membership` closes the client when the replica is gone.
             clock: in seconds.
         """
         self._connect = connect
         self._members: dict[str, dict[str, Member]] = {pool: {} for pool in POOLS}
-        # By incarnation: what Serve has taken out of its lists and this gateway has not let go of.
+        # By incarnation: replicas that Serve has taken out of its lists, and that this gateway has not let go of.
         self._leaving: dict[str, Member] = {}
-        # By incarnations: pairs that are left alone, and until when; see `handoff.breaker` and `kv_paths`.
+        # By incarnations: pairs that rest, and until when; see `handoff.breaker` and `kv_paths`.
         self._resting: dict[tuple[str, str], float] = {}
         self._clock = clock
         self._on_change = on_change
@@ -162,14 +162,15 @@ class Membership:
         ]
 
     def misfits(self) -> list[tuple[Pair, str]]:
-        """Pairs of live replicas that are none, and why; they exist while a rolling update runs."""
+        """The pairs of live replicas between which no KV can go, and why. They exist while a rolling update runs."""
         pairs = [Pair(p, d) for p in self.members(PREFILL) for d in self.members(DECODE)]
         return [(pair, why) for pair in pairs if (why := misfit(pair.prefill.info, pair.decode.info)) is not None]
 
     def let_go(self, incarnation: str, *, carrying: bool) -> bool:
-        """Whether this gateway sends nothing more to a replica that leaves; from then on it is not chosen.
+        """Let a leaving replica go unless this gateway needs it. Returns whether the gateway sends it nothing more.
 
-        A leaving decode replica is kept while nobody else could take the requests that the gateway is `carrying`.
+        The gateway keeps a replica on which it has legs. While it is `carrying` requests, it also keeps a leaving
+        decode replica if no other one could take them.
         """
         member = self._leaving.get(incarnation)
         if member is None:
@@ -182,14 +183,14 @@ class Membership:
         return True
 
     def forget(self, incarnation: str) -> None:
-        """A replica that left is gone."""
+        """Drop a leaving replica for good, and close its client."""
         member = self._leaving.pop(incarnation, None)
         if member is not None:
             member.client.close()
             self._changed()
 
     def mark_warm(self, pair: Pair) -> None:
-        """Make a pair routable; ignored when one of the two has gone meanwhile, or it or one of them was taken out."""
+        """Make a pair routable. Ignored if the pair rests, or if one of its replicas is gone or quarantined by now."""
         well = pair.prefill.quarantined is pair.decode.quarantined is None
         if well and not self.is_resting(pair) and self._alive(pair.prefill) and self._alive(pair.decode):
             pair.prefill.warm_peers |= {pair.decode.info.replica_id}
@@ -198,9 +199,10 @@ class Membership:
             self._changed()
 
     def mark_cold(self, pair: Pair, *, rest_s: float = 0.0) -> None:
-        """Take a pair out of routing until it is warmed again, not before `rest_s` are over and `end_rest` says so.
+        """Take a pair out of routing until it is warmed again.
 
-        Of several rests the one that ends last counts.
+        With `rest_s`, it is not warmed before so many seconds are over and `end_rest` was called. Of several rests the
+        one that ends last counts.
         """
         if rest_s > 0:
             until = self._clock() + rest_s
@@ -213,7 +215,7 @@ class Membership:
         return pair.key in self._resting
 
     def end_rest(self, pair: Pair) -> float:
-        """Let a pair be warmed again if its rest is over; seconds for which it has to rest yet."""
+        """Let a pair be warmed again if its rest is over. Returns the seconds for which it still has to rest."""
         until = self._resting.get(pair.key)
         if until is None:
             return 0.0
@@ -230,7 +232,7 @@ class Membership:
             self._changed()
 
     def mark_lost(self, member: Member, error: ReplicaLostError) -> None:
-        """A leg was lost there: stop choosing it if it could not be connected to."""
+        """A leg was lost on this replica: stop choosing the replica if it could not be connected to."""
         logger.warning("replica %s lost: %s", member.info.replica_id, error)
         if error.unreachable:
             self.mark_unreachable(member)
@@ -241,7 +243,7 @@ class Membership:
             self._changed()
 
     def quarantine(self, member: Member, reason: str) -> bool:
-        """Take a replica out, and with it what its pairs have proved; whether it was in."""
+        """Take a replica out of routing, and make its pairs cold. Returns False if it was out already."""
         if member.quarantined is not None:
             return False
         member.quarantined = reason
@@ -252,13 +254,13 @@ class Membership:
         return True
 
     def release(self, member: Member, *, draining: bool = False) -> None:
-        """A replica works, or works and is `draining`; a pair of it carries traffic once it is warm again."""
+        """Let a replica back in that works, or works and is `draining`. A pair of it is used once the pair is warm."""
         if (member.quarantined, member.draining) != (None, draining):
             member.quarantined, member.draining = None, draining
             self._changed()
 
     def put_on_probation(self, member: Member) -> None:
-        """Choose a replica only once `end_probation` says so, for its pool loses one after the other."""
+        """Keep a replica out of ordinary choice until `end_probation`: its pool loses one replica after the other."""
         member.on_probation = True
         self.roster = self._roster()
 
@@ -267,20 +269,20 @@ class Membership:
         self._changed()
 
     def is_warm(self, member: Member) -> bool:
-        """Whether it has moved KV with some replica, or there is none in the other pool that it could have."""
+        """Whether a replica has moved KV, or the other pool has no usable replica that it could move KV with."""
         others = self._members[DECODE if member.info.pool == PREFILL else PREFILL].values()
         return bool(member.warm_peers) or not any(o.usable and misfit(member.info, o.info) is None for o in others)
 
     def is_listed(self, member: Member) -> bool:
-        """Whether Serve has it in its lists."""
+        """Whether Serve has the replica in its lists."""
         return self._alive(member)
 
     def is_known(self, member: Member) -> bool:
-        """Whether Serve has it in its lists, or this gateway has not let go of it."""
+        """Whether Serve has the replica in its lists, or this gateway has not let go of it."""
         return self._alive(member) or self._leaving.get(member.info.incarnation) is member
 
     def incarnations(self) -> frozenset[str]:
-        """Of all replicas that are known, see `is_known`."""
+        """The incarnations of all known replicas, see `is_known`."""
         listed = (member.info.incarnation for pool in POOLS for member in self._members[pool].values())
         return frozenset([*listed, *self._leaving])
 
@@ -311,7 +313,7 @@ class Membership:
         return sum(len(m.warm_peers) for m in self.members(PREFILL))
 
     def _changed(self) -> None:
-        """Something that is known of a replica is different."""
+        """Make the roster anew and tell the listener, after something known of a replica has changed."""
         self.roster = self._roster()
         self._on_change()
 
@@ -328,7 +330,7 @@ class Membership:
         )
 
     def _back(self, info: ReplicaInfo) -> Member:
-        """A new member, or one that was out of Serve's list for a while, as around a restart of its controller."""
+        """A new member, or the old one if the replica was only out of Serve's list, as when the controller restarts."""
         left = self._leaving.get(info.incarnation)
         if left is None or left.info != info:
             return Member(info, self._connect(info))

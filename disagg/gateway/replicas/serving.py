@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may serve: the states of replicas, pairs, pools and the application, from what is known of each replica. Pure.
 
-The one owner of these rules. Routing, `/health`, the admin API, and through it the SDK and `disagg status`, and the
-gauges all take their word from here.
+These rules are nowhere else. Routing, `/health`, the gauges and the admin API ask this module. The SDK and
+`disagg status` ask the admin API.
 
 | state | new requests | why |
 |---|---|---|
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 State = Literal["routable", "slow", "warming", "draining", "quarantined", "unreachable"]
-"""Of a replica, the best first."""
+"""States of a replica, the best first."""
 
 SERVING: Collection[State] = ("routable", "slow")
 """States in which a replica counts as one of its pool."""
@@ -48,22 +48,22 @@ class Facts(Protocol):
 
 
 def may_serve(facts: Facts) -> bool:
-    """Whether new requests may go there: a decode replica's alone, hand-offs through each pair that is warm."""
+    """Whether new requests may go to a replica: a decode replica may answer alone, a warm pair may take hand-offs."""
     return is_well(facts) and not facts.on_probation
 
 
 def is_well(facts: Facts) -> bool:
-    """Whether nothing is wrong with the replica itself. One on probation may be."""
+    """Whether nothing is wrong with the replica itself. A replica on probation may be well."""
     return facts.reachable and facts.quarantined is None and not facts.draining
 
 
 def may_finish(facts: Facts) -> bool:
-    """Whether a decode replica that leaves may take what no other one can."""
+    """Whether a decode replica that leaves may take a request that no other replica can."""
     return facts.reachable and facts.quarantined is None
 
 
 def may_be_warmed(prefill: Facts, decode: Facts) -> bool:
-    """Whether KV may be moved between two replicas for a proof. It also shows whether they are reachable."""
+    """Whether the gateway may warm the pair of two replicas. A warm-up also shows whether they are reachable."""
     return not any(facts.quarantined is not None or facts.draining for facts in (prefill, decode))
 
 

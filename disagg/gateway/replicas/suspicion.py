@@ -15,9 +15,9 @@ from cachetools import FIFOCache
 _SLOW_S = 1.0
 """A probe that takes no longer than this is never slow."""
 _SLOW_FACTOR = 5.0
-"""How many times the best of its pool a slow one takes."""
+"""A slow probe takes more than so many times the best one of its pool."""
 _SLOW_PROBES = 3
-"""Probes in a row."""
+"""Slow probes in a row that make a replica slow."""
 _LOSSES = 3
 _LOSSES_WITHIN_S = 120.0
 _MAX_REMEMBERED = 256
@@ -25,11 +25,11 @@ _MAX_REMEMBERED = 256
 
 @dataclass(frozen=True)
 class ProbeTime:
-    """The last token that a replica asked its engine for."""
+    """How long an engine took for the last probe: one token that its replica asked it for."""
 
     seconds: float
     number: int
-    """Which one it was; the same number is the same measurement."""
+    """Which probe it was. Two answers with one number tell the same measurement."""
 
 
 class Slowness:
@@ -40,7 +40,7 @@ class Slowness:
         self._judged: dict[str, tuple[int, int]] = {}
 
     def judge(self, probes: Mapping[str, ProbeTime]) -> set[str]:
-        """The incarnations that are slow, of those in `probes`; others are forgotten."""
+        """The slow ones of the incarnations in `probes`. All other incarnations are forgotten."""
         limit_s = max(_SLOW_S, _SLOW_FACTOR * min((probe.seconds for probe in probes.values()), default=0.0))
         judged: dict[str, tuple[int, int]] = {}
         for incarnation, probe in probes.items():
@@ -60,7 +60,7 @@ class CrashLoop:
         self._counted: FIFOCache[str, None] = FIFOCache(_MAX_REMEMBERED)
 
     def count_loss(self, incarnation: str, now: float) -> bool:
-        """Count a replica, once; whether the pool's replicas die one after the other only since this one."""
+        """Count a lost replica, once. Returns whether the crash loop begins with this loss."""
         if incarnation in self._counted:
             return False
         was_on = self.is_on(now)
@@ -69,5 +69,5 @@ class CrashLoop:
         return self.is_on(now) and not was_on
 
     def is_on(self, now: float) -> bool:
-        """Whether new replicas of the pool have to prove themselves."""
+        """Whether the pool is in a crash loop, so that its new replicas go on probation."""
         return len(self._lost_at) == _LOSSES and now - self._lost_at[0] <= _LOSSES_WITHIN_S

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks every replica how its engine is, and takes those out of routing that hang, until they work again.
+"""Asks every replica how its engine is. Takes replicas that hang out of routing until they work again.
 
-One task a replica. `Membership` keeps what is found, `suspicion` judges what takes more than one answer. What runs on a
-replica that is taken out fails here at once, so that it can go on elsewhere.
+One task asks one replica. `Membership` keeps what the tasks find; `suspicion` judges what takes more than one answer.
+When a replica is taken out, this gateway's legs on it fail at once, so that their requests can go on elsewhere.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _MISSES = 2
 _MISSES_OF_THE_LAST = 5
 """The last decode replica may be slow to answer: nobody else could serve what runs there."""
 _LATE_S = 0.5
-"""An answer that is missed this much later than it was to come was missed by the gateway's loop, which stood still."""
+"""If a question fails this much later than it should, the gateway's own loop stood still: that is no miss."""
 _BROKEN = 5
-"""Connections in a row that break although the process takes them, after which each is a miss."""
+"""Connections in a row that the process takes and that then break: from so many on, each counts as a miss."""
 _AGAIN_S = 0.1
-"""After a connection that broke: whether the process is gone shows in the next one."""
+"""Wait after a connection that broke. The next connection shows whether the process is gone."""
 
 UNANSWERED = "unanswered"
 
@@ -43,9 +43,9 @@ class _Watched:
     """Questions in a row whose connection broke off."""
     probe: ProbeTime | None = None
     ok_since: float | None = None
-    """Since when a replica on probation has been well, and a prefill replica warm, on the watch's clock."""
+    """Since when a replica on probation has been well, on the watch's clock. A prefill replica must be warm, too."""
     told: bool = False
-    """Whether the log says already why it cannot be taken out."""
+    """Whether the log says already that this suspect replica stays in use."""
 
 
 class Watch:
@@ -81,7 +81,7 @@ class Watch:
         self._crash_loops = {pool: CrashLoop() for pool in POOLS}
 
     def members_changed(self) -> None:
-        """Begin with every replica that is not watched, and count those that are lost. Returns at once."""
+        """Begin to watch every replica that is not watched yet, and count those that are lost. Returns at once."""
         for member in [member for pool in POOLS for member in self._membership.members(pool)]:
             if not member.reachable:
                 self._count_loss(member)
@@ -102,7 +102,7 @@ class Watch:
             self._watched.pop(watched.member.info.incarnation, None)
 
     async def _asked(self, watched: _Watched) -> float:
-        """As `_ask`. A failure of its own is no miss, and does not end the watch."""
+        """As `_ask`, but an unexpected error of the watch is no miss of the replica, and does not end the watch."""
         try:
             return await self._ask(watched)
         except Exception as exc:
@@ -112,7 +112,7 @@ class Watch:
             return self._interval_s
 
     async def _ask(self, watched: _Watched) -> float:
-        """Ask once and take the answer; seconds until the next time."""
+        """Ask once and take the answer. Returns the seconds until the next question."""
         member = watched.member
         began = self._clock()
         try:
@@ -125,14 +125,14 @@ class Watch:
                 return 0.0
             return self._take_loss(watched, exc, self._clock() - began)
         if health.incarnation != member.info.incarnation:
-            # Another process has its address.
+            # Another process has the replica's address by now.
             self._membership.mark_unreachable(member)
         else:
             self._take(watched, health)
         return self._interval_s
 
     def _take_loss(self, watched: _Watched, error: ReplicaLostError, took_s: float) -> float:
-        """Seconds until the next question, after one that took `took_s`."""
+        """Handle a question that failed after `took_s` seconds. Returns the seconds until the next question."""
         if error.own:
             if not self._told_own:
                 self._told_own = True
@@ -141,13 +141,14 @@ class Watch:
         if error.unreachable:
             self._membership.mark_unreachable(watched.member)
         if error.gone:
-            # Refused: its end breaks what runs there by itself. Broken off: the next connection tells, up to a point.
+            # A refused connection: the process has ended, and all its connections break by themselves. A connection
+            # that broke: the next one shows whether the process is gone, until `_BROKEN` have broken in a row.
             watched.broken = watched.broken + 1 if error.sent else 0
             if watched.broken >= _BROKEN:
                 self._miss(watched)
             return _AGAIN_S if error.sent else self._interval_s
         self._miss(watched)
-        # What fails at once, as where no way leads to a host, is not asked again at once.
+        # A question may fail at once, e.g. without a route to the host. The next one still waits out the interval.
         return max(0.0, self._interval_s - took_s)
 
     def _miss(self, watched: _Watched) -> None:
@@ -199,7 +200,7 @@ class Watch:
             logger.error(
                 "replica %s is taken out of routing (%s); what ran there goes elsewhere", info.replica_id, reason
             )
-        # Each time, because a request may have been on its way there when it was taken out.
+        # Fail the legs each time: a request may have been on its way there when the replica was taken out.
         watched.member.client.fail(
             ReplicaLostError(f"replica {info.replica_id} hangs ({reason})", sent=True, gone=False)
         )
@@ -221,7 +222,7 @@ class Watch:
         member = watched.member
         if not member.on_probation:
             return
-        # Decode replicas compute what no hand-off brings.
+        # A decode replica need not be warm: it can compute prompts itself.
         if member.info.pool != DECODE and not self._membership.is_warm(member):
             watched.ok_since = None
         elif watched.ok_since is None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which answers can be checked by computing them again, what is sent for it, and how two answers are compared. Pure.
 
-Checked are greedy answers whose tokens follow from the prompt alone. The second run is always a plain completion of
-the prompt's tokens that does not end by itself, so that it has a token for each one of the answer, the last included.
+The gateway checks only greedy answers whose tokens follow from the prompt alone. The second run is always a plain
+completion of the prompt's tokens. It does not end by itself, so that it has a token for each token of the answer, also
+for the last one.
 Source of what each field does: vLLM 0.32, `ChatCompletionRequest`, `CompletionRequest`, `SamplingParams`.
 """
 
@@ -18,14 +19,14 @@ import msgspec
 from transport.handoff_params import NOT_STORED
 
 NEAR_TIE = 0.5
-"""Nats between the two best tokens below which either may win: the order in which an engine adds up numbers depends on
-what else it computes at the moment."""
+"""If the log-probabilities of two tokens are no further apart than this, in nats, either token may win: the order in
+which an engine adds up numbers depends on what else it computes at the moment."""
 _NUM_TOP = 5
 _FREE = frozenset(
-    # The prompt: its tokens are here already.
+    # These make the prompt, and the gateway has the tokens of the prompt already.
     "model messages prompt documents chat_template chat_template_kwargs add_generation_prompt continue_final_message "
     "add_special_tokens reasoning_effort include_reasoning "
-    # Of no effect on the best token.
+    # These do not change which token is the best.
     "temperature seed top_p top_k min_p "
     # Where the answer ends.
     "max_tokens max_completion_tokens stop stop_token_ids ignore_eos include_stop_str_in_output "
@@ -51,7 +52,7 @@ def may_check(body: Mapping[str, Any], prompts: Sequence[Sequence[int]] | None) 
     """
     temperature = body.get("temperature")
     if temperature is None or isinstance(temperature, str) or temperature != 0:
-        # Unset means the model's default.
+        # An unset temperature means the model's default.
         return False
     if prompts is None or len(prompts) != 1 or not prompts[0] or body.get("stream") not in (None, False, True):
         return False
@@ -65,9 +66,10 @@ def _says_nothing(name: str, value: Any) -> bool:
 def shadow_body(
     model: str, prompt_token_ids: Sequence[int], num_tokens: int, *, asked: Mapping[str, Any], cache_salt: str
 ) -> bytes:
-    """The second run: `num_tokens` tokens after the prompt. With a new `cache_salt` no tier has any of its KV.
+    """The body of the second run: `num_tokens` tokens after the prompt. With a new `cache_salt` no tier has its KV.
 
-    `asked` is the client's body: a penalty that it sets to nothing is set so here, for unset it is the model's default.
+    `asked` is the client's body. If it sets a penalty to nothing, so does the second run, because the model's default
+    holds for an unset penalty.
     """
     return _encode(
         {name: asked[name] for name in _PENALTIES if asked.get(name) is not None}
@@ -81,7 +83,7 @@ def shadow_body(
             "return_tokens_as_token_ids": True,
             "return_token_ids": True,
             "cache_salt": cache_salt,
-            # Nobody asks for this salt again.
+            # No later request has this salt, so nobody would load the KV.
             "kv_transfer_params": NOT_STORED,
         }
     )
@@ -127,15 +129,15 @@ def computed(payload: bytes) -> Computed | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two answers part. What comes behind it follows from it and is not compared."""
+    """The first place where two answers part. The tokens behind this place follow from it and are not compared."""
 
     position: int
     answered: int
     """Id of the client's token."""
     computed: int
-    """Id of the second run's."""
+    """Id of the second run's token; -1 if it has none there."""
     top_logprobs: Mapping[str, float]
-    """Of the second run at this place; empty if the engine told none."""
+    """The second run's best tokens at this place, see `Computed`; empty if the engine told none."""
 
     @property
     def is_tie(self) -> bool:
@@ -145,7 +147,7 @@ class Difference:
 
 
 def difference(answered: Sequence[int], again: Computed) -> Difference | None:
-    """Where `again` parts from the tokens of an answer; None when it has the same, `answered` in full."""
+    """Where `again` parts from the tokens of an answer; None when `again` begins with all of `answered`."""
     for i, token in enumerate(answered):
         if i >= len(again.token_ids) or again.token_ids[i] != token:
             other = again.token_ids[i] if i < len(again.token_ids) else -1

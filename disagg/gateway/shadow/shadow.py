@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corruption watch: computes one of N answers that were made of moved KV again without it, and compares.
+"""Corruption watch: computes one of N answers again that were made with moved KV, without that KV, and compares.
 
-Runs in the background once the client has its answer, on the decode replica that gave it: same weights, same kernels,
-so that all that differs is where the prompt's KV came from. What is checked and compared is in `shadow_rules`, what
-follows from it in `kv_paths`.
+A check runs in the background once the client has the answer, on the decode replica that gave it. Weights and kernels
+are the same, so only the origin of the prompt's KV differs. `rules` says what is checked and how answers are compared,
+`kv_paths` what follows from the result.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from pools.errors import ReplicaLostError
 logger = logging.getLogger(__name__)
 
 _BUSY_SHARE = 0.25
-"""Of the requests that the gateway may carry: when it carries more, nothing is checked."""
+"""Share of the requests that the gateway may carry. While it carries more than that, it checks nothing."""
 _TIMEOUT_S = 120.0
 _CONSUMED_TIMEOUT_S = 5.0
-"""How long the engines' word that the KV was read may take to get here."""
+"""How long the gateway waits for the engines' event that the KV was read."""
 _POLL_S = 0.05
 
 
@@ -89,16 +89,16 @@ class Shadow:
         self._running = False
 
     def begin(self, call: Call) -> Check | None:
-        """A request on its way; None when it cannot be checked. Its `call` is what has to be sent."""
+        """The check of a request that is about to be sent; None when it cannot be checked. Send the check's `call`."""
         if not may_check(call.body, call.prompts):
             return None
         if call.body.get("stream") or not (self._num_since + 1 >= self._every or self._paths.any_suspect):
             return Check(call, self)
-        # An answer that is not streamed tells its token ids only if it is asked, so this is decided beforehand.
+        # An answer that is not streamed has token ids only if the request asks for them, so decide before it is sent.
         return Check(asking_for_ids(call), self, asked=True, hide=call.body.get(IDS) is not True)
 
     def over(self, check: Check, answer: Answer, sent: Sent | None) -> None:
-        """A client has the whole of an answer. Returns at once."""
+        """A client has a whole answer: begin its check in the background if it is due. Returns at once."""
         under_way = answer.under_way
         if under_way is None or answer.status != 200:
             return
@@ -108,7 +108,7 @@ class Shadow:
             return
         answered = check.token_ids(answer, sent)[: self._config.shadow_max_tokens]
         if not answered:
-            # One that comes later will do.
+            # A later answer is checked in its place.
             return
         if due:
             self._num_since = 0
@@ -136,7 +136,7 @@ class Shadow:
         assert call.prompts is not None
         prompt, member = call.prompts[0], under_way.pair.decode
         if not await self._consumed(under_way.leg.handoff_id):
-            # Its KV was computed or cached on decode: that proves nothing of the pair.
+            # The decode engine computed the KV or had it cached, so the answer proves nothing of the pair.
             return None
         request = errand(num_tokens=len(prompt), decode_id=member.info.replica_id)
         if not self._membership.is_listed(member) or self._chooser.decide(request).refusal is not None:
@@ -206,16 +206,16 @@ class Check:
     """One request whose answer may be checked."""
 
     call: Call
-    """What has to be sent."""
+    """The request as it has to be sent."""
     _shadow: Shadow
     asked: bool = False
-    """Whether an answer that is not streamed was asked for its token ids."""
+    """Whether the gateway asked for the token ids of an answer that is not streamed."""
     hide: bool = False
-    """Whether the client did not ask for them."""
+    """Whether the gateway has to hide these ids, because the client did not ask for them."""
     _token_ids: Sequence[int] = field(default=(), init=False)
 
     def taken(self, answer: Answer) -> bytes:
-        """What the client gets of an answer that is not streamed. Keeps the token ids that were asked of it."""
+        """What the client gets of an answer that is not streamed. Keeps the token ids that the gateway asked for."""
         if not self.asked or answer.status != 200:
             return answer.content
         document = computed(answer.content)
@@ -223,15 +223,15 @@ class Check:
         return without_ids(answer.content) if self.hide else answer.content
 
     def over(self, answer: Answer, sent: Sent | None) -> None:
-        """The client has the whole of it. Returns at once.
+        """The client has the whole answer. Returns at once.
 
         Args:
-            sent: what it was sent of a stream; None for an answer that is not one, and for a stream without token ids.
+            sent: what the client was sent of a stream; None without a stream, and for a stream without token ids.
         """
         self._shadow.over(self, answer, sent)
 
     def token_ids(self, answer: Answer, sent: Sent | None) -> Sequence[int]:
-        """Ids of the tokens that the client got; empty when they are not known or not all of one replica."""
+        """Ids of the tokens that the client got; empty when they are not known, or not all from one replica."""
         if sent is None or answer.exchange is None or not answer.exchange.complete:
             return self._token_ids
         sent.parse()
@@ -240,7 +240,7 @@ class Check:
 
 
 def show_paths(paths: KvPaths, membership: Membership, metrics: Metrics) -> None:
-    """Set the gauge of each pair that has been proved or has failed to be."""
+    """Set the gauge of each pair with a proof, one that succeeded or one that failed."""
     metrics.kv_path_verified.clear()
     for pair in (Pair(p, d) for p in membership.members(PREFILL) for d in membership.members(DECODE)):
         verified = paths.verified(pair.key)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One answer on its way to its client: as ASGI messages or from socket to socket, over the loss of its replica, too.
+"""One answer on its way to its client, as ASGI messages or from socket to socket, also when its replica is lost.
 
-`app` imports it and nobody else.
+Only `app`, `routes` and `deployment` import it.
 """

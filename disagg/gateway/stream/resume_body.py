@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies of resumable requests: the first asks for token ids, a later one takes up where it stopped. Pure."""
+"""The body of a request that resumes a stream: the next replica continues the answer after the cut. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from disagg.gateway.handoff.call import Call
 
 _DEFAULT_COMPLETION_TOKENS = 16
-"""What vLLM generates for a completion that does not say."""
+"""Tokens that vLLM generates at most for a completion without `max_tokens`."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -29,10 +29,10 @@ def num_left(call: Call, num_tokens: int) -> int | None:
 
 
 def continued(call: Call, token_ids: Sequence[int]) -> Call:
-    """The request that goes on after `token_ids` of its answer; at least one more may be generated.
+    """The request that continues an answer after its first tokens, `token_ids`. At least one token must be left.
 
-    `call` has one prompt. Chats carry the ids in `kv_transfer_params` (vLLM takes them there in place of the rendered
-    messages, and its parsers still run), completions as the prompt.
+    `call` has one prompt. A chat carries the ids in `kv_transfer_params`: vLLM takes them from there in place of the
+    rendered messages, and its parsers still run. A completion carries the ids as its prompt.
     """
     assert call.prompts is not None
     prompt = [*call.prompts[0], *token_ids]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which streams go on elsewhere when their decode replica is lost, and from which token. Pure.
+"""Which streams another replica may resume when their decode replica is lost, and from which token. Pure.
 
-Both sides are whitelists: a field that is not named here makes a stream one that ends with an error event.
+`_FREE` and `_UNSET` are whitelists. If a request has a field that neither of them names, the gateway does not resume
+its stream: the stream ends with an error event.
 Source of what each field does: vLLM 0.32, `ChatCompletionRequest`, `CompletionRequest`, `SamplingParams`.
 """
 
@@ -16,17 +17,17 @@ from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.token_ids import IDS, asking_for_ids
 
 _FREE = frozenset(
-    # The prompt: its tokens are here already.
+    # These make the prompt, and the gateway has the tokens of the prompt already.
     "model messages prompt documents chat_template chat_template_kwargs add_generation_prompt continue_final_message "
     "add_special_tokens reasoning_effort media_io_kwargs mm_processor_kwargs parallel_tool_calls "
-    # Each token by itself, or prompt and output alike (repetition_penalty).
+    # These look at each token by itself, or at prompt and output alike (repetition_penalty).
     "top_p top_k min_p repetition_penalty logit_bias allowed_token_ids stop_token_ids ignore_eos "
     # How the answer is written.
     "logprobs top_logprobs return_tokens_as_token_ids return_token_ids return_token_offsets skip_special_tokens "
     "spaces_between_special_tokens include_stop_str_in_output stream stream_options stream_interval "
     # Bookkeeping.
     "user cache_salt priority request_id session_id metadata store service_tier prompt_cache_key safety_identifier "
-    # Judged below.
+    # `_judged` and `cut_for` look at the values of these.
     "temperature stop max_tokens max_completion_tokens min_tokens tools tool_choice response_format".split()
 )
 _UNSET: dict[str, tuple[Any, ...]] = {
@@ -55,7 +56,7 @@ _UNSET: dict[str, tuple[Any, ...]] = {
     "routed_experts_prompt_start": (None, 0),
     "prompt_embeds": (None,),
 }
-"""Fields that rule a resume out unless they say nothing: the state they need is gone with the engine."""
+"""Fields that rule a resume out, except with these values: what any other value needs is lost with the engine."""
 
 _COUNTS = ("max_tokens", "max_completion_tokens", "min_tokens")
 
@@ -69,7 +70,7 @@ class ResumePlan:
     call: Call
     """As it is sent to an engine."""
     refusal: str | None
-    """Why its stream cannot go on elsewhere, if so."""
+    """Why no other replica can resume its stream; None when one can."""
 
     @property
     def client_ids(self) -> bool:
@@ -86,7 +87,7 @@ def resume_plan(call: Call) -> ResumePlan:
 def why_not(endpoint: Endpoint, body: Mapping[str, Any], prompts: Sequence[Sequence[int]] | None) -> str | None:
     """Why a stream of this request cannot be resumed, in one word or `field:<name>`; None when it can.
 
-    Decided from the request alone; what was sent by the time of the loss can still rule it out.
+    This looks at the request alone. What the client has by the time of the loss can still rule a resume out.
 
     Args:
         prompts: token ids of each prompt, or None when it could not be rendered.
@@ -131,7 +132,7 @@ def stop_strings(body: Mapping[str, Any]) -> list[str] | None:
 
 
 def is_greedy(body: Mapping[str, Any]) -> bool:
-    """Whether the tokens follow from the prompt. Unset means the model's default, so it does not count."""
+    """Whether the tokens follow from the prompt. An unset temperature does not count: it means the model's default."""
     return body.get("temperature") == 0
 
 
@@ -140,9 +141,9 @@ class Cut:
     """Where the next replica takes over."""
 
     num_tokens: int
-    """Tokens of the answer that it gets as part of the prompt."""
+    """Tokens of the answer that the next replica gets as part of its prompt."""
     overlap: str
-    """Text behind these that the client has: it will be made again, and must come out the same."""
+    """Text behind these tokens that the client has. The next replica makes it again, and must make it alike."""
 
 
 def cut_for(body: Mapping[str, Any], texts: Sequence[str], sent_text: str, *, client_ids: bool) -> Cut | str:
@@ -175,7 +176,7 @@ def cut_for(body: Mapping[str, Any], texts: Sequence[str], sent_text: str, *, cl
     if overlap and not is_greedy(body):
         return "held_back"
     if num_tokens < len(texts):
-        # The tokens behind the cut are made again, but what was told of them stands.
+        # The next replica makes the tokens behind the cut again. The client keeps what it was told of the old ones.
         if _has_logprobs(body):
             return "logprobs"
         if client_ids and not is_greedy(body):
@@ -184,6 +185,6 @@ def cut_for(body: Mapping[str, Any], texts: Sequence[str], sent_text: str, *, cl
 
 
 def _has_logprobs(body: Mapping[str, Any]) -> bool:
-    """Of a completion 0 and, to vLLM the same, false ask for the log-probability of each token itself."""
+    """In a completion, 0 asks for the log-probability of each token itself; vLLM takes false as 0."""
     value = body.get("logprobs")
     return bool(value) if "messages" in body else value is not None

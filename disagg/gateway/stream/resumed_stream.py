@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the stream of the replica that took over the rest of the stream that the client is reading. Pure.
+"""Rewrites the stream of a replica that resumes: it becomes the rest of the stream that the client is reading. Pure.
 
-Every event is parsed: the id and time are those of the first replica, a second role chunk goes, text and tokens that
-the client has are cut after they were compared, and usage counts the whole answer.
+Every event is parsed. It gets the id and time of the first replica. A second role chunk is dropped. Text and tokens
+that the client has already are compared, then cut. Usage counts the whole answer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 class DivergedError(Exception):
-    """The replica that took a stream over says something else than was sent already."""
+    """The replica that took a stream over contradicts what the client has already."""
 
 
 class ResumedStream:
-    """One replica's stream as the client gets it. What goes on to the client is told to `sent`."""
+    """One replica's stream as the client gets it. `sent` records what goes to the client."""
 
     def __init__(self, sent: SentTokens, cut: Cut, *, num_prompt_tokens: int, client_ids: bool, greedy: bool) -> None:
-        """`sent` is cut here: tokens behind the cut are made again, the same ones if `greedy`."""
+        """Cuts `sent`: this replica makes the tokens behind the cut again, the same ones if `greedy`."""
         self._sent = sent
         self._overlap = cut.overlap
         self._text_sent = bool(sent.text)
@@ -48,7 +48,7 @@ class ResumedStream:
         return b"".join([self._event(event + b"\n\n") for event in events])
 
     def close(self) -> None:
-        """The stream is over or lost: what was sent before and this replica did not get to was sent all the same."""
+        """End the stream. Puts the tokens back into `sent` that this replica did not reach: the client has them."""
         self._sent.add(self._again, "")
         self._again = []
 
@@ -88,7 +88,7 @@ class ResumedStream:
             sent.usage_sent |= not body.get("choices")
 
     def _choice(self, choice: dict[str, Any]) -> bool:
-        """Cut what the client has; False when nothing is left of the chunk."""
+        """Cut what the client has already. Returns False when nothing is left of the chunk."""
         delta = choice.get("delta")
         if delta is not None and delta.get("role") is not None and not choice.get("finish_reason"):
             first, self._sent.role_sent = not self._sent.role_sent, True
@@ -118,8 +118,8 @@ class ResumedStream:
             self._sent.refusal = "tool_call"
         if cut_text or called or reasoned or finish_reason:
             return True
-        # A chunk without text is one that the client would have had from the first replica, too; but see `sent_tokens`
-        # for those that are there for their ids alone.
+        # A chunk that came without text goes on: the first replica would have sent it, too. A chunk that is there for
+        # its ids alone goes on only to a client that asked for ids, see `sent_tokens`.
         for_ids_alone = bool(text) or (delta == {} and logprobs is None)
         return bool(new_ids) and (self._client_ids or not for_ids_alone)
 
@@ -136,7 +136,7 @@ class ResumedStream:
         """Take the chunk's token ids; returns those that were not made before."""
         ids: list[int] = choice.get("token_ids") or []
         shared = min(len(ids), len(self._again))
-        # Without ids of its own the client sees text only, and text was compared.
+        # A client that did not ask for ids sees only text, and the text was compared.
         if self._client_ids and ids[:shared] != self._again[:shared]:
             raise DivergedError("the replica that took the stream over gave other tokens than were sent")
         self._again = self._again[shared:]
@@ -149,7 +149,7 @@ class ResumedStream:
 
 
 def whole_usage(usage: dict[str, Any], *, num_prompt_tokens: int, num_before: int) -> None:
-    """Make one replica's usage that of the whole answer.
+    """Turn one replica's usage into the usage of the whole answer.
 
     Args:
         num_prompt_tokens: of the client's prompt.
@@ -164,9 +164,9 @@ def whole_usage(usage: dict[str, Any], *, num_prompt_tokens: int, num_before: in
 
 
 def ending(sent: SentTokens, body: Mapping[str, Any], *, num_prompt_tokens: int, chat: bool) -> bytes | None:
-    """The events that are missing of an answer whose last token was sent; None when tokens are missing.
+    """The events that the client still lacks when it has the last token of the answer; None when it lacks tokens.
 
-    No usage of a stream with a `refusal`: not all of its tokens were counted.
+    A stream with a `refusal` gets no usage event, because not all of its tokens were counted.
     """
     if sent.finish_reason is None:
         return None

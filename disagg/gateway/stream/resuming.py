@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a stream on to another replica when its decode replica is lost; runs what `resume_rules` decides."""
+"""Resumes a stream on another replica when its decode replica is lost, as `resume_rules` decides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _NOBODY = "no other replica went on with it"
 _FIRST_RETRY_S = 0.1
 _MAX_RETRY_S = 2.0
-"""Between two tries to go on while no decode replica can."""
+"""Longest wait between two tries to resume a stream while no decode replica can take it."""
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -41,7 +41,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Resumer:
-    """Takes the streams of one gateway replica on to other replicas."""
+    """Resumes the streams of one gateway replica."""
 
     handoff: Handoff
     renderer: Renderer
@@ -49,7 +49,7 @@ class Resumer:
     config: GatewayConfig
 
     def begin(self, plan: ResumePlan, losses: Losses) -> Resuming:
-        """One stream, before its first byte is sent. `losses` are those before that."""
+        """Take charge of a stream before its first byte is sent. `losses`: what its request has lost until then."""
         return Resuming(self, plan, losses)
 
 
@@ -68,7 +68,7 @@ class Resuming:
         """What the first replica's bytes have to pass through; None when the stream cannot be resumed."""
 
     def check(self, last: bytes) -> None:
-        """The first replica's stream is over. Raises ReplicaLostError when the answer is not.
+        """Check the end of the first replica's stream. Raises ReplicaLostError when the answer is not complete.
 
         Args:
             last: the end of what the client was sent.
@@ -76,7 +76,7 @@ class Resuming:
         if self.sent is not None:
             _check_whole(self.sent.fault, done=self.sent.done)
         elif (fault := fault_in(last)) is not None:
-            # The client has it, and `[DONE]` after it.
+            # The client has this error event already, and `[DONE]` after it.
             self._metrics.resumes.labels("refused").inc()
             self._metrics.broken_streams.inc()
             logger.warning("stream %s was cut by its engine: %s", self._asked.request_id, _words(fault))
@@ -84,10 +84,10 @@ class Resuming:
             _check_whole(None, done=last.endswith(DONE))
 
     async def run(self, answer: Answer, error: ReplicaLostError, write: Write) -> bytes:
-        """Go on after the loss of the replica of `answer`. Returns what ends the stream.
+        """Resume the stream after the loss of the replica that gave `answer`. Returns the bytes that end the stream.
 
         Args:
-            write: takes the events of the replicas that follow.
+            write: sends the events of later replicas to the client.
         """
         while True:
             answer.close()
@@ -128,7 +128,7 @@ class Resuming:
                 answer.close()
 
     def _ending(self) -> bytes | None:
-        """What is missing of an answer whose tokens are all sent."""
+        """The events that the client still lacks when it has all tokens; None when it lacks tokens."""
         if self.sent is None:
             return None
         self.sent.parse()
@@ -156,7 +156,7 @@ class Resuming:
         return cut
 
     async def _again(self, cut: Cut) -> Answer:
-        """The answer of another replica, waited for. Raises DisaggError."""
+        """The answer of another replica. Waits up to `gateway.resume_wait_s` for one. Raises DisaggError."""
         assert self.sent is not None
         call = continued(self._plan.call, self.sent.token_ids[: cut.num_tokens])
         loop = asyncio.get_running_loop()
@@ -173,7 +173,7 @@ class Resuming:
                 await asyncio.sleep(min(backoff.next_s(), left))
 
     async def _begun(self, call: Call) -> Answer:
-        """A stream that goes on. Raises DisaggError, an InvalidRequestError when nobody would answer otherwise."""
+        """Try once to resume. Raises DisaggError; an InvalidRequestError when every replica would refuse alike."""
         answer = await self._handoff.resume(call, self._losses)
         if answer.exchange is not None:
             return answer

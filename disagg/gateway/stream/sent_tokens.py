@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remembers what a client was sent of a stream, and hides that the engine was asked to tell token ids.
+"""Remembers what a client was sent of a stream, and hides that the gateway asked the engine for token ids.
 
-In the chunk that comes, `,"token_ids":[...]` becomes `,"token_ids":null`, which is what vLLM 0.32 writes to who did not
-ask. It is found as bytes: inside a JSON string every quote is escaped, so these bytes are a key of the chunk's own and
-never text. Whole events only go on, so that a lost engine leaves no half of one behind. Chunks are parsed in batches.
+In each chunk, `,"token_ids":[...]` becomes `,"token_ids":null`, as vLLM 0.32 writes it for a client that did not ask.
+The gateway searches for these bytes: inside a JSON string every quote is escaped, so they are always a key of the chunk
+and never text. Only whole events go on, so that a lost engine leaves no half event behind. Events are parsed in
+batches.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _IDS = b',"token_ids":['
 _ERROR = b'data: {"error"'
 _ABORTED = b'"finish_reason":"abort"'
 _EMPTY = b'"delta":{},"logprobs":null,"finish_reason":null'
-"""A chat chunk that vLLM writes for its token ids alone: the parsers made nothing of the token yet."""
+"""In a chat chunk that vLLM writes for its token ids alone, because its parsers have made nothing of the token yet."""
 _PLAIN: dict[Endpoint, bytes] = {
     "chat": b'"},"logprobs":null,"finish_reason":null,"token_ids":[',
     "completions": b'","logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":[',
 }
-"""What stands before the ids in a chunk of text and nothing else, as almost all are."""
+"""What stands before the ids in a chunk that holds only text. Almost all chunks do."""
 _PLAIN_END = b"]}]}\n\n"
 _BATCH = 64
 
@@ -61,7 +62,7 @@ class _Event(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Event).decode
-# The chunks that are many: only what they add is read.
+# For chunks that hold only text, which are most of a stream: only the fields that they add are read.
 
 
 class _TextDelta(msgspec.Struct, gc=False):
@@ -83,7 +84,7 @@ _decode_texts = msgspec.json.Decoder(_TextEvent).decode_lines
 
 
 class SentTokens:
-    """One client's stream so far. Bytes of the first replica go through `feed`; later ones are told by `add`.
+    """One client's stream so far. The first replica's bytes go through `feed`; `add` records those of later replicas.
 
     Attributes are valid after `parse`.
 
@@ -94,7 +95,7 @@ class SentTokens:
         finish_reason: as sent, or None.
         usage_sent, done: whether the client has the usage chunk, and `[DONE]`.
         next_text_offset: `text_offset` of the next token's log-probability in a completion.
-        refusal: why nobody can take this stream on, or None.
+        refusal: why no replica can resume this stream, or None.
         fault: the error event with which the engine broke off, which the client did not get; or None.
     """
 
@@ -157,7 +158,7 @@ class SentTokens:
         self._texts.append("".join(texts))
 
     def add(self, token_ids: list[int], text: str) -> None:
-        """Take over what a later replica's chunk said and the client got of it."""
+        """Record a later replica's chunk: its token ids, and the text of it that the client got."""
         self.token_ids.extend(token_ids)
         if text:
             self._texts.append(text)
@@ -190,7 +191,7 @@ class SentTokens:
         return self._other_event(event)
 
     def _other_event(self, event: bytes) -> bytes:
-        """The same for what is not only text: first, last, usage, log-probabilities, tool calls, errors."""
+        """As `_event`, for events with more than text: first, last, usage, log-probabilities, tool calls, errors."""
         if self.fault is not None:
             return b""
         if event == DONE:
@@ -230,14 +231,14 @@ class SentTokens:
         if text:
             self._texts.append(text)
             if not choice.token_ids:
-                # Text of tokens that the engine did not tell: nothing can go on from there.
+                # The engine told no ids for this text, so no replica can continue behind it.
                 self.refusal = self.refusal or "no_token_ids"
         if choice.logprobs is not None and choice.logprobs.text_offset and choice.logprobs.tokens:
             self.next_text_offset = choice.logprobs.text_offset[-1] + len(choice.logprobs.tokens[-1])
 
 
 def fault_in(ending: bytes) -> bytes | None:
-    """The event with which an engine says that it broke off, in the end of a stream that nobody can take on."""
+    """The event in which an engine says that it broke off, if one is in the end of a stream that cannot be resumed."""
     for event in ending.split(_END):
         if _is_fault(event):
             return event

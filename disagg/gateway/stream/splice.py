@@ -2,9 +2,9 @@
 """Socket-to-socket streaming where uvicorn serves the client in this process (behind HAProxy, or alone).
 
 The ASGI path costs a task switch and several calls a token. Here the engine's chunk is written to the client's
-transport inside the call that received it. It hangs on uvicorn's `HttpToolsProtocol`, which is not a public
-interface: `tests/unit/disagg/gateway/stream/test_splice.py` fails when it changes, and `splice_of` returns None
-whenever anything is not as expected, which sends the response over plain ASGI.
+transport inside the call that received it. This module hangs on uvicorn's `HttpToolsProtocol`, which is not a public
+interface: `tests/unit/disagg/gateway/stream/test_splice.py` fails when uvicorn changes it. Whenever anything is not as
+expected, `splice_of` returns None, and the response goes over plain ASGI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transport.upstream.guard import require
 from transport.upstream.replacing import replace
 
 _LIMITS = HttpLimits(body_s=600.0, max_head_bytes=2**20, max_connections=16_384)
-"""Against what would hold the port; `gateway.body_timeout_s` and `gateway.max_header_bytes` refuse far sooner."""
+"""Against clients that hold connections. `gateway.body_timeout_s` and `gateway.max_header_bytes` refuse far sooner."""
 
 
 class SplicingProtocol(BoundedProtocol):
@@ -50,13 +50,13 @@ class SplicingProtocol(BoundedProtocol):
 
         Args:
             through: makes of each chunk what the client gets; it must not raise.
-            noted: is told each chunk that goes to the client as it came.
+            noted: called with each chunk, if there is no `through`.
         """
         write, is_closing = self.transport.write, self.transport.is_closing
 
         def to_client(data: bytes) -> None:
             noted(data)
-            # uvloop raises on a closed transport, and the engine would be blamed for a client that left.
+            # When a client has left, uvloop raises on its closed transport, and the error would look like the engine's.
             if not is_closing():
                 write(b"%x\r\n%b\r\n" % (len(data), data))
 
@@ -76,19 +76,19 @@ def install() -> None:
     """Make every uvicorn server that starts later in this process speak through `SplicingProtocol`.
 
     Raises:
-        UpstreamChangedError: uvicorn's protocol is not the one that it extends.
+        UpstreamChangedError: uvicorn's protocol is not the one that `SplicingProtocol` extends.
     """
     require(BORROWED, "disagg.gateway.stream.splice")
     replace(HTTP_PROTOCOL, splicing)
 
 
 def splicing(original: object) -> type[SplicingProtocol]:
-    """What stands where uvicorn keeps the class that it uses by default."""
+    """The class that takes the place of uvicorn's default protocol class."""
     return SplicingProtocol
 
 
 def protocol_of(scope: Any) -> SplicingProtocol | None:
-    """The client's protocol when it is in the running loop."""
+    """The protocol of the client's connection; None unless it is a `SplicingProtocol` in the running loop."""
     protocol = (scope.get("extensions") or {}).get(EXTENSION)
     if not isinstance(protocol, SplicingProtocol) or protocol.loop is not asyncio.get_running_loop():
         return None
@@ -96,7 +96,7 @@ def protocol_of(scope: Any) -> SplicingProtocol | None:
 
 
 def splice_of(scope: Any) -> SplicingProtocol | None:
-    """The same when this response can be spliced: started, chunked, and the one under way on its connection."""
+    """As `protocol_of`, but None unless the response is started, chunked, and the one under way on its connection."""
     protocol = protocol_of(scope)
     if protocol is None:
         return None

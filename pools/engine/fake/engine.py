@@ -2,7 +2,7 @@
 """An engine without a model: the contract, wire shapes and timing of vLLM, on no GPU and little CPU.
 
 Answers follow from the prompt alone (`pools.engine.fake.text`), so an answer after a hand-off can be compared with
-one without. Hand-offs are real in all but the bytes: held, leased, read once, settled, and told of in events.
+one without. Hand-offs are real in all but the bytes: held, leased, read once, settled, and reported in events.
 Sends raw ASGI messages, one a token. `python -m pools.engine.fake --help` runs one by itself.
 """
 
@@ -71,7 +71,8 @@ class FakeEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`host` and `listener_port` (0: the kernel chooses) are where decode engines read hand-offs; `clock` tells the
-        time of leases only. The length of a lease is not that of `transport`: here it may be a fraction of a second.
+        time of leases only. A lease lasts `kv_lease_duration_s`, which may be a fraction of a second, and not as long
+        as `transport` says.
         """
         self._engine_id = engine_id
         self._transport = transport
@@ -130,13 +131,13 @@ class FakeEngine:
 
     @property
     def facts(self) -> EngineFacts:
-        """What its replica knows of it, valid after `start`."""
+        """What the replica knows of this engine. Valid after `start`."""
         host, port = self._side_channel.host, self._side_channel.port
         return EngineFacts(role=self._role, platform="cpu", host=host, listener_port=port, engine_id=self._engine_id)
 
     @property
     def kv_source(self) -> dict[str, Any]:
-        """What its replica publishes about where its KV is, valid after `start`."""
+        """What the replica publishes about where this engine's KV is. Valid after `start`."""
         return self._transport.source(self.facts) if self._role == "prefill" else {}
 
     @property
@@ -238,7 +239,7 @@ class FakeEngine:
 
     @contextlib.asynccontextmanager
     async def _prefilled(self, generation: Generation, running: _Running) -> AsyncIterator[int]:
-        """Hold KV space, with the prompt fetched or computed; yields the tokens that were not computed here.
+        """Hold KV space and fetch or compute the prompt; yields how many prompt tokens were not computed here.
 
         Yields early when the request is aborted or the engine dies.
         """
@@ -316,8 +317,10 @@ class FakeEngine:
         return len(prompt) - 1
 
     def _hand_off(self, generation: Generation, running: _Running) -> KVTransferParams | None:
-        """Hold a finished prompt for a decode engine; what that engine needs to read it. With both legs at once it
-        knows."""
+        """Hold a finished prompt for a decode engine, and return the parameters with which that engine reads it.
+
+        Returns None when both legs are sent at once, because the decode engine has the parameters already.
+        """
         params = generation.kv_transfer_params
         if self._role != "prefill" or not params or not params.get(DO_REMOTE_DECODE) or self._over(running):
             return None
@@ -326,7 +329,7 @@ class FakeEngine:
         at_once = self._transport.legs == "both_at_once"
         key = str(params.get("transfer_id") or handoff_id) if at_once else running.internal_id
         block_ids = self._kv.pin(handoff_id, prompt, keys=[key], salt=generation.cache_salt, store=params.get(STORE))
-        # Leases end by themselves, also when nobody looks.
+        # A lease must end by itself, also when nobody calls the engine.
         asyncio.get_running_loop().call_later(self._kv.lease_s + _STEP_S, self._kv.expire)
         if at_once:
             return None
@@ -412,7 +415,7 @@ class FakeEngine:
         await send({"type": "http.response.body", "body": wire.DONE, "more_body": False})
 
     async def _stream_tokens(self, answers: Sequence[Choice], framing: Framing, running: _Running, send: Send) -> int:
-        """Send the tokens on an absolute schedule, so that a late one does not delay the next; how many were sent."""
+        """Send the tokens on an absolute schedule, so that a late one does not delay the next. Returns how many."""
         loop = asyncio.get_running_loop()
         itl_s, num_sent = self._config.itl_ms / 1e3, 0
         begin = loop.time()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV memory of the fake engine: blocks in use, a prefix cache, and hand-offs held until read, settled or expired.
 
-Holds no bytes, only who would hold them. Says what becomes of each hand-off in the engine's events, as a real one does.
+`FakeKV` holds no bytes; it counts who would hold blocks. It reports in the engine's events what becomes of each
+hand-off, as a real engine does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pools.engine.fake.tiers import FakeSharedCache
 KV_BYTES_PER_TOKEN = 131_072
 """An 8B model with 8 KV heads in bfloat16."""
 _MAX_SETTLED = 16_384
-"""Hand-offs settled before they were produced."""
+"""How many ids are kept of hand-offs that were settled before they were produced."""
 
 
 def num_blocks_of(num_tokens: int, block_size: int) -> int:
@@ -34,7 +35,7 @@ class Held:
     handoff_id: str
     """Its name in events."""
     keys: tuple[str, ...]
-    """What a decode engine may ask for it by: the engine's request id, and Mooncake's transfer id."""
+    """Names by which a decode engine may ask for the hand-off: the prefill engine's request id, or a transfer id."""
     token_ids: Sequence[int]
     prompt_state: int
     salt: str
@@ -98,7 +99,7 @@ class FakeKV:
         return num_cached
 
     def cache(self, token_ids: Sequence[int], salt: str) -> None:
-        """Remember the whole blocks of a prompt, least recently used ones out first."""
+        """Remember the whole blocks of a prompt. Beyond `num_blocks`, forget the least recently used ones."""
         for key in self._keys(token_ids, salt):
             self._cached[key] = None
             self._cached.move_to_end(key)
@@ -206,7 +207,7 @@ class FakeKV:
             self._say("rescued", id=held.handoff_id, tokens=tokens, bytes=tokens * KV_BYTES_PER_TOKEN, chunks=chunks)
 
     def _adopted(self, held: Held, outcome: str) -> list[str]:
-        """The chunks that the shared tier keeps of a hand-off that ended."""
+        """Store an ended hand-off in the shared tier, where that is allowed; returns the digests of its chunks."""
         if self._shared_cache is None or held.store == "never":
             return []
         if outcome == "consumed" and held.store != "always":

@@ -23,7 +23,7 @@ _DEFAULT_COMPLETION_TOKENS = 16
 
 
 class WireError(Exception):
-    """An answer that is no answer, in vLLM's shape."""
+    """An error answer in vLLM's shape."""
 
     def __init__(self, status: int, message: str, *, kind: str = "BadRequestError", param: str | None = None) -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class Generation:
 
 
 def parse(endpoint: Endpoint, body: Any, *, model_id: str, max_model_len: int) -> Generation:
-    """A request as the engine runs it. Raises WireError as vLLM would answer."""
+    """Parse the body of a request. Raises WireError with the answer that vLLM would give."""
     if not isinstance(body, dict):
         raise _invalid("Input should be a valid dictionary", "body")
     if body.get("model") not in (None, "", model_id):
@@ -215,10 +215,10 @@ def cut_at_stop(texts: Sequence[str], stop: Sequence[str]) -> tuple[list[str], s
 
 
 def held_back(texts: Sequence[str], text: str, stop: Sequence[str]) -> list[str]:
-    """What each token adds to a stream: what may be the beginning of a stop string waits for the next ones.
+    """The text that each token adds to a stream. Text that may begin a stop string is held back for the next tokens.
 
     Args:
-        texts: of each token.
+        texts: the text of each token.
         text: the whole answer, which a stop string may have cut.
     """
     keep = max(map(len, stop), default=1) - 1

@@ -34,7 +34,7 @@ class SideChannel:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.host = host
         self.port = port
-        """The kernel's choice after `start` when it was 0."""
+        """If 0 was given, the port that the kernel chose, valid after `start`."""
 
     async def start(self) -> None:
         """Listen. Raises OSError when the address cannot be bound."""
@@ -92,7 +92,7 @@ class SideChannel:
         return {"found": True, "prompt_state": held.prompt_state, "num_tokens": len(held.token_ids)}
 
     async def _taken(self, key: str, reader: asyncio.StreamReader) -> Held | None:
-        """What the asker waits for, unless it leaves first."""
+        """Wait for the hand-off that a decode engine asks for; None when that engine closes the connection first."""
         taking = asyncio.ensure_future(self._kv.take(key))
         leaving = asyncio.ensure_future(reader.read())
         try:
@@ -115,9 +115,10 @@ def named(params: KVTransferParams | None) -> tuple[str, str] | None:
 
 
 async def read_handoff(params: KVTransferParams, *, lease_s: float) -> dict[str, Any] | None:
-    """Read a hand-off from its prefill engine; its record, or None when it is over, unknown or out of reach.
+    """Read a hand-off from its prefill engine. Returns its record, or None when it is over, unknown or out of reach.
 
-    One whose blocks are named has been produced: it is there or it is not. Any other is waited for, up to `lease_s`.
+    A hand-off whose parameters name blocks has been produced, so the prefill engine answers at once. For any other one
+    the prefill engine waits, up to `lease_s`.
     """
     name = named(params)
     if name is None:

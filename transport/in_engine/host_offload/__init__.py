@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's tiers in host memory and on disk where there is no accelerator: the same specs, copied by the host.
+"""vLLM's tiers in host memory and on disk, for a machine without an accelerator: vLLM's specs, but the host copies.
 
-vLLM loads `specs` by module path. It imports no other part of `in_engine`.
+vLLM loads `specs` by module path. Of the rest of `in_engine`, this room imports `patches` alone.
 """

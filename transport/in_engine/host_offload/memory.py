@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory of the offload tier: where it comes from and that nothing of it outlives the engine.
+"""Host memory of the offload tier: where it comes from, and how all of it goes when the engine ends.
 
-All of it is touched at the start. A machine with too little memory then fails there, and no store ever does.
+All of it is touched at the start. With too little memory the start fails, and no store ever does.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def region_id(engine_id: str) -> str:
 
 
 def mark_used(region: SharedOffloadRegion) -> None:
-    """Say that this process uses the region's file, until it ends in whatever way."""
+    """Mark the region's file as used, by a lock. The lock goes when this process ends, in whatever way."""
     if region.fd is not None:
         fcntl.flock(region.fd, fcntl.LOCK_SH)
 
@@ -66,8 +66,8 @@ def mark_used(region: SharedOffloadRegion) -> None:
 def remove_stale_regions(directory: str = "/dev/shm") -> list[str]:
     """Remove files of regions that no process uses; returns their paths.
 
-    One is left only when an engine was killed while it started: later the file has no name any more. Young ones stay,
-    because their engine may not have marked them yet.
+    An engine leaves a file only when it was killed while it started: later the file has no name any more. Young files
+    stay, because their engine may not have marked them yet.
     """
     removed = []
     for path in glob.glob(f"{directory}/vllm_offload_{_REGION_PREFIX}*.mmap"):

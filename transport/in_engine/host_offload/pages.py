@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which bytes of the engine's KV tensors belong to which bytes of the host tensors, and the copy between them.
 
-A *block* is the engine's unit, a *chunk* the tier's: `blocks_per_chunk` blocks. Pages are copied as they are, padding
-left out. Consecutive pages are copied as one. Knows no jobs and no threads.
+A *block* is the engine's unit. A *chunk* is the tier's unit: `blocks_per_chunk` blocks. Pages are copied as they are,
+without padding. Consecutive pages are copied as one. This module knows no jobs and no threads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from vllm.v1.kv_offload.base import BlockIDsLoadStoreSpec, CanonicalKVCaches, GPULoadStoreSpec
 
 _MAX_WORDS = 32_000
-"""Most elements of one copy. From 32,768 on torch wakes OpenMP threads, and those of this thread would be a second team
-beside the one that computes."""
+"""Most elements of one copy. For 32,768 or more torch wakes OpenMP threads. The copying thread would get a team of its
+own, beside the team that computes."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Specs of vLLM's OffloadingConnector for a machine without an accelerator, where vLLM's own refuse to start.
 
-Named as `spec_name` and `spec_module_path` by `transport.offload` on `platform: cpu` and never otherwise. Everything
-on the scheduler's side, lookup, eviction, disk and metrics, is vLLM's; the workers' copies are this project's.
+`transport.offload` names them as `spec_name` and `spec_module_path` on `platform: cpu`, and never otherwise. The
+scheduler side is vLLM's: look-up, eviction, disk and metrics. The workers' copies are this project's.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class HostTieringOffloadingSpec(TieringOffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         """vLLM's manager of both tiers. Removes the region's name.
 
-        vLLM builds the scheduler when the workers have registered their KV; if it ever is the other way round, the
-        scheduler creates the file and keeps its name, as vLLM does.
+        vLLM builds the scheduler after the workers have registered their KV and made the region's file. Should the
+        scheduler ever come first, it creates the file and keeps the file's name, as vLLM does.
         """
         if self._manager is None:
             _check(self)

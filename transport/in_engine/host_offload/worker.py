@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's worker contract of a KV tier, for host tensors on a machine without an accelerator.
 
-One thread copies. Copies of one direction run in the order of their submission; a load, which a request waits for,
-goes before stores, which nobody waits for, and between the tensors of a running one. That is safe because vLLM has
-waited for every store of a block before it loads into it, and loads only chunks whose store it has seen finished.
-There are no streams to order: on a CPU a forward pass is over when vLLM submits the store of what it wrote.
+One thread copies. Copies of one direction run in the order of their submission. A request waits for a load and nobody
+waits for a store, so loads go before stores, and also between the tensors of a store that is running. That order is
+safe. vLLM has waited for every store of a block before it loads into the block, and it loads only chunks whose store it
+has seen finished. There are no streams to order: on a CPU a forward pass is over when vLLM submits the store of its KV.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class _Job:
 class HostOffloadingWorker(OffloadingWorker):
     """Copies KV pages between the engine's tensors and host tensors, on a thread of its own.
 
-    A copy touches only memory that exists since the start, so it does not fail. Should it raise all the same, the job
-    is reported as failed, on which vLLM ends the engine: its KV would be wrong.
+    A copy touches only memory that exists since the start, so it does not fail. Should a copy raise all the same, the
+    worker reports its job as failed, and vLLM then ends the engine: the engine's KV would be wrong.
 
     Args:
         pages: the tensors of both sides.
@@ -72,7 +72,7 @@ class HostOffloadingWorker(OffloadingWorker):
         return [self._finished.popleft() for _ in range(len(self._finished))]
 
     def wait(self, job_ids: set[int]) -> None:
-        """Blocks until none of `job_ids` is queued or running. Unknown ids are over."""
+        """Blocks until none of `job_ids` is queued or running. Unknown ids count as finished."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._unfinished.isdisjoint(job_ids))
 

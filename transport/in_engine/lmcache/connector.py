@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LMCacheMPConnector with a sink: what a prefill engine computed and nobody consumed is stored in the shared tier.
+"""LMCacheMPConnector with a sink: it stores in the shared tier what a prefill engine computed and nobody consumed.
 
-Named as LMCache's class, so that special cases and statistics by name keep working. `disagg.sink` in the extra config
-says what is stored:
+The class has the name of LMCache's class, so that special cases and statistics by name keep working. `disagg.sink` in
+the extra config says what is stored:
 
-- `unused`: held hand-offs that end released or expired, decided by `sink` (through `sink_manager`), and those that a
-  client asked to store. Nothing is done for the others.
-- `evicted`: LMCache's own lazy policy; on top, at once, what a client asked to store.
-- `write_through`: every full chunk of every prompt, by `write_through`. There is nothing left to ask for.
-- `off`, and on decode engines: nothing. The operator's word wins: a client's wish to store is not fulfilled.
+- `unused`: hand-offs whose hold ends released or expired, and hand-offs that a client asked to store. `sink` decides,
+  through `sink_manager`. Nothing is done for other hand-offs.
+- `evicted`: what LMCache's own lazy policy chooses. What a client asked to store is stored too, at once.
+- `write_through`: every full chunk of every prompt, by `write_through`. A client's wish to store changes nothing.
+- `off`, and on every decode engine: nothing. A client's wish to store has no effect against the operator's setting.
 
-A client's wish not to store is LMCache's own `lmcache.max_offload_tokens: 0`; in `unused` such a hand-off is not held
-either. Only full chunks are stored, and none of which vLLM has taken a block away. LMCache's lazy offload is on for
-every sink: its workers then report each store by its id, and no request waits for one to end. Our stores have ids of
-their own, not their requests', so that neither a preemption nor a request that reuses the id can meet them.
+A client's wish not to store travels as LMCache's own `lmcache.max_offload_tokens: 0`; with `unused` the sink does not
+hold such a hand-off either. A store has full chunks only, and no chunk of which vLLM has taken a block away. LMCache's
+lazy offload is on with every sink but `off`. LMCache's workers then report each store by its id, and no request waits
+for its stores. Each of our stores has an id of its own, which differs from the request's id. So neither a preemption of
+the request nor a later request under the same id can interfere with a store.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ require(BORROWED, "transport.in_engine.lmcache")
 
 SINK_KEY = "disagg.sink"
 TIMEOUT_KEY = "disagg.operation_timeout"
-"""Seconds after which a rank gives an operation up; its blocks may be another prompt's from then on."""
+"""Seconds after which a rank gives an operation up. From then on vLLM may give its blocks to another prompt."""
 _DEADLINE_IN_TIMEOUTS = 2
 """A rank gives a store up after one timeout; the scheduler waits for twice that."""
 _BLOCKING_IN_HEARTBEATS = 2
-"""The time in which a heartbeat finds out that a server is gone; an engine that waits for it need not wait longer."""
+"""In so many intervals the heartbeat finds out that a server is gone. No engine need stand still longer for a copy."""
 
 
 class LMCacheMPConnector(base.LMCacheMPConnector):
@@ -73,7 +74,7 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
         config = vllm_config.kv_transfer_config
         self._sink: str = config.get_from_extra_config(SINK_KEY, "off")
         if self._sink == "unused":
-            # The normal path stores nothing; lazy offload is on for the receipts of the workers.
+            # LMCache's normal path stores nothing here. Lazy offload is on only so that workers report each store.
             self._can_store = False
         self._rescues: Rescues | None = None
         self._skipped: set[str] = set()
@@ -118,16 +119,16 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
     # Worker side
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Submit the loads of this step. Also where the heartbeat starts: the engine runs its first step."""
+        """Submit the loads of this step. The engine's first step also starts the heartbeat here."""
         self._guard.start()
         self._guard.retrieve(self._requests("RETRIEVE"))
 
     def wait_for_save(self) -> None:
-        """Submit the stores of this step. vLLM calls it on steps without tokens too, so rescues need no others."""
+        """Submit the stores of this step. vLLM calls it on steps without tokens too, so no rescue waits for tokens."""
         self._guard.store(self._requests("STORE"))
 
     def get_finished(self, finished_req_ids: set[str]) -> Finished:
-        """As LMCache says; an operation without an answer is a failed one."""
+        """As LMCache reports. An operation that gets no answer counts as failed."""
         return self._guard.finished(lambda: base.LMCacheMPConnector.get_finished(self, finished_req_ids))
 
     def _requests(self, direction: str) -> list[LMCacheMPRequestMetadata]:
@@ -162,21 +163,25 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
         return self._rescues is not None and self._rescues.decide(req_id, outcome)
 
     def skip(self, request: Request) -> None:
-        """See `protocols.Skippable`: the tracker that the later calls need, without a lookup."""
+        """See `protocols.Skippable`. It makes the tracker that LMCache's later calls need, without a look-up."""
         self._get_or_create_request_tracker(request)
         self._skipped.add(request.request_id)
 
     def take_events_of_sink(self) -> list[Event]:
-        """`rescued`, `rescue_failed`, and `tier_degraded` or `tier_recovered` once an outage; since the last call."""
+        """Events since the last call.
+
+        These are `rescued`, `rescue_failed`, and once an outage `tier_degraded` and `tier_recovered`.
+        """
         events, self._tier_events = self._tier_events, []
         return events + (self._rescues.take_events() if self._rescues is not None else [])
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """As LMCache says, but for two kinds of requests.
 
-        A prompt below one chunk, such as a health probe, is not looked up: nothing of it can be there. A request whose
-        load by another connector failed is looked up as a new one: its tracker has left the state from which a load
-        starts, so a hit would be waited for and never loaded. One that was preempted is LMCache's to begin anew.
+        A prompt shorter than a chunk, such as a health probe, is not looked up: the tier cannot have any of it. When
+        another connector's load failed, the request is looked up as a new one. Its tracker has left the state from
+        which a load starts, so vLLM would wait for a hit that LMCache never loads. A preempted request is left alone:
+        LMCache itself begins it anew.
         """
         self._abandoned.forget(request.request_id)
         if request.num_tokens < self.chunk_tokens:
@@ -231,30 +236,31 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
         skipped = req_id in self._skipped
         self._skipped.discard(req_id)
         if skipped and self._sink != "evicted":
-            # The server has no session of a request that was never looked up, and would log each one it is told to end.
+            # A request that was never looked up has no session on the server. The server logs each unknown session that
+            # it is told to end.
             self._cleanup_request_tracker(req_id)
             return False, None
         tracker = self.request_trackers.get(req_id)
         if tracker is not None and tracker.state == LMCacheMPRequestState.PREFETCHING and self._abandoned.add(tracker):
             self._cleanup_request_tracker(req_id)
             if self.lazy_offload:
-                # Its session ends with the look-up.
+                # `AbandonedLookups` ends the session after the look-up, so what the manager returns is not used.
                 self._lazy_offload_manager.on_request_finished(req_id)
             return False, None
         _, params = super().request_finished(request, block_ids)
-        # Without lazy offload nothing is stored, and no request is waited for.
+        # Without lazy offload this engine stores nothing, so vLLM need not wait for a store before it frees the blocks.
         return False, params
 
     def _keep_blocks(self, request: Request, block_ids: Sequence[Sequence[int]]) -> None:
         tracker = self._rescues.kept(request.request_id) if self._rescues is not None else None
         if tracker is not None:
-            # The tracker only adds blocks; vLLM has taken away those that fell out of a sliding window.
+            # The tracker only adds blocks. vLLM has taken away the blocks that fell out of a sliding window.
             tracker.allocated_block_ids = {group: list(ids) for group, ids in enumerate(block_ids)}
-            # It counts what was computed here or came from LMCache, not what host memory gave.
+            # The tracker counts tokens that were computed here or came from LMCache, but not those from host memory.
             tracker.num_scheduled_tokens = request.num_computed_tokens
 
     def _make_store(self, store_id: str, tracker: Any) -> Store | None:
-        # With lazy offload the tracker counts as stored what LMCache's policy has merely noted.
+        # With lazy offload the tracker counts tokens as stored that LMCache's policy has merely noted.
         tracker.num_stored_tokens = tracker.num_lmcache_hit_tokens
         metadata = LMCacheMPRequestMetadata.GetStoreMetadata(
             tracker, self.chunk_tokens, self._group_tokens_per_block, save_decode_cache=self._save_decode_cache
@@ -277,7 +283,7 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
         )
 
     def _make_through(self, store_id: str, metadata: Any) -> tuple[Any, tuple[int, ...]] | None:
-        # The tracker only adds blocks, and its older ones may be another request's by now.
+        # The tracker only adds blocks, so its older blocks may belong to another request by now.
         blocks = self._block_state.get_block_ids(metadata.request_id)
         if blocks is None:
             return None
@@ -289,7 +295,7 @@ class LMCacheMPConnector(base.LMCacheMPConnector):
         return dataclasses.replace(metadata, request_id=store_id), tuple(metadata.op.flat_block_ids)
 
     def _trimmed(self, metadata: Any) -> Any | None:
-        """Only the chunks before the first that lacks a block; None when that is none."""
+        """The same store with only the chunks before the first that lacks a block; None when no chunk is left."""
         op = metadata.op
         end = leading_tokens(op.block_ids, self._group_tokens_per_block, op.start, op.end, self.chunk_tokens)
         if end == op.start:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look-ups whose request ended before it got blocks. No vLLM or LMCache imports.
 
-A look-up locks on the server what it finds, until it is read or given back; LMCache gives it back when a request gets
-its blocks, and forgets a request that ends before. Here its answer is waited for over the next steps, never inside one,
-what it found is given back, and the session on the server is ended a step later: the server may reorder the two.
+A look-up locks the chunks that it finds on the server, until they are read or given back. LMCache gives them back when
+the request gets its blocks, and forgets a request that ends before. This code waits for the answer over the next steps,
+never inside a step, and gives back the chunks. It ends the request's session on the server one step later, because the
+server may reorder the two messages.
 
 Source:
     LMCache 0.5.6 `LMCacheMPSchedulerAdapter`, `modules/lookup.py`: `free_lookup_locks`, `end_session`.
@@ -15,7 +16,7 @@ from typing import Any
 
 
 class AbandonedLookups:
-    """Bounded: an answer comes, or LMCache gives it up, within its own time-out."""
+    """Bounded: within its own time-out LMCache gets the answer to a look-up or gives the look-up up."""
 
     def __init__(self, adapter: Any) -> None:
         self._adapter = adapter
@@ -39,7 +40,7 @@ class AbandonedLookups:
         return bool(self._waiting or self._to_end)
 
     def step(self) -> None:
-        """Once a scheduler step."""
+        """To be called once in each scheduler step."""
         for request_id in self._to_end:
             self._adapter.end_session(request_id)
         self._to_end = []

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class BlockPool(Protocol):
-    """What is needed of vLLM's block pool."""
+    """What `Pins` needs of vLLM's block pool."""
 
     num_gpu_blocks: int
     blocks: Sequence[Any]
@@ -19,7 +19,7 @@ class BlockPool(Protocol):
 
 
 class Pins:
-    """The pins of one sink, which may be `share` of the engine's KV blocks. Scheduler thread only."""
+    """The blocks that one sink has pinned: up to `share` of the engine's KV blocks. Scheduler thread only."""
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -28,16 +28,16 @@ class Pins:
         """A block that two stores read counts twice."""
 
     def bind(self, pool: BlockPool) -> None:
-        """The engine's block pool, before anything else."""
+        """Take the engine's block pool. To be called before any other method."""
         self._pool = pool
 
     @property
     def limit(self) -> int:
-        """Blocks that may be pinned. Whoever pins keeps to it; each sink has an exception of its own."""
+        """Blocks that may be pinned. `pin` does not check it; each sink does, with an exception of its own."""
         return int(self._bound().num_gpu_blocks * self._share)
 
     def pin(self, block_ids: Sequence[int]) -> None:
-        """Keep the blocks from being used again."""
+        """Keep vLLM from giving the blocks to another request."""
         pool = self._bound()
         pool.touch([pool.blocks[i] for i in block_ids])
         self.num_blocks += len(block_ids)

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which finished hand-offs are stored in the shared tier, and which KV blocks stay pinned for that. Pure.
 
-No vLLM and no LMCache imports: blocks, metadata and requests are opaque here. `sink_manager` puts this behind the calls
-that LMCache makes, `lmcache` builds the stores.
+No vLLM and no LMCache imports: blocks, metadata and requests are opaque here. `sink_manager` connects this code to the
+calls that LMCache makes; `connector` builds the stores.
 
-A hand-off goes through: held (its KV waits for a decode engine), then either dropped (consumed: a dictionary entry made
-and removed, nothing else) or adopted: its blocks are pinned at once, queued, submitted to every rank, and freed when
-each rank has reported. The decision is taken once, in the scheduler; each rank then stores its own share of the same
-tokens, so nothing here depends on the number of ranks but the count of reports. One rank that fails makes the whole
-rescue fail, after the last report, because the other ranks may still be reading the blocks until then.
+A hand-off is held first: its KV waits for a decode engine. A consumed hand-off is then dropped, and has cost one
+dictionary entry. Any other is adopted, and its store is a *rescue*: the blocks are pinned at once, the store is queued
+and then submitted to every rank, and the blocks are freed when each rank has reported. The scheduler side decides once.
+Each rank then stores its own share of the same tokens, so only the count of reports depends on the number of ranks.
+When one rank fails, the whole rescue fails, but only after the last report: other ranks may still be reading the blocks
+until then.
 
-A rescue never holds an engine up: the sink pins at most a quarter of the KV blocks (beyond it the oldest that was not
-submitted is given up with `no room`), at most one store is submitted a step and eight are under way, and one that is
-not settled in time is given up with its blocks freed.
+A rescue never holds an engine up. The sink pins at most a quarter of the KV blocks; beyond that it gives up the oldest
+rescue that is not submitted yet, with `no room`. It submits at most one store in a step, and at most eight are under
+way. It gives up a rescue that is not settled in time, and frees the blocks.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ class Rescues:
     """The held and the adopted hand-offs of one engine. Scheduler thread only.
 
     Args:
-        make_store: from a store id and what `hold` kept to a `Store`, or None when no full chunk is left to store.
+        make_store: makes a `Store` of a store id and what `hold` kept, or None when no full chunk is left to store.
         is_healthy: whether the tier answers.
         num_ranks: reports that settle a store.
-        deadline_s: seconds a rescue may be queued, and again seconds its reports may take, before it is given up.
-            Longer than a rank takes to give up itself: blocks freed while a rank still reads them would be stored with
-            the KV of another prompt.
+        deadline_s: seconds for which a rescue may be queued, and then as many for its reports, before it is given up.
+            Must be longer than a rank takes to give up: a rank that still reads freed blocks would store the KV of
+            another prompt.
     """
 
     def __init__(
@@ -111,11 +112,11 @@ class Rescues:
 
     @property
     def num_pinned_blocks(self) -> int:
-        """Blocks kept from being used again."""
+        """Blocks that vLLM cannot give to another request."""
         return self._pins.num_blocks
 
     def bind(self, pool: BlockPool) -> None:
-        """The engine's block pool, before anything else."""
+        """Take the engine's block pool. To be called before any other method."""
         self._pins.bind(pool)
 
     def hold(self, request_id: str, handoff_id: str, kept: Any, *, always: bool = False) -> None:
@@ -128,14 +129,14 @@ class Rescues:
         return None if held is None else held.kept
 
     def forget(self, request_id: str) -> None:
-        """The id is used anew; nothing of its earlier use is stored any more."""
+        """A new request, or the same one from its start, uses the id: what was held under it is not stored any more."""
         self._held.pop(request_id, None)
 
     def decide(self, request_id: str, outcome: Outcome) -> bool:
-        """Whether the hand-off is adopted; its blocks are pinned then, so call it before they are freed.
+        """Whether the hand-off is adopted. Adopting pins its blocks, so call this before vLLM frees them.
 
-        True promises a `rescued` or a `rescue_failed` event. False: not held, consumed, or no full chunk to store that
-        the tier does not have.
+        True promises a `rescued` or a `rescue_failed` event. False: it was not held, it was consumed, or it has no full
+        chunk that the tier lacks.
         """
         held = self._held.pop(request_id, None)
         if held is None or (outcome == "consumed" and not held.always):
@@ -154,7 +155,7 @@ class Rescues:
         return True
 
     def next_stores(self) -> list[Any]:
-        """Metadata to send with this step, at most one. Gives up what is too late."""
+        """The metadata to send with this step, at most one. Gives up rescues that are too late."""
         now = self._clock()
         for store_id, rescue in list(self._under_way.items()):
             if rescue.deadline <= now:
@@ -212,7 +213,7 @@ class Rescues:
     def _make_room(self, num_blocks: int) -> bool:
         """Give up queued rescues, oldest first, until `num_blocks` more may be pinned. False when that cannot be.
 
-        One prompt alone may be larger than the share: a decode engine would have kept its blocks pinned as well.
+        A single prompt may be larger than the share: waiting for a decode engine would have kept its blocks as well.
         """
         limit = max(self._pins.limit, num_blocks)
         submitted = sum(len(r.store.block_ids) for r in self._under_way.values())
@@ -245,9 +246,10 @@ class Rescues:
 def leading_tokens(
     block_ids: Iterable[Sequence[int]], group_tokens: Iterable[int], start: int, end: int, chunk_tokens: int
 ) -> int:
-    """Where the whole chunks from `start` end that have every block; at most `end`.
+    """The end of the leading chunks, from `start` on, that are whole and have every block; at most `end`.
 
-    vLLM takes away what fell out of a sliding window and leaves block 0, which holds no KV and must never be stored.
+    vLLM takes away blocks that fell out of a sliding window and leaves block 0 in their place. Block 0 holds no KV and
+    must never be stored.
 
     Args:
         block_ids: for each cache group the blocks of `[start, end)`; a list that is too short lacks its last ones.

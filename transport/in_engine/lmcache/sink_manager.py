@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our sink behind the calls that LMCache's connector makes on its `LazyOffloadManager`. No vLLM or LMCache imports.
 
-With the sink `unused` it stands alone. With `write_through` it makes each candidate a store at once. With `evicted` it
-stands before LMCache's own manager and adds what a client asked to store at once. They share the workers' reports,
-which the ids of the stores tell apart.
+With the sink `unused` the manager here works alone. With `write_through` it also makes each of LMCache's candidates a
+store at once. With `evicted` it passes the calls on to LMCache's own manager, and adds the stores that a client asked
+for, at once. Reports of workers are for both; the ids of the stores tell whose a report is.
 
 Source:
     LMCache 0.5.6 `integration/vllm/lazy_offload_manager.py` and the calls in `lmcache_mp_connector.py`.
@@ -32,11 +32,11 @@ class SinkActions:
 
 
 class SinkManager:
-    """`LazyOffloadManager` for the connector, `Rescues` behind it, and what takes LMCache's candidates, if anything.
+    """Stands for `LazyOffloadManager`. Behind it are `Rescues`, and at most one taker of LMCache's candidates.
 
     Args:
-        own: LMCache's own manager.
-        through: instead of it, our `WriteThrough`.
+        own: LMCache's own manager, as the taker.
+        through: our `WriteThrough`, as the taker.
     """
 
     def __init__(self, rescues: Rescues, own: Any | None = None, through: WriteThrough | None = None) -> None:
@@ -53,7 +53,7 @@ class SinkManager:
             self._own.bind_block_pool(gpu_block_pool)
 
     def add_store_candidate(self, metadata: Any) -> None:
-        """Chunks are computed in the step that is being scheduled; `on_scheduler_step` of it comes next."""
+        """The step that is being scheduled computes these chunks. `on_scheduler_step` of the same step comes next."""
         if self._through is not None:
             self._through.add(metadata)
         if self._own is not None:
@@ -68,7 +68,7 @@ class SinkManager:
         return actions
 
     def on_store_results(self, failed: set[str], completed: dict[str, int]) -> SinkActions:
-        """Reports of the workers. A store of ours has a session of its own, which ends with it."""
+        """Take the workers' reports. Each store of ours has a session of its own, which ends with the store."""
         if self._through is not None:
             ended = self._through.report(completed)
             return SinkActions(sessions_to_end=ended + self._rescues.report(failed, completed))
@@ -81,7 +81,7 @@ class SinkManager:
         return actions
 
     def on_request_finished(self, request_id: str) -> SinkActions:
-        """The request's session is over; one that is held is stored under another id."""
+        """The request's session is over. A hand-off that is held does not need it: its store has another id."""
         if self._own is not None:
             return self._actions(self._own.on_request_finished(request_id))
         return SinkActions(sessions_to_end=[request_id])
@@ -98,7 +98,7 @@ class SinkManager:
         return self._actions(None if self._own is None else self._own.on_request_arrived(request_id))
 
     def has_inflight_store_work(self) -> bool:
-        """Whether the engine must keep stepping. Queued stores of ours count, for they go out on any step."""
+        """Whether the engine must keep stepping. Our queued stores count, because any step can send them."""
         if self._rescues.has_work() or (self._through is not None and self._through.has_work()):
             return True
         return self._own is not None and bool(self._own.has_inflight_store_work())

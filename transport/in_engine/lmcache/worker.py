@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps a worker alive and in step with its LMCache server whatever the server does.
 
-LMCache's heartbeat finds out that a server is gone, and registers the KV memory again when it is back. Three things it
-leaves open are closed here:
+LMCache's heartbeat finds out that a server is gone, and registers the KV memory again when the server is back. The
+guard here closes three gaps that the heartbeat leaves:
 
-- An operation that is under way when the server dies may raise, which would end the engine. It is reported as failed
-  instead. On a machine without an accelerator the copy runs inside the call, and the engine stands still until it gives
-  up; that takes `blocking_s` instead of the time that starting a server may take.
-- A server that is back before one heartbeat was missed does not know this worker, answers its pings all the same and
-  drops its operations without an answer. One that takes longer than `timeout_s` counts as an outage, so the next
-  heartbeat registers again. With an accelerator the server copies by itself, and one that is merely slow would read or
-  write blocks that have long been given away; the limit is minutes there.
-- The heartbeat starts with the first operation. It is started with the first step, because a server forgets a worker
-  that it has not heard of.
+- An operation that is under way when the server dies may raise, which would end the engine. The guard reports the
+  operation as failed instead. On a machine without an accelerator the copy runs inside the call, and the engine stands
+  still until the call gives up. The guard lets the call give up after `blocking_s`, not only after LMCache's own
+  time-out, which allows for the start of a server.
+- A server may be back before one heartbeat was missed. It does not know this worker, but answers the worker's pings all
+  the same, and drops the worker's operations without an answer. So an operation that takes longer than `timeout_s`
+  counts as an outage, and the next heartbeat registers again. With an accelerator the server itself copies. A server
+  that is merely slow would read or write blocks that vLLM has given away long ago, so there the limit is minutes.
+- LMCache's heartbeat starts with the first operation. The guard starts it with the engine's first step, because a
+  server forgets a worker that it has not heard of.
 
 Source:
     LMCache 0.5.6 `LMCacheMPWorkerAdapter`, `HeartbeatThread`, `transfer_context/shm.py`, `modules/management.py`.
@@ -29,7 +30,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _MAX_REPORTED = 10_000
-"""Finished ids that LMCache remembers so as not to report them twice; it repeats within a few steps only."""
+"""Finished ids kept in LMCache's set, so that it reports none twice. An id comes again within a few steps only."""
 
 Finished = tuple[set[str] | None, set[str] | None]
 
@@ -41,7 +42,7 @@ class WorkerGuard:
         adapter: LMCache's `LMCacheMPWorkerAdapter`.
         lazy: whether stores are answered with receipts (`lmcache.mp.lazy_offload`).
         timeout_s: seconds after which an operation without an answer is an outage.
-        blocking_s: the same for one that the engine waits for.
+        blocking_s: the same for an operation during which the engine stands still.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class WorkerGuard:
     def _submit(self, requests: Iterable[Any], submit: Callable[..., None], on_failure: Callable[[Any], None]) -> None:
         event, ready = None, False
         for meta in requests:
-            # Registering again makes a new one, so it is set each time.
+            # LMCache makes a new context when it registers again, so the time-out is set for each operation.
             if (copier := getattr(self._adapter.transfer_ctx, "_engine_driven_context", None)) is not None:
                 copier.mq_timeout = self._blocking_s
             started = self._clock()
@@ -97,12 +98,12 @@ class WorkerGuard:
                 on_failure(meta)
                 self._outage("an operation failed")
             else:
-                # LMCache hides the time-out of a load as a miss.
+                # When a load times out, LMCache reports a miss and no error.
                 if self._clock() - started >= self._blocking_s:
                     self._outage(f"an operation took more than {self._blocking_s:g} s")
 
     def finished(self, poll: Callable[[], Finished]) -> Finished:
-        """What `poll`, LMCache's own, says has finished. After an outage everything under way has, as failed."""
+        """What LMCache's own `poll` reports as finished. After an outage that is everything under way, as failed."""
         if self._is_overdue():
             self._outage(f"no answer within {self._timeout_s:g} s")
         try:
@@ -112,7 +113,7 @@ class WorkerGuard:
             self._outage("an operation failed")
             try:
                 sent, received = poll()
-            # The heartbeat may have found the server well again in between.
+            # The heartbeat may have found the server again in between, so `poll` has failed as before.
             except Exception as again:
                 logger.warning("everything under way is given up: %s", again)
                 sent, received = None, self._give_up()
@@ -132,7 +133,7 @@ class WorkerGuard:
         return any(now - since >= self._timeout_s for _, since in self._since.values())
 
     def _give_up(self) -> set[str]:
-        """What LMCache does itself after an outage; the ids of the loads, all failed."""
+        """Fail everything under way, as LMCache itself does after an outage. Returns the ids of the loads."""
         adapter = self._adapter
         for request_id, (_, block_ids) in adapter.retrieve_futures.items():
             adapter.error_block_ids.update(block_ids)

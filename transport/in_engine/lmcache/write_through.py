@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sink `write_through`: every chunk of every prompt is stored, each store on its own. Pure.
 
-LMCache's plain mode has one store per request under the request's id, and keeps a request's blocks by holding the
-request itself back. That meets loads, aborts and readers of the same request, which are known by the same id: blocks
-were freed while a copy still read them. Here a store has an id of its own, pins the blocks it reads as soon as it is
-made, goes out with the metadata of the same step, and lets go of them when every rank has reported. The request ends
-when it ends.
+LMCache's plain mode has one store per request, under the request's id, and keeps the request's blocks by holding the
+request itself back. Loads, aborts and readers of the request have the same id and got mixed up with the store: blocks
+were freed while a copy still read them. Here a store has an id of its own. It pins the blocks that it reads as soon as
+it is made, goes out with the metadata of the same step, and unpins the blocks when every rank has reported. No request
+waits for its stores.
 
-A store that does not fit or fails is dropped, never retried. That leaves a hole in its prompt: what is stored behind
-it is not found, since look-ups end at the first chunk that is missing, until another request with the same beginning
-computes and stores that chunk.
+A store that does not fit or fails is dropped, never retried. Its prompt then has a hole. A look-up ends at the first
+chunk that is missing, so it does not find the chunks behind the hole. The hole is filled when another request with the
+same beginning computes and stores the missing chunk.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from transport.in_engine.lmcache.pins import BlockPool, Pins
 logger = logging.getLogger(__name__)
 
 MAX_PINNED_SHARE = 0.5
-"""Share of the KV blocks that stores may pin. Most of them belong to running requests as well."""
+"""Share of the KV blocks that stores may pin. Most of the pinned blocks belong to running requests as well."""
 
 MakeStore = Callable[[str, Any], tuple[Any, tuple[int, ...]] | None]
-"""From a store id and LMCache's metadata to the metadata to send and the blocks it reads; None when there are none."""
+"""Takes a store id and LMCache's metadata. Returns the metadata to send and the blocks that the store reads, or None
+when there are none."""
 
 
 @dataclass
@@ -45,7 +46,7 @@ class WriteThrough:
         make_store: see `MakeStore`.
         is_healthy: whether the tier answers.
         num_ranks: reports that settle a store.
-        deadline_s: seconds these may take. Longer than a rank takes to give up itself, as for a rescue.
+        deadline_s: seconds the reports may take. Must be longer than a rank takes to give up, as for a rescue.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class WriteThrough:
         return self._pins.num_blocks
 
     def bind(self, pool: BlockPool) -> None:
-        """The engine's block pool, before anything else."""
+        """Take the engine's block pool. To be called before any other method."""
         self._pins.bind(pool)
 
     def add(self, metadata: Any) -> None:
@@ -98,7 +99,7 @@ class WriteThrough:
         self._new.append(to_send)
 
     def next_stores(self) -> list[Any]:
-        """Metadata to send with this step. Gives up what no rank will report any more."""
+        """The metadata to send with this step. Gives up late stores, which no rank will report any more."""
         now = self._clock()
         late = [store_id for store_id, store in self._under_way.items() if store.deadline <= now]
         for store_id in late:
@@ -130,7 +131,7 @@ class WriteThrough:
         return bool(self._under_way)
 
     def _has_room(self, num_blocks: int) -> bool:
-        """A store always fits where no other is: its blocks are in use by its own request."""
+        """A store always fits when no other store is under way: its own request uses its blocks anyway."""
         pinned = self._pins.num_blocks
         return not pinned or pinned + num_blocks <= self._pins.limit
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MooncakeConnector as the engines load it: vLLM's, mended, and with the hand-off protocol of our outer connector.
 
-It has vLLM's class name, which vLLM uses as a key of statistics. Scheduler and worker halves are in `mooncake_*`.
+It has vLLM's class name, which vLLM uses as a key of statistics. The scheduler side is in `scheduler`. The worker's two
+halves are in `sender` and `receiver`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ require(BORROWED, "transport.in_engine.mooncake")
 
 
 class Worker(Sending, Receiving):
-    """Both halves; an engine uses the one of its role."""
+    """Both halves of the worker. An engine uses the half of its role."""
 
     async_zmq_ctx: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _device_index():
             super().__init__(*args, **kwargs)
-        # Nothing has been opened in vLLM's yet: its side channel comes with `register_kv_caches`.
+        # vLLM has opened no socket in its own context yet: it opens the side channel in `register_kv_caches`.
         self.async_zmq_ctx.term()
         self.async_zmq_ctx = DoorContext()
         self._bootstrap_server: BootstrapServer | None = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ports of a prefill engine on Mooncake that are Python's: its bootstrap server and its ZMQ side channel.
 
-vLLM's bootstrap server listens on every address, keeps silent connections for ever and lets anybody add workers; its
-side channel ends with the first message that has not two parts, and takes messages of any size. The ports of
-Mooncake's transfer engine are Mooncake's own code and are not touched here.
+vLLM's bootstrap server listens on every address, keeps silent connections for ever and lets anybody add workers. vLLM's
+side channel ends with the first message that does not have two parts, and takes messages of any size. The ports of
+Mooncake's transfer engine are Mooncake's own code; nothing here touches them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from transport.bounded_http import HttpLimits, bounded_protocol
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-"""A decode worker names the blocks of all requests of a step, a few bytes a block. zmq closes the connection of a
-longer message."""
+"""In one message a decode worker names the blocks of all requests of a step, a few bytes a block. zmq closes a
+connection on which a message is longer than this limit."""
 HANDSHAKE_MS = 5000
-"""zmq closes a connection that has not finished zmq's own greeting by then. It has no bound on their number."""
+"""zmq closes a connection that has not finished zmq's own greeting by then. zmq has no limit on connections."""
 HEARTBEAT_MS = 30_000
 """zmq closes a connection whose peer does not answer a heartbeat that long."""
 _MAX_ADDRESS = 256
@@ -44,7 +44,12 @@ class BootstrapServer(mooncake_utils.MooncakeBootstrapServer):
         super().__init__(host, port)
 
     def start(self, *, timeout: float = _START_S) -> None:
-        """Listen; returns when it answers. Raises OSError when the address is taken, else RuntimeError."""
+        """Listen; returns when the server answers.
+
+        Raises:
+            OSError: the address is taken.
+            RuntimeError: the server did not start.
+        """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         self._socket = socket.create_server((self.host, self.port), family=family)
         config = uvicorn.Config(
@@ -83,7 +88,10 @@ class BootstrapServer(mooncake_utils.MooncakeBootstrapServer):
             answers.set()
 
     async def register_worker(self, payload: RegisterWorkerPayload) -> dict[str, str]:
-        """As vLLM's, for workers of this engine alone: others would be asked for KV, or fill the memory."""
+        """As vLLM's, but it refuses workers that are not this engine's.
+
+        Decode engines would ask such a worker for KV, and many of them would fill the memory.
+        """
         tp_size, pp_size = self._sizes
         ours = (
             payload.engine_id == self._engine_id

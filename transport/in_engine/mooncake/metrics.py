@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus metrics of Mooncake, which vLLM 0.32 collects and does not publish. In vLLM's names for NIXL's."""
+"""Mooncake's Prometheus metrics. vLLM 0.32 collects but does not publish their values. Names follow vLLM's for NIXL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _COUNTERS = (
 
 
 class MooncakePromMetrics(KVConnectorPromMetrics):
-    """One counter for each of `MooncakeKVConnectorStats`' lists. Without it vLLM's MultiConnector asserts."""
+    """One counter for each of `MooncakeKVConnectorStats`' lists.
+
+    vLLM's MultiConnector asserts that a child with statistics has such a class.
+    """
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, labelvalues)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tells when a process that listens on a TCP port is gone. Pure asyncio, knows neither vLLM nor ZMQ.
 
-A ZMQ socket reconnects in silence, so whoever waits on one for an answer never hears that the peer died. Only a refused
-connection counts as death: the kernel of a living host says that nothing listens. A host that does not answer may come
-back and still write, so it stays "unsure" for the caller's own time limit.
+A ZMQ socket reconnects in silence, so code that waits for an answer on it never hears that the peer died. A refused
+connection alone counts as death: the kernel of a living host says that nothing listens. A host that does not answer may
+come back and still write KV. So it does not count as gone, and the caller's own time limit decides.
 """
 
 from __future__ import annotations

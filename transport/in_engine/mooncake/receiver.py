@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MooncakeConnector in a decode engine's workers: KV that is written into this engine's memory, or said not to come."""
+"""MooncakeConnector in a decode engine's workers: prefill engines write KV into its memory, or say that none comes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Receiving(MooncakeConnectorWorker):
     """The consumer's half of the worker. Runs in the receiver's event loop.
 
     A request that asks several prefill workers fails only when none of them can write into its blocks any more: the
-    scheduler gives failed blocks to others at once.
+    scheduler gives the blocks of a failed load to other requests at once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class Receiving(MooncakeConnectorWorker):
         self._peers = Peers()
 
     def receive_kv(self, remote_engine_id: str, pull_metas: dict[str, Any]) -> None:
-        """Ask every worker that holds a part; when they are not all known, fail the requests at once."""
+        """Ask every prefill worker that holds a part of the KV. If one is unknown, the requests fail at once."""
         try:
             super().receive_kv(remote_engine_id, pull_metas)
         except Exception as exc:
@@ -44,7 +44,7 @@ class Receiving(MooncakeConnectorWorker):
             self._handle_failed_recv(pull_metas, list(pull_metas), f"{remote_engine_id} cannot be asked: {exc!r}")
 
     async def receive_kv_from_single_worker(self, worker_addr: str, pull_metas: dict[str, Any]) -> None:
-        """Ask one worker and take its answers; when its process dies, its requests fail within about a second."""
+        """Ask one prefill worker and take its answers. When its process dies, the requests fail in about a second."""
         asked = _Asked(pull_metas)
         pull = asyncio.ensure_future(super().receive_kv_from_single_worker(worker_addr, asked))
         gone = asyncio.ensure_future(self._peers.gone(worker_addr))

@@ -25,7 +25,7 @@ class Scheduler(MooncakeConnectorScheduler):
         self._unread: list[str] = []
 
     def on_new_request(self, request: Any) -> None:
-        """Drop parameters that this engine cannot act on; the request is then computed here.
+        """Drop parameters that this engine cannot act on; the engine then computes the prompt itself.
 
         vLLM asserts, and takes EngineCore down, when an engine gets the parameters of the other role. With parameters
         that lack a key a request would wait for its KV for ever.
@@ -41,9 +41,10 @@ class Scheduler(MooncakeConnectorScheduler):
         super().on_new_request(request)
 
     def request_finished(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
-        """As vLLM's, but an unread hand-off is reported instead of read, and a prompt that stopped is offered too.
+        """As vLLM's, but it reports an unread hand-off instead of reading it, and also offers a prompt that stopped.
 
-        vLLM would ask the producer for nothing, to free its blocks; there that looks like a hand-off that was used.
+        For an unread hand-off vLLM would ask the prefill engine for no blocks, only to make it free its own. To the
+        prefill engine that looks like a hand-off that was used.
         """
         params = request.kv_transfer_params or {}
         if params.get(DO_REMOTE_PREFILL):
@@ -54,7 +55,7 @@ class Scheduler(MooncakeConnectorScheduler):
             return self._finished(request, block_ids)
         status = request.status
         if status == RequestStatus.FINISHED_STOPPED:
-            # The first token ended the answer. The prompt's KV is as good as when the length limit ended it.
+            # The first token ended the answer. vLLM offers the KV only after the length limit, but it is just as good.
             request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         try:
             return self._finished(request, self._of_prompt(request, block_ids))
@@ -66,22 +67,23 @@ class Scheduler(MooncakeConnectorScheduler):
         return held, params
 
     def _of_prompt(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[list[int], ...]:
-        """The prompt's blocks alone. A producer sends the last it has, so one block of output would shift them all."""
+        """The prompt's blocks alone. vLLM sends a request's last blocks, so a block of output would shift them all."""
         if len(block_ids) != 1 or self._is_hma_required or self._has_mamba:
             return block_ids
         num_blocks = -(-request.num_prompt_tokens // self.block_size)
         return (list(block_ids[0][:num_blocks]),)
 
     def settle(self, transfer_ids: Collection[str]) -> None:
-        """Producer: nobody will read these. Held ones are freed, waiting decode engines told, later ones not held.
+        """Prefill engine: nobody will read these hand-offs.
 
-        Takes effect with the next metadata, on every rank. Unknown and ended ids are fine.
+        With the next metadata every rank frees those that it holds, tells decode engines that wait for one, and holds
+        none whose prompt ends later. Unknown and ended ids are fine.
         """
         if not self.is_kv_consumer:
             self._reqs_not_processed.update(transfer_ids)
 
     def take_unread(self) -> list[str]:
-        """Hand-off ids whose request ended here before anything was asked of their producer, since the last call."""
+        """Ids of hand-offs whose request ended here before it asked the prefill engine for KV, since the last call."""
         unread, self._unread = self._unread, []
         return unread
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MooncakeConnector in a prefill engine's workers: KV held for decode engines, and an answer to each of them.
 
-vLLM's producer answers only for what it sends. Here every transfer ends once, with an outcome, and whoever asks for one
-that has ended, before or after, is told at once, so that it computes the prompt itself.
+vLLM's prefill side answers only for KV that it sends. Here every transfer ends once, with an outcome. The worker tells
+each decode engine that waits for an ended transfer, or asks for it later, so that this engine computes the prompt.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 _SENDER_TASKS = 1024
-"""Messages of decode engines that may wait for their prompts at once. vLLM's two a thread block each other: a message
-whose KV is ready would wait behind those whose prompts are still to be computed."""
+"""How many messages of decode engines may wait for their prompts at once. vLLM allows two for each sender thread. Then
+a message whose KV is ready waits behind messages whose prompts are still to be computed."""
 _REMEMBERED = 65_536
-"""Ended transfers whose id is kept to answer late decode engines; far beyond what a lease lets live at once."""
+"""How many ended transfers are remembered for late decode engines; far more than can live at once within a lease."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class _Hold:
     expire_time: float
     """`time.perf_counter()` at which the lease ends."""
     outcome: Outcome | None = None
-    """Set when the hold was ended here and not by vLLM."""
+    """Set when our code has ended the hold, and not vLLM's."""
 
 
 class Sending(MooncakeConnectorWorker):
@@ -60,13 +60,16 @@ class Sending(MooncakeConnectorWorker):
     def settle(self, req_ids: Collection[str]) -> None:
         """End the holds of these requests (vLLM's ids): they come out of the next `get_transfer_results`.
 
-        Unknown ids are fine. One that is being written at this moment ends when it is written.
+        Unknown ids are fine. A hold that is being written at this moment ends after the write.
         """
         if not self.is_kv_consumer and req_ids:
             asyncio.run_coroutine_threadsafe(self._settle(tuple(req_ids)), self.sender_loop)
 
     def take_ended(self) -> Ended:
-        """Outcome and seconds of lease left of what `get_transfer_results` has reported as sent since the last call."""
+        """Outcome and seconds of lease left, for each request reported as sent since the last call.
+
+        `get_transfer_results` makes these reports.
+        """
         ended, self._ended = self._ended, {}
         return ended
 
@@ -86,7 +89,7 @@ class Sending(MooncakeConnectorWorker):
                 hold = self._holds[req_id] = _Hold(transfer_id, time.perf_counter() + lease_s)
                 known = self.reqs_need_send.get(transfer_id)
                 if transfer_id in self._gone or (known is not None and known.ready.is_set()):
-                    # Given up before it was ready, or a second request under the id of another one.
+                    # The transfer was given up before it was ready, or a second request has its id.
                     hold.outcome = "released"
                     self.finished_sending_reqs.add(req_id)
                     continue
@@ -98,7 +101,7 @@ class Sending(MooncakeConnectorWorker):
         await super().record_send_reqs(offered)
 
     def _end(self, transfer_id: str, why: str) -> None:
-        """End a transfer that nobody will read; its blocks go free and those who wait for it are told why."""
+        """End a transfer that nobody will read: its blocks go free, and decode engines waiting for it are told why."""
         entry = self.reqs_need_send.get(transfer_id)
         if entry is not None and entry.sending:
             self._wanted_end[transfer_id] = why
@@ -110,14 +113,14 @@ class Sending(MooncakeConnectorWorker):
         if (hold := self._holds.get(entry.p_req_id)) is not None:
             hold.outcome = "released"
             self.finished_sending_reqs.add(entry.p_req_id)
-        # Wakes vLLM's waiting answers, which find nothing to send; `_Answers` then says so.
+        # This wakes vLLM's code that waits to send. It finds nothing to send; `_Answers` then tells the decode engine.
         entry.ready.set()
 
     def _remember(self, transfer_id: str, why: str) -> None:
         self._gone.setdefault(transfer_id, why)
 
     async def fetch_finished_sending_reqs(self) -> set[str]:
-        """Request ids whose hold is over; how it ended is in `take_ended` from the same moment."""
+        """Request ids whose hold is over. From the same moment `take_ended` says how each ended."""
         read = set(self.finished_sending_reqs)
         finished: set[str] = await super().fetch_finished_sending_reqs()
         now = time.perf_counter()
@@ -163,7 +166,7 @@ class Sending(MooncakeConnectorWorker):
                     self._end(transfer_id, self._wanted_end.pop(transfer_id))
 
     async def _build_transfer_params(self, ready_reqs: Any, *args: Any) -> Any:
-        # Raised from here, an error would leave the requests marked as being sent, and so held for ever.
+        # If an error left this method, vLLM would leave the requests marked as being sent, and so hold them for ever.
         try:
             return await super()._build_transfer_params(ready_reqs, *args)
         except Exception as exc:
@@ -180,7 +183,7 @@ class Sending(MooncakeConnectorWorker):
 
 
 class _Answers:
-    """The socket as `send_kv_to_decode` sees it: adds to each answer the requests that vLLM leaves without one."""
+    """Stands for the socket in `send_kv_to_decode`: adds to each answer the requests that vLLM leaves unanswered."""
 
     def __init__(self, sock: Any, worker: Sending, transfers: dict[str, str]) -> None:
         self._sock = sock

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's NixlConnector (pull), which also says how each hold ended and can end one on request.
+"""vLLM's NixlConnector (pull), extended: it says how each hold ended, and can end a hold on request.
 
 It has vLLM's class name and is loaded through `kv_connector_module_path`. Each rank of an engine runs its own worker
-with its own copy of the leases. A rank takes a request out of its tables exactly once, when its readers have all read,
-when it is settled, or when the lease ends, and only then reports it as sent; what comes later for the same request
-finds nothing. So ranks may disagree on how a hold ended, but each reports it once, which is all that vLLM counts.
+with its own copy of the leases. A rank takes a request out of its tables exactly once: when all readers have read it,
+when it is settled, or when its lease ends. Only then does the rank report the request as sent. A notification or a
+settle that comes later finds nothing. So ranks may disagree on how a hold ended, but each rank reports the request
+once, and vLLM counts nothing else.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ require(BORROWED, "transport.in_engine.nixl")
 
 
 class NixlConnector(NixlPullConnector):
-    """The facade that vLLM makes once a process side; it forwards to one of the two classes below."""
+    """The object that vLLM makes in the scheduler and in each worker; it forwards to one of the two classes below."""
 
     connector_scheduler: NixlScheduler | None
     connector_worker: NixlWorker | None
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        # Past NixlPullConnector, which would make vLLM's own classes, and with the worker a second NIXL agent.
+        # This skips NixlPullConnector's own __init__: it would make vLLM's scheduler or worker class, and with the
+        # worker a second NIXL agent.
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = NixlScheduler(vllm_config, self.engine_id, kv_cache_config)
@@ -65,7 +67,7 @@ class NixlWorker(NixlPullConnectorWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         before = listening()
         super().__init__(*args, **kwargs)
-        # Another plugin may write its addresses in another way.
+        # `close_unnamed` knows how UCX writes addresses. Another NIXL plugin may write them in another way.
         if list(self.nixl_backends) == ["UCX"]:
             close_unnamed(before, self.nixl_wrapper.get_agent_metadata())
         self._ended: Ended = {}
@@ -111,13 +113,13 @@ class NixlWorker(NixlPullConnectorWorker):
 
 
 class NixlScheduler(NixlPullConnectorScheduler):
-    """The scheduler side, which on a decode engine reports what was not read instead of telling the producer.
+    """The scheduler side. On a decode engine it reports hand-offs that were not read, instead of telling the producer.
 
-    vLLM sends the producer an empty notification, which looks there like any other reader's. The gateway settles the
-    hand-off at the producer instead, so that it counts as released.
+    vLLM would send the prefill engine an empty notification, which looks there like that of a reader. Here the gateway
+    settles the hand-off at the prefill engine instead, so that the hand-off counts as released.
     """
 
-    # vLLM's thread calls it with its own arguments.
+    # vLLM runs this function in a thread of its own.
     _nixl_handshake_listener = staticmethod(nixl_listener.listen)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -138,7 +140,7 @@ class NixlScheduler(NixlPullConnectorScheduler):
         super().update_connector_output(connector_output)
         for req_id in connector_output.finished_recving or ():
             handoff_id = self._reading.pop(req_id, None)
-            # A reader that failed sends no notification.
+            # A decode engine whose read failed sends no notification.
             if handoff_id is not None and req_id in connector_output.failed_recving:
                 self._unread.append(handoff_id)
 

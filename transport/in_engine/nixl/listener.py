@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thread that answers NIXL handshakes, which goes on whatever is sent to it.
+"""The thread that answers NIXL handshakes. It goes on whatever is sent to it.
 
-vLLM's ends with the first message that is not a handshake (a port scanner's, or another version's), after which every
-handshake with this engine times out while `/health` is 200. It also queues answers without bound for a peer that reads
-none, and takes messages of any size.
+vLLM's own thread ends with the first message that is not a handshake, such as that of a port scanner or of another
+version. From then on every handshake with this engine times out, while `/health` is 200. vLLM's thread also queues
+answers without bound for a peer that reads none, and takes messages of any size.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from vllm.utils.network_utils import is_valid_ipv6_address, make_zmq_path
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4096
-"""A handshake takes about 20; zmq closes the connection of a longer one."""
+"""A handshake takes about 20. zmq closes a connection on which a message is longer than this limit."""
 HANDSHAKE_MS = 5000
-"""zmq closes a connection that has not finished zmq's own greeting by then. It has no bound on their number."""
+"""zmq closes a connection that has not finished zmq's own greeting by then. zmq has no limit on connections."""
 HEARTBEAT_MS = 30_000
 """zmq closes a connection whose peer does not answer a heartbeat that long."""
 MAX_QUEUED = 64
-"""Messages queued for and from one connection; beyond it requests wait in its socket, and answers are dropped."""
+"""Messages queued in each direction of a connection. Beyond it requests wait in the socket, and answers are dropped."""
 _POLL_MS = 1000
 
 Answerer = Callable[[list[bytes]], list[bytes] | None]
-"""From one message as it came to its answer, None for one that it does not know."""
+"""Takes the parts of one message as they came; returns the answer, or None for a message that it does not know."""
 
 
 def listen(
@@ -43,11 +43,11 @@ def listen(
     *,
     also: Answerer | None = None,
 ) -> None:
-    """Answer handshakes until `stop`, at most a second later. Sets `ready` once it listens, or has failed to.
+    """Answer handshakes until `stop`; end at most a second after it. Sets `ready` once it listens, or has failed to.
 
     Args:
         encoded_data: the answer by (pipeline rank, tensor rank).
-        also: answers what is no handshake, or nothing.
+        also: asked for the answer to a message that is no handshake.
     """
     try:
         with zmq.Context() as context, context.socket(zmq.ROUTER) as sock:
@@ -98,7 +98,7 @@ def _serve(
         except zmq.Again:
             continue
         except zmq.ZMQError:
-            # The peer is gone, or the system is short of something: neither is a reason to answer nobody.
+            # The peer is gone, or the system lacks a resource. Other peers still get their answers.
             logger.exception("NIXL side channel: a message could not be answered")
             stop.wait(0.1)
 
@@ -106,8 +106,8 @@ def _serve(
 def answer_to(parts: Sequence[bytes], encoded_data: Mapping[tuple[int, int], bytes]) -> list[bytes] | None:
     """The answer to one message as it came, None for one that is no handshake with a rank of this engine.
 
-    The time is this process' `time.perf_counter()`, from which the peer reads when leases end. Source: vLLM 0.32
-    `NixlBaseConnectorScheduler._nixl_handshake_listener`.
+    Its last part is this process' `time.perf_counter()`. From it the peer knows when leases end on its own clock.
+    Source: vLLM 0.32 `NixlBaseConnectorScheduler._nixl_handshake_listener`.
     """
     if len(parts) != 3 or parts[1]:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NixlPushConnector as the engines load it: vLLM's, mended, and with the hand-off protocol of our outer connector.
 
-It has vLLM's class name and is loaded through `kv_connector_module_path`. A prefill engine writes the blocks of a
-finished prompt into a decode engine that has registered its own, whichever of the two is first.
+It has vLLM's class name and is loaded through `kv_connector_module_path`. A decode engine registers its blocks with the
+prefill engine, and the prefill engine writes the finished prompt's KV into them. Either event may come first.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ require(BORROWED, "transport.in_engine.nixl_push")
 
 
 class NixlPushConnector(vllm_nixl.NixlPushConnector):
-    """The facade that vLLM makes once a process side; it forwards to one of the two classes below."""
+    """The object that vLLM makes in the scheduler and in each worker; it forwards to PushScheduler or PushWorker."""
 
     connector_scheduler: PushScheduler | None
     connector_worker: PushWorker | None
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        # Past vLLM's own, which would make its own classes, and with the worker a second NIXL agent.
+        # This skips vLLM's own __init__: it would make vLLM's scheduler or worker class, and with the worker a second
+        # NIXL agent.
         super(vllm_nixl.NixlPushConnector, self).__init__(vllm_config, role, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = PushScheduler(vllm_config, self.engine_id, kv_cache_config)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which hand-offs a prefill engine may write into decode engines, and which it never will again. Pure.
+"""Which hand-offs a prefill engine may write into decode engines, and which it will never write again. Pure.
 
-A decode engine must not give blocks away into which KV may still be written. So it asks, and takes "gone" alone for an
-answer. Scheduler and listener thread share one object, and every rule is one step under its lock: an id is offered to
-the workers, or it is gone.
+A decode engine must not give blocks away while KV may still be written into them. So it asks the prefill engine, and no
+answer but "gone" lets it give them away. The prefill engine's scheduler and its listener thread share one `Offers`.
+Every change is one step under a lock: an id is offered to the workers, or it is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 from cachetools import FIFOCache
 
 _REMEMBERED = 65_536
-"""Hand-offs that are gone and remembered; far beyond what a lease lets live at once."""
+"""How many hand-offs are remembered as gone; far more than can live at once within a lease."""
 QUESTION = b"disagg_push"
 
 
@@ -34,7 +34,7 @@ class Offers:
         self._gone: FIFOCache[str, None] = FIFOCache(remembered)
 
     def offer(self, handoff_id: str) -> bool:
-        """Whether its KV may be written from now on; False when it is gone."""
+        """Let the workers write this hand-off from now on. False when it is gone and must not be written."""
         with self._lock:
             if handoff_id in self._gone:
                 return False
@@ -42,21 +42,22 @@ class Offers:
             return True
 
     def end(self, handoff_id: str) -> None:
-        """Every rank is done with it, or it was never to be written."""
+        """The hand-off is gone: every rank is done with it, or it was never to be written."""
         with self._lock:
             self._offered.discard(handoff_id)
             self._forget([handoff_id])
 
     def give_up(self, handoff_ids: Iterable[str]) -> None:
-        """Nobody will read these. Those that are offered end by themselves: settled, written or out of lease."""
+        """Nobody will read these: those not offered are gone. Offered ones end as settled, written or out of lease."""
         with self._lock:
             self._forget(handoff_id for handoff_id in handoff_ids if handoff_id not in self._offered)
 
     def gone(self, engine_id: str, waiting: Iterable[str], given_up: Iterable[str]) -> list[str]:
-        """Those of a decode engine's hand-offs that nobody writes any more; all when it asks for another engine.
+        """Those of a decode engine's hand-offs that nobody writes any more: all of them, if it asks for another engine.
 
         Args:
-            given_up: those that it does not wait for any more.
+            waiting: hand-offs that the decode engine waits for.
+            given_up: hand-offs that the decode engine does not wait for any more.
         """
         asked = [*waiting, *given_up]
         if engine_id != self._engine_id:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NixlPushConnector in the scheduler's process: which hand-offs are offered, waited for, and given up.
 
-A hand-off is known by the gateway's id on both sides. vLLM matches the legs by their request ids, which here belong to
-different routes.
+Both engines know a hand-off by the gateway's id. vLLM alone would match the two legs by their request ids, but here the
+two legs come by different routes and their request ids differ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PushScheduler(NixlPushConnectorScheduler):
         host: str,
         port: int,
     ) -> None:
-        """vLLM's thread runs it."""
+        """vLLM runs this method in a thread of its own."""
         nixl_listener.listen(encoded_data, ready_event, stop_event, host, port, also=self._offers.answer_to)
 
     def shutdown(self) -> None:
@@ -54,21 +54,22 @@ class PushScheduler(NixlPushConnectorScheduler):
     # Called by the outer connector.
 
     def settle(self, handoff_ids: Collection[str]) -> None:
-        """Producer: nobody will read these, which are not held, perhaps not yet. They are never written."""
+        """Prefill engine: nobody will read these hand-offs. They are not held, or not yet, and are never written."""
         if self._produces:
             self._offers.give_up(handoff_ids)
 
     def take_unread(self) -> list[str]:
-        """Hand-off ids whose request ended here before its KV had come, since the last call."""
+        """Ids of hand-offs whose KV did not come to this decode engine or was not needed, since the last call."""
         unread, self._unread = self._unread, []
         return unread
 
     # A request's way in.
 
     def on_new_request(self, request: Any) -> None:
-        """Drop parameters that this engine cannot act on; the request is then computed here.
+        """Drop parameters that this engine cannot act on; the engine then computes the prompt itself.
 
-        With parameters that lack a key vLLM's EngineCore ends, and those of the other role would wait for ever.
+        Parameters that lack a key would end vLLM's EngineCore. With parameters of the other role a request would wait
+        for ever.
         """
         params = request.kv_transfer_params
         if params:
@@ -89,7 +90,7 @@ class PushScheduler(NixlPushConnectorScheduler):
             peer = Peer(params["remote_host"], params["remote_port"], params["remote_engine_id"])
             self._waits.start(req_id, handoff_id, peer)
         elif params and params.get(DO_REMOTE_PREFILL) and num_external_tokens <= 0:
-            # All of it is in this engine's own prefix cache. vLLM tells nobody.
+            # This engine's own prefix cache has the whole prompt. vLLM tells nobody that the KV is not needed.
             self._stop_heartbeat(req_id)
             params[DO_REMOTE_PREFILL] = False
             self._unread.append(_handoff_id(request))
@@ -100,13 +101,14 @@ class PushScheduler(NixlPushConnectorScheduler):
         meta.lost = self._waits.take_lost()
         return meta
 
-    # Its way out.
+    # A request's way out.
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         params = request.kv_transfer_params or {}
         req_id = request.request_id
         if params.get(DO_REMOTE_PREFILL):
-            # Not registered. vLLM would send the producer an empty notification, as a reader does.
+            # The request ended before its blocks were registered. vLLM would now send the prefill engine an empty
+            # notification, as a reader does.
             self._stop_heartbeat(req_id)
             params[DO_REMOTE_PREFILL] = False
             self._unread.append(_handoff_id(request))
@@ -126,7 +128,7 @@ class PushScheduler(NixlPushConnectorScheduler):
         if self._offers.offer(handoff_id):
             self._new_handoffs[req_id] = handoff_id
         else:
-            # Held for whoever may store it, and never written.
+            # The hand-off is gone already. It is held, so that a sink may store it, but never written.
             self._newly_finished_push_blocks.pop(req_id, None)
 
     def update_connector_output(self, connector_output: Any) -> None:

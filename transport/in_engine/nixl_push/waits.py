@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV that a decode engine waits for, and when it may stop: rules, and the thread that asks. No vLLM imports.
+"""KV that a decode engine waits for, and when it may stop waiting: rules, and the thread that asks. No vLLM imports.
 
-vLLM 0.32 waits for ever for a write that never comes (its watchdog writes a line in the log). Here the scheduler's side
-asks the prefill engine, on the port of NIXL's handshakes, four times a second while there is something to wait for.
+vLLM 0.32 waits for ever for a write that never comes; its watchdog only logs a line. Here the scheduler side of the
+decode engine asks the prefill engine, on the port of NIXL's handshakes, four times a second while it waits for KV.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ logger = logging.getLogger(__name__)
 _PERIOD_S = 0.25
 _ANSWER_S = 1.0
 REFUSED_S = 2.0
-"""For so long a port must have refused connections before its engine counts as dead, its workers included."""
+"""Seconds for which a port must have refused connections before its engine counts as dead, its workers included."""
 SILENT_LEASES = 4
-"""A peer that gives no answer may be stopped and go on. After so many leases without one it is waited for no longer."""
+"""A silent peer may be stopped and go on later. After so many leases of silence the decode engine waits no longer."""
 WRITABLE_LEASES = 3
-"""So old may a registration be for a write to begin: one that has begun then ends before nobody waits any more."""
+"""Leases after which a registration is too old for a write to begin. A write that has begun by then ends while the
+decode engine still waits (`SILENT_LEASES`)."""
 _MAX_ASKED = 50
 """Hand-offs in one question: the listener takes short messages only."""
 
@@ -81,7 +82,7 @@ class Rules:
         self._heard.setdefault(peer, _Heard(now))
 
     def over(self, req_id: str) -> str | None:
-        """The KV came, or its failure is known to all. Its hand-off if it was waited for until now."""
+        """The KV came, or every rank has failed it. Returns the hand-off's id if it was waited for until now."""
         wait = self.waits.pop(req_id, None)
         if wait is None:
             return None
@@ -90,7 +91,7 @@ class Rules:
         return None if wait.given_up else wait.handoff_id
 
     def questions(self, now: float) -> dict[Peer, tuple[list[str], list[str]]]:
-        """What to ask whom: hand-offs that are waited for, and those that are not, as for longer than a lease."""
+        """For each peer the hand-offs to ask about: those waited for, and those given up or older than a lease."""
         asked: dict[Peer, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
         for wait in self.waits.values():
             if not wait.lost:
@@ -99,9 +100,9 @@ class Rules:
         return dict(asked)
 
     def take(self, peer: Peer, answer: Answer, now: float) -> list[str]:
-        """Request ids whose KV is not written any more, by what a peer has answered.
+        """Take a peer's answer; returns the request ids whose KV will not be written any more.
 
-        An id must be gone in two answers in a row: the news of the write itself may still be under way.
+        A hand-off must be gone in two answers in a row: NIXL's notification of a finished write may still be under way.
         """
         heard = self._heard.get(peer)
         if heard is None:
@@ -123,7 +124,7 @@ class Rules:
 
 
 class Waits:
-    """`Rules` and the thread that asks. Every method but `start` returns at once and may be called from any thread."""
+    """`Rules` and the thread that asks. Any thread may call any method but `start`. `shutdown` alone may block."""
 
     def __init__(
         self,
@@ -154,7 +155,10 @@ class Waits:
             self._thread.start()
 
     def give_up(self, req_id: str) -> str | None:
-        """The request was aborted; its hand-off, unless it was not waited for. Its blocks stay until it is lost."""
+        """The request was aborted. Returns its hand-off's id, or None if nobody waited for it.
+
+        vLLM keeps the request's blocks until the KV has come or the hand-off is lost.
+        """
         with self._lock:
             wait = self._rules.waits.get(req_id)
             if wait is None or wait.given_up:
@@ -171,7 +175,7 @@ class Waits:
             return waited_for
 
     def take_lost(self) -> set[str]:
-        """Request ids whose KV will not be written any more, each once. Every rank is to fail them."""
+        """Request ids whose KV will not be written any more, each once. Every rank is to fail their loads."""
         with self._lock:
             lost, self._lost = self._lost, set()
             return lost & self._rules.waits.keys()
@@ -201,7 +205,7 @@ class Waits:
         try:
             return self._ask(peer, waiting, given_up)
         except Exception:
-            # For want of memory or descriptors here. Whoever waits is still to be told at some time.
+            # This process lacks memory or descriptors. "silent" makes the waits end at some time all the same.
             logger.exception("%s could not be asked", peer.engine_id)
             return "silent"
 

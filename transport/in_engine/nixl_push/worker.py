@@ -2,8 +2,9 @@
 """NixlPushConnector on one rank: what a prefill engine holds and writes, and what a decode engine's rank gives up.
 
 vLLM's worker writes from a thread of its own, the writer; everything else here runs in the main thread. A hold ends
-once: written, settled, failed or out of lease. While it is written it ends in no other way, because its blocks are
-read until then; vLLM 0.32 frees them when the lease is over, and the decode engine gets what comes after.
+once: written, settled, failed or out of lease. While it is being written it ends in no other way, because NIXL reads
+its blocks until the write is done. vLLM 0.32 frees the blocks at the end of the lease all the same, and the decode
+engine then gets the KV of their next owner.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from transport.in_engine.protocols import Ended
 logger = logging.getLogger(__name__)
 
 _MAX_REGISTRATIONS = 16_384
-"""Decode requests that wait for a prompt of this engine; the oldest are forgotten, and their engines ask in vain."""
+"""Registrations that wait for prompts of this engine. Beyond it the oldest is dropped and its KV never written."""
 _MAX_WITHDRAWN = 16_384
-"""Requests that must not be written any more; far beyond what the writer can have in its queues."""
+"""How many requests are remembered as not to be written; far more than the writer can have in its queues."""
 
 
 class PushWorker(NixlPushConnectorWorker):
@@ -47,7 +48,7 @@ class PushWorker(NixlPushConnectorWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         before = listening()
         super().__init__(*args, **kwargs)
-        # Another plugin may write its addresses in another way.
+        # `close_unnamed` knows how UCX writes addresses. Another NIXL plugin may write them in another way.
         if list(self.nixl_backends) == ["UCX"]:
             close_unnamed(before, self.nixl_wrapper.get_agent_metadata())
         self.nixl_wrapper = OneAtATime(self.nixl_wrapper)
@@ -57,10 +58,10 @@ class PushWorker(NixlPushConnectorWorker):
         self._req_ids: dict[str, str] = {}
         self._ended: Ended = {}
         self._settled: set[str] = set()
-        # Of the writer thread.
+        # The writer thread alone uses these two.
         self._registrations: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._num_submitted = 0
-        # Of both threads.
+        # Both threads use these.
         self._state_lock = threading.Lock()
         self._writing: set[str] = set()
         self._withdrawn: FIFOCache[str, None] = FIFOCache(_MAX_WITHDRAWN)
@@ -101,7 +102,7 @@ class PushWorker(NixlPushConnectorWorker):
         return results
 
     def _failed(self, now: float) -> set[str]:
-        """Holds that end because they could not be written: whoever waits is told that they are gone."""
+        """End the holds that could not be written. A decode engine that waits will hear that they are gone."""
         failed: set[str] = set()
         while not self._failed_sends.empty():
             req_id = self._failed_sends.get_nowait()
@@ -124,7 +125,7 @@ class PushWorker(NixlPushConnectorWorker):
             self._ended[req_id] = ("expired", None)
 
     def _handle_heartbeat(self, payload: str) -> None:
-        """Decode engines name hand-offs. vLLM looks for its own request ids, and would renew no lease."""
+        """Heartbeats of decode engines name hand-offs. vLLM looks for its own request ids, and would renew no lease."""
         super()._handle_heartbeat(",".join(self._req_ids.get(name, name) for name in payload.split(",")))
 
     def _pop_done_transfers(self, transfers: Any) -> tuple[set[str], set[str]]:
@@ -135,7 +136,7 @@ class PushWorker(NixlPushConnectorWorker):
         return done, failed
 
     def _withdraw(self, req_id: str) -> bool:
-        """Keep the writer from writing it; False when it does already."""
+        """Keep the writer from writing this request; False when the writer is writing it already."""
         with self._state_lock:
             if req_id in self._writing:
                 return False
@@ -143,7 +144,7 @@ class PushWorker(NixlPushConnectorWorker):
             return True
 
     def _stop_holding(self, req_id: str) -> float:
-        """Take it out of vLLM's tables; when its lease would have ended."""
+        """Take the request out of vLLM's tables. Returns the time at which its lease would have ended."""
         self._reqs_to_process.discard(req_id)
         self.consumer_notification_counts_by_req.pop(req_id, None)
         self._evict_finished_inbox.put(req_id)
@@ -158,7 +159,7 @@ class PushWorker(NixlPushConnectorWorker):
     # Writer thread
 
     def _handle_push_reg_notif(self, notif: bytes) -> None:
-        """A decode engine's blocks for one hand-off, matched by its id."""
+        """A decode engine has registered its blocks for one hand-off. The hand-off's id finds the prompt's blocks."""
         try:
             registration = msgspec.msgpack.decode(notif[len(PUSH_REG_NOTIF_PREFIX) :], type=dict[str, Any])
             handoff_id = registration["handoff_id"]
@@ -180,7 +181,7 @@ class PushWorker(NixlPushConnectorWorker):
         return len(self._registrations) > _MAX_REGISTRATIONS or self._is_old(oldest)
 
     def _is_old(self, registration: dict[str, Any]) -> bool:
-        """Whether its decode engine may have stopped waiting without a word from here."""
+        """Whether the decode engine may have stopped waiting although this engine has not said "gone"."""
         return bool(time.perf_counter() - registration["received_at"] > self._registration_ttl_s)
 
     def _pop_matching_registration(self, request_id: str) -> dict[str, Any] | None:
@@ -201,7 +202,7 @@ class PushWorker(NixlPushConnectorWorker):
         super()._do_start_push_kv(request_id, local_block_ids, registration_data)
 
     def _failing(self, req_id: str) -> Callable[[Future[Any]], None]:
-        """vLLM logs a handshake that fails, and leaves the hold to its lease."""
+        """A callback that ends the hold if the handshake fails. vLLM only logs it and leaves the hold to its lease."""
 
         def done(handshake: Future[Any]) -> None:
             if handshake.exception() is not None:
@@ -232,7 +233,7 @@ class PushWorker(NixlPushConnectorWorker):
 class OneAtATime:
     """NIXL's agent, called by one thread at a time.
 
-    Writer, main thread and handshakes share it, and vLLM makes it without NIXL's own lock.
+    The writer, the main thread and the handshakes share the agent, and vLLM makes it without NIXL's own lock.
     Source: nixl 1.5 `nixl_agent_config`: sync mode NONE unless the agent listens.
     """
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's MultiConnector with a ledger: which hand-offs an engine holds KV for, how each ended, what was loaded.
+"""vLLM's MultiConnector with a ledger: which hand-offs an engine holds KV for, how each hold ended, what was loaded.
 
-It has vLLM's class name and is loaded through `kv_connector_module_path`, so that vLLM's special cases for that name
-still apply. The first child moves KV between the pools; the others are tiers. On the scheduler side the rules are in
-`holds`; this file connects them to vLLM's hooks.
+vLLM loads the class through `kv_connector_module_path`. The class has vLLM's name, so that vLLM's special cases for
+this name still apply. The first child moves KV between the pools; the other children are tiers. The rules of the
+scheduler side are in `holds`; this file connects them to vLLM's hooks.
 
-How many ranks an engine has makes no difference here: settled ids are broadcast with the step's metadata to every
-rank, each rank ends its own hold exactly once (read, settled or expired), and vLLM's KVOutputAggregator reports a
-request as sent only when all ranks did. Until then the outcomes of single ranks are merged.
+This code is the same for any number of ranks. The scheduler side sends settled ids to every rank with the metadata of
+a step. Each rank ends its own hold exactly once: read, settled or expired. vLLM's KVOutputAggregator reports a request
+as sent only when all ranks have reported it. Until then `merge_ended` merges the outcomes of single ranks.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MultiConnector(VllmMultiConnector):
         self._blocks_of_step = _blocks_of_step(tiers, role)
         self._block_bytes = block_bytes(kv_cache_config) * vllm_config.parallel_config.world_size
         if role == KVConnectorRole.WORKER:
-            # All groups of the worker are made by now, and their members connected.
+            # The worker has made all its process groups by now, and their members are connected.
             close_group_ports()
 
     # Scheduler side: a request's way in.
@@ -75,10 +75,10 @@ class MultiConnector(VllmMultiConnector):
             super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens from the transfer child, else from the tier that has the most; vLLM takes the first that has any.
+        """Tokens from the transfer child, else from the tier with the most. vLLM itself takes the first child with any.
 
-        None, which postpones the request, when a tier is still looking. All tiers are asked before that, so that their
-        look-ups run side by side.
+        While a child is still looking up, the answer is None and vLLM postpones the request. All tiers are asked before
+        one of them can postpone it, so that their look-ups run side by side.
         """
         req_id = request.request_id
         tokens, load_async = self._transfer.get_num_new_matched_tokens(request, num_computed_tokens)
@@ -91,7 +91,7 @@ class MultiConnector(VllmMultiConnector):
                 if isinstance(tier, Skippable):
                     tier.skip(request)
             return tokens, load_async
-        # A choice made before a preemption or a failed load is void.
+        # A child may have been chosen before a preemption or a failed load. That choice is void.
         self._requests_to_connector.pop(req_id, None)
         found = [tier.get_num_new_matched_tokens(request, num_computed_tokens) for tier in tiers]
         if any(count is None for count, _ in found):
@@ -115,7 +115,7 @@ class MultiConnector(VllmMultiConnector):
         if self._blocks_of_step is not None and _source(loader) != "offload":
             self._blocks_of_step().update(loaded_into)
         if index:
-            # All tiers here load between steps, so that vLLM is told of the end of each load.
+            # Every tier here loads between steps, so its workers report the end of each load.
             event = self._loaded(loader, request, local_tokens, num_external_tokens)
             self._loads.started(request.request_id, event, loaded_into)
 
@@ -125,7 +125,7 @@ class MultiConnector(VllmMultiConnector):
         if isinstance(tier, Chunked):
             token_ids = tier.token_ids(request)
             loaded = token_ids[: local_tokens + num_external_tokens]
-            # vLLM leaves the last token of a prompt that is cached in full for itself to compute.
+            # Even when the whole prompt is cached, vLLM computes its last token and does not ask a tier for that token.
             if len(loaded) + 1 == len(token_ids):
                 loaded = token_ids
             digests = chunk_digests(loaded, tier.chunk_tokens, request.cache_salt)
@@ -133,8 +133,8 @@ class MultiConnector(VllmMultiConnector):
         return event
 
     def build_connector_meta(self, scheduler_output: Any) -> HandoffMetadata:
-        # Settle requests were never scheduled. Without this children would see their ids as finished, on both sides,
-        # and LMCache's worker reports each finished id as sent, which vLLM's scheduler does not survive.
+        # vLLM never scheduled the settle requests, but lists their ids as finished. The children of both sides must not
+        # see these ids: LMCache's worker would report each as sent, and vLLM's scheduler does not survive that report.
         scheduler_output.finished_req_ids.difference_update(self._hidden)
         self._hidden.clear()
         meta = super().build_connector_meta(scheduler_output)
@@ -144,7 +144,7 @@ class MultiConnector(VllmMultiConnector):
             settled=self._holds.take_to_settle(),
         )
 
-    # Scheduler side: its way out.
+    # Scheduler side: a request's way out.
 
     def request_finished(self, request: Any, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self._take_settle(request):
@@ -215,7 +215,7 @@ class MultiConnector(VllmMultiConnector):
             connector_output.invalid_block_ids or (),
         ):
             self._emit(event)
-        # vLLM frees the blocks of these right after this call.
+        # vLLM frees the blocks of these requests right after this call.
         for req_id in connector_output.finished_sending or ():
             hold = self._holds.close(req_id)
             if hold is None:
@@ -235,7 +235,7 @@ class MultiConnector(VllmMultiConnector):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         super().start_load_kv(forward_context, **kwargs)
-        # After the children, which learn of a new lease in the same call.
+        # The children come first: they learn of new leases in this same call.
         settled = self._get_connector_metadata().settled
         if settled and self._transfer_worker is not None:
             self._transfer_worker.settle(settled)
@@ -271,10 +271,10 @@ class MultiConnector(VllmMultiConnector):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
-        """Statistics of the children again from what crossed processes, for vLLM's log lines.
+        """Rebuild the children's statistics from the plain data that came from EngineCore, for vLLM's log lines.
 
-        Events, whose key names no connector, are left out: the engine's own logger has them, and vLLM's keeps what it
-        gets until it writes a line.
+        Events are left out, because their key names no connector. The engine's own logger has them, and vLLM's logger
+        would keep them until it writes a line.
         """
         rebuilt: dict[str, KVConnectorStats] = {}
         for name, stats in (data or {}).items():
@@ -309,16 +309,16 @@ def _source(tier: Any) -> str:
 
 
 def _blocks_of_step(tiers: Sequence[Any], role: KVConnectorRole) -> Callable[[], set[int]] | None:
-    """Where the offload child collects the blocks that this step gave away; None without it.
+    """A function to get the set in which the offload child collects this step's blocks; None without that child.
 
-    Before a step's loads and its forward pass the child waits for its pending stores of such blocks. It learns of those
-    of its own loads and of scheduled requests, not of those that another child loads into: the next owner's KV would be
-    stored as the former one's.
+    Before the loads and the forward pass of a step, the offload child's worker waits for its pending stores of these
+    blocks. The child adds the blocks of its own loads and of scheduled requests to the set. It does not learn of the
+    blocks that another child loads into: a pending store would then save the next owner's KV as the former owner's.
 
     Source: vLLM 0.32 `offloading/scheduler.py`: `build_connector_meta`, `worker.py`: `handle_preemptions`.
 
     Raises:
-        RuntimeError: this vLLM's offload scheduler keeps them elsewhere.
+        RuntimeError: the offload scheduler of this vLLM has no such set.
     """
     offload = next((tier for tier in tiers if _source(tier) == "offload"), None)
     if offload is None or role != KVConnectorRole.SCHEDULER:
@@ -326,5 +326,5 @@ def _blocks_of_step(tiers: Sequence[Any], role: KVConnectorRole) -> Callable[[],
     scheduler = offload.connector_scheduler
     if not isinstance(getattr(scheduler, _BLOCKS_OF_STEP, None), set):
         raise RuntimeError(f"vLLM's {type(scheduler).__name__} has no {_BLOCKS_OF_STEP}: not the vLLM this is made for")
-    # A new set each step.
+    # vLLM makes a new set for each step.
     return lambda: cast("set[int]", getattr(scheduler, _BLOCKS_OF_STEP))

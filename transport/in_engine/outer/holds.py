@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which hand-offs a prefill engine holds KV for, and how each hold ends. Pure; no vLLM imports.
 
-vLLM knows a hand-off by its internal request id, everyone else by the hand-off id that the gateway chose. The outcome
-is reported by each rank on its own, and the hold is over when vLLM has heard from all of them.
+vLLM knows a hand-off by its internal request id; everyone else knows it by the hand-off id that the gateway chose.
+Each rank reports an outcome of its own. The hold is over when vLLM has heard from all ranks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from cachetools import FIFOCache
 from transport.in_engine.protocols import Ended, Outcome
 
 _EARLY_SETTLES = 4096
-"""Ids settled before they were produced; the oldest are forgotten, and their lease ends the hold instead."""
+"""How many ids are kept that were settled before they were produced. A forgotten id's hold ends with its lease."""
 _WEIGHT: dict[Outcome, int] = {"consumed": 0, "released": 1, "expired": 2}
-"""What counts when ranks disagree: one rank that was not read makes the hand-off useless."""
+"""When ranks disagree, the heaviest outcome counts: one rank whose KV was not read makes the hand-off useless."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Holds:
             self._settle(req_id)
 
     def settle(self, handoff_ids: Iterable[str]) -> list[str]:
-        """Nobody will consume these. Returns those that are not held, and remembers them: they may be produced yet."""
+        """Settle hand-offs that nobody will consume. Returns and keeps the ids not held: they may be produced later."""
         unheld: list[str] = []
         for handoff_id in handoff_ids:
             req_id = self._req_ids.get(handoff_id)
@@ -103,13 +103,13 @@ class Holds:
             held.outcome, held.lease_left_s = merge_ended(known, {req_id: entry})[req_id]
 
     def close(self, req_id: str) -> Hold | None:
-        """All ranks and all children are done with `req_id`. None when it was never a hand-off."""
+        """End the hold of `req_id`: all ranks and all children are done with it. None when it was never a hand-off."""
         held = self._open.pop(req_id, None)
         if held is None:
             return None
         self._to_settle.discard(req_id)
         if self._req_ids.get(held.handoff_id) == req_id:
             del self._req_ids[held.handoff_id]
-        # A transfer child that does not say how is one that only knows readers.
+        # A transfer child that reports no outcome knows only readers, so what was not settled counts as consumed.
         outcome = held.outcome or ("released" if held.settled else "consumed")
         return Hold(held.handoff_id, outcome, held.lease_left_s)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How engine events ride in vLLM's connector statistics from EngineCore to the API process.
 
-vLLM ships the statistics of a step with its outputs, on steps without tokens and with async scheduling too, and loses
-none; its own event channel (`take_events`) is for KV cache events and off by default.
+vLLM ships the statistics of a step together with the step's outputs, and loses none: also on steps without tokens, and
+also with async scheduling. vLLM's own event channel (`take_events`) is for KV cache events and is off by default.
 Source: vLLM 0.32 `Scheduler.update_from_output`, `kv_connector/v1/metrics.py`.
 """
 
@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKV
 from transport.in_engine.protocols import Event
 
 STATS_KEY = "Handoffs"
-"""Beside the names of the children, so it must not be one."""
+"""Key of the events in vLLM's statistics. The other keys are the children's names, so no child may have this one."""
 
 
 @dataclass
@@ -52,9 +52,9 @@ class HandoffStats(KVConnectorStats):
 
 
 class MultiPromMetrics(MultiKVConnectorPromMetrics):
-    """vLLM's, without the assertion that every child with statistics has a Prometheus class too.
+    """vLLM's, without the assertion that each key of the statistics has a Prometheus class too.
 
-    Mooncake has none, and the assertion would end the API process' output handler at its first statistics.
+    Our events (`STATS_KEY`) have none, and the assertion would end the API process' output handler at the first event.
     """
 
     _prom_metrics: dict[str, KVConnectorPromMetrics]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads from tiers that are under way, told of only when they have succeeded. Pure; no vLLM imports."""
+"""Loads from tiers that are under way. Only a load that has succeeded becomes an event. Pure; no vLLM imports."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ def new_block_ids(blocks: Any) -> set[int]:
     """The blocks of a request that a load may write to: neither the null block nor one with known content.
 
     Args:
-        blocks: vLLM's `KVCacheBlocks`. A block has a hash once its content is known, so those of a prefix hit have one.
-            Those of a synchronous load have one too, and are left out; its request is scheduled in the same step.
+        blocks: vLLM's `KVCacheBlocks`. A block has a hash once its content is known, so the blocks of a prefix hit have
+            one. The blocks of a synchronous load have one too and are left out: vLLM schedules its request in the same
+            step.
     """
     return {b.block_id for group in blocks.blocks for b in group if not b.is_null and b.block_hash is None}
 
 
 class TierLoads:
-    """One event a load. Bounded by the requests that wait for one: `forget` comes with a request's end."""
+    """One event for each load. Bounded by the requests that wait for a load: `forget` comes with a request's end."""
 
     def __init__(self) -> None:
         self._under_way: dict[str, tuple[Event, set[int]]] = {}
@@ -44,7 +45,7 @@ class TierLoads:
         Args:
             finished: requests whose load is over on every rank, however it went.
             failed: requests whose load failed.
-            invalid_block_ids: blocks that were not written. A rank may say so before the others have finished.
+            invalid_block_ids: blocks that were not written. A rank may report them before other ranks have finished.
         """
         if not self._under_way:
             return []

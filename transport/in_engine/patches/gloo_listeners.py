@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closes the ports that torch's Gloo process groups leave open in an engine's workers. Replaces nothing.
 
-Each group listens on a port of its own for its members, about twenty a worker, on the node's address. Once a group is
-made all its members are connected, and the port serves nobody; but it goes on taking connections, keeps those that
-send nothing for ever, and when file descriptors run out it ends the process (`gloo::EnforceNotMet` in its thread).
+Each group listens for its members on a port of its own, on the node's address; a worker has about twenty such ports.
+Once a group is made, all its members are connected and nobody needs the port. But Gloo goes on taking connections
+there, and keeps those that send nothing for ever. When file descriptors run out, Gloo ends the process
+(`gloo::EnforceNotMet` in its thread).
 
-Our outer connector calls this in each worker: vLLM makes its groups when it finds the device, and the connector when
-the model is loaded. A port is closed only when its group itself has written the port's address down for its members,
-so no socket of another library or thread can be meant. A group that connects at the first use
+Our outer connector calls this in each worker. vLLM makes its groups when it finds the device, and makes the connector
+later, when the model is loaded. A port is closed only when its group itself has written the port's address down for the
+members. So no socket of another library or thread is ever closed. A group that connects at the first use
 (`TORCH_GLOO_LAZY_INIT`) has written nothing down yet and keeps its port.
 
-Source: PyTorch 2.13 `ProcessGroupGloo`, whose constructor ends with Gloo's `connectFullMesh`; that one stores the
-addresses of a rank's devices, each with its `sockaddr`, under `<device>/<rank>` in the group's store.
+Source: PyTorch 2.13 `ProcessGroupGloo`. Its constructor ends with Gloo's `connectFullMesh`, which stores the addresses
+of a rank's devices, each with its `sockaddr`, under `<device>/<rank>` in the group's store.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands in for vLLM's code in the workers of a machine without an accelerator.
 
-Each function takes what it replaces and returns what stands there instead. Where, why and until when is in `replaced`.
+Each function takes the original and returns what stands in its place. `replaced` says where, why and until when.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def without_numa_nodes(original: object) -> Any:
-    """`CpuPlatform.discover_numa_topology`: this machine has no node with cores to pin anything to."""
+    """`CpuPlatform.discover_numa_topology` that finds no NUMA node, so that no process is pinned to a node's cores."""
 
     def discover_numa_topology(cls: type) -> list[list[int]]:
         return []
@@ -33,9 +33,9 @@ def without_progress_thread(make_config: Callable[..., Any] | None) -> Callable[
     return quiet_config
 
 
-# A request with a seed whose prefill is chunked samples once a chunk and throws the token away. vLLM undoes the draw by
-# rewinding the generator, which CPU generators cannot. Leaving it out would make the answer depend on the chunking, so
-# the state before the draw is kept and set again.
+# For a seeded request whose prefill is chunked, vLLM samples once in each chunk and throws the token away. vLLM undoes
+# the draw by rewinding the generator, but CPU generators cannot rewind. If the draw stayed, the answer would depend on
+# the chunking. So `remembering` keeps the state before the draw, and `restoring` sets it again.
 
 
 def remembering(sample: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +51,7 @@ def remembering(sample: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def restoring(bookkeeping: Callable[..., Any]) -> Callable[..., Any]:
-    """`GPUModelRunner._bookkeeping_sync`, from which those generators are hidden, and set back afterwards."""
+    """`GPUModelRunner._bookkeeping_sync` without the generators that `remembering` kept; their states are set again."""
 
     @functools.wraps(bookkeeping)
     def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closes the ports of NIXL's UCX threads, to which nobody connects. Replaces nothing.
 
-An agent with `num_threads` (4 by default in vLLM) has a UCX worker for each of them beside the one that peers talk to,
-and each listens on TCP at every address of the node. Peers learn the ports of that one worker alone. The others take
-connections all the same, but look at them only while they transfer: whatever a port scanner opens there keeps its file
-descriptor for good, and with the last one UCX ends all its ports, the one that peers need included.
+A NIXL agent with `num_threads` (4 by default in vLLM) has a UCX worker for each thread, beside the worker that peers
+talk to. Each UCX worker listens on TCP at every address of the node, but peers learn only the ports of that one worker.
+The other workers take connections all the same, and look at them only while they transfer. So a connection of a port
+scanner keeps its file descriptor for good. When no descriptor is left, UCX ends all its ports, also the one that peers
+need.
 
-A port is closed only when it was opened while our NIXL worker was made, and as UCX opens them. What another thread
-opens in the meantime through Python or ZMQ is left alone.
+A port is closed only when it was opened while our NIXL worker was made, and in the way in which UCX opens ports. Ports
+that another thread opens in the meantime through Python or ZMQ are left alone.
 
 Source: NIXL 1.5 `ucx_backend.cpp`, where `getConnInfo` is the address of the first worker; UCX 1.2x `tcp_cm.c`, whose
 worker address has the port in network byte order.
@@ -37,9 +38,9 @@ def close_unnamed(before: Collection[int], metadata: bytes) -> int:
 
 
 def without_name(ports: Mapping[int, ListeningSocket], metadata: bytes) -> set[int]:
-    """Descriptors of the ports that are made as a named one is, and whose own number is nowhere in `metadata`. Pure.
+    """Descriptors of the ports that `metadata` does not name, but that were made as a port that it names. Pure.
 
-    None when no port is named at all: another version may write its addresses in another way.
+    Empty when `metadata` names no port at all: another version may write its addresses in another way.
     """
     named = {fd for fd, listener in ports.items() if struct.pack(">H", listener.port) in metadata}
     if ports and not named:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets of this process that listen on TCP, and how one is closed under its owner. Linux only."""
+"""Sockets of this process that listen on TCP, and how to close a socket that another library owns. Linux only."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ListeningSocket:
     host: str
     port: int
     made_as: tuple[int, int, int]
-    """Its descriptor flags, status flags and `SO_REUSEADDR`. Sockets of one library agree in them; those of Python and
-    ZMQ, which are closed on `exec`, never agree with those of UCX, which are not."""
+    """Its descriptor flags, status flags and `SO_REUSEADDR`. Sockets of one library agree in them. Sockets of Python
+    and ZMQ never agree with sockets of UCX: only Python and ZMQ have theirs closed on `exec`."""
 
 
 def listening() -> dict[int, ListeningSocket]:
@@ -51,7 +51,7 @@ def _listener(descriptor: int) -> ListeningSocket | None:
 
 
 def close_sockets(descriptors: Iterable[int]) -> None:
-    """End the sockets but keep their numbers taken, by /dev/null: their owners close those numbers some day."""
+    """Close the sockets, but put /dev/null under their descriptor numbers: their owners close the numbers later."""
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         for descriptor in descriptors:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every attribute of another package that is replaced inside an engine's processes. Data only.
 
-On `platform: cuda` it is none: no entry names that platform. Our own engines alone are touched, wherever they run: the
-plugin asks for the platform in `PLATFORM_VARIABLE`, which a replica sets for its engine, and workers load what
-`pools.plan.launch` names to them.
+On `platform: cuda` nothing is replaced: no entry names that platform. Our own engines alone are touched, wherever they
+run. The plugin reads the platform from `PLATFORM_VARIABLE`, which a replica sets for its engine. Workers load the
+extension that `pools.plan.launch` names.
 """
 
 from __future__ import annotations

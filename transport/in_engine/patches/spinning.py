@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of vLLM's shared-memory queues that rest between two looks.
+"""Readers of vLLM's shared-memory queues that sleep between two looks.
 
-For a second after each message they look without a pause. With an engine of two such processes that is a core taken
-from the computation at every step, and from the other engines on the machine while this one only answers health
-probes. A sleep of an eighth of the time already waited adds at most that share to a step. vLLM's own notifications
-are no substitute at the rate of engine steps, where some of them are dropped; a reader that has waited for longer
-than a step has none before it that could drop the next, and sleeps until it comes.
+vLLM's readers look without a pause for a second after each message. An engine with two such processes so takes a core
+from the computation at every step. While it only answers health probes, it takes the core from the other engines on the
+machine. Here a reader sleeps for an eighth of the time that it has already waited, which adds at most an eighth to a
+step. vLLM's own notifications cannot replace the sleeps at the rate of engine steps, because some are dropped at this
+rate. After more than a step without a message, no earlier notification is left that could drop the next one. The reader
+then sleeps until the next one comes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 _SHORTEST_SLEEP_S = 50e-6
 _LONGEST_SLEEP_S = 1e-3
 _IDLE_S = 0.05
-"""Since the last message. From then on a reader waits for vLLM's notification of the next one."""
+"""Seconds since the last message, after which a reader waits for vLLM's notification of the next message."""
 _RECENT_S = 1.0
 _RECHECK_MS = 50
-"""How often it looks itself until `_RECENT_S` all the same, should a notification have been dropped."""
+"""Until `_RECENT_S` a reader still looks at this interval, in case a notification was dropped."""
 
 
 def resting(wait: Callable[..., None]) -> Callable[..., None]:
-    """`SpinCondition.wait`: the original is asked only when its own time of spinning is over."""
+    """`SpinCondition.wait` that sleeps where the original spins. It calls the original to wait for a notification."""
 
     @functools.wraps(wait)
     def resting_wait(self: Any, timeout_ms: int | None = None) -> None:
