@@ -623,6 +623,21 @@ PATCHES = (
         ("transport.in_engine.patches.forking",),
         holds=("if not current_platform.is_cpu() or self.skip_setup:",),
     ),
+    Borrowed(
+        "vllm.utils.system_utils:get_mp_context",
+        ("transport.in_engine.patches.forking",),
+        holds=("mp_method = envs.VLLM_WORKER_MULTIPROC_METHOD",),
+    ),
+    Borrowed(
+        "vllm.v1.executor.multiproc_executor:WorkerProc.worker_main",
+        ("transport.in_engine.patches.forking",),
+        holds=('kwargs.pop("inherited_fds", [])',),
+    ),
+    Borrowed(
+        "vllm.v1.engine.core:EngineCore.__init__",
+        ("transport.in_engine.patches.forking",),
+        holds=("load_general_plugins()",),
+    ),
     Borrowed("torch.accelerator:current_device_index", _MOONCAKE),
     *of(
         "torch.distributed.distributed_c10d",
