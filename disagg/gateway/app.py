@@ -288,7 +288,7 @@ def create_app(gateway: Gateway) -> FastAPI:
             made = get_openapi(title=app.title, version=app.version, routes=app.routes)
             openapi.secure(made, key_of)
             bodies = openapi.request_bodies(gateway.renderer.schemas(), gateway.model_id)
-            made["components"]["schemas"] = {**made["components"].get("schemas", {}), **bodies}
+            made.setdefault("components", {}).setdefault("schemas", {}).update(bodies)
             app.openapi_schema = made
         return app.openapi_schema
 

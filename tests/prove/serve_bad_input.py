@@ -8,8 +8,9 @@ import json
 import re
 import subprocess
 import sys
-import urllib.request
 from urllib.parse import urlsplit
+
+import httpx
 
 from tests.prove.report import ROOT, Row
 from tests.support.bad_requests import BadRequest, bad_requests, error_fault
@@ -113,8 +114,7 @@ def generated(stack: Stack, min_examples: int, *, phases: str = "fuzzing,coverag
     has no admin key: with one it would scale the pools to a thousand replicas. The table of bad requests has it.
     """
     report = ROOT / "build" / "schemathesis.log"
-    with urllib.request.urlopen(f"{stack.url}/openapi.json", timeout=60) as answer:
-        document = restricted(json.load(answer), "tiny")
+    document = restricted(httpx.get(f"{stack.url}/openapi.json", timeout=60).json(), "tiny")
     described = ROOT / "build" / "schemathesis-openapi.json"
     described.write_text(json.dumps(document))
     command = [

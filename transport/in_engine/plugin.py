@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of the group `vllm.general_plugins`: vLLM calls `register` in each process that it starts for an engine.
 
-A forked worker is none of them: it has what EngineCore has applied. vLLM calls it for every engine of the environment,
-other people's too. So it looks for the variable that a replica sets for its own
-engine, and without it, or on a platform on which nothing is replaced, it imports and changes nothing.
+A forked worker is none of these processes: it inherits what EngineCore has applied. vLLM calls `register` for other
+people's engines of the environment, too. So `register` looks for the variable that a replica sets for its own engine.
+Without this variable, or on a platform on which nothing is replaced, it loads no other package and changes nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ PLATFORM_VARIABLE = "DISAGG_ENGINE_PLATFORM"
 
 def register() -> None:
     """Apply what every process of an engine needs. Idempotent, as vLLM asks of a plugin."""
-    said = os.environ.get(PLATFORM_VARIABLE)
-    if said not in get_args(Platform) or not chosen(REPLACED, "engine_core", cast(Platform, said)):
+    platform = os.environ.get(PLATFORM_VARIABLE)
+    if platform not in get_args(Platform) or not chosen(REPLACED, "engine_core", cast(Platform, platform)):
         return
-    platform = cast(Platform, said)
     from transport.in_engine.patches.borrowed import BORROWED
     from transport.upstream.guard import require
 
     require(BORROWED, "transport.in_engine.patches.spinning")
-    apply(REPLACED, "engine_core", platform)
+    apply(REPLACED, "engine_core", cast(Platform, platform))
     if forks_workers(os.environ, is_child=multiprocessing.parent_process() is not None):
         require(BORROWED, "transport.in_engine.patches.forking")
         fork_workers(os.environ)

@@ -35,6 +35,7 @@ _PINS = ("transport.in_engine.lmcache.pins",)
 _SPECS = ("transport.in_engine.host_offload.specs",)
 _MEMORY = ("transport.in_engine.host_offload.memory",)
 _COPIER = ("transport.in_engine.host_offload.worker", "transport.in_engine.host_offload.pages")
+_FORKING = ("transport.in_engine.patches.forking",)
 _CONNECTORS = (*_OUTER, *_NIXL, *_PUSH, *_MOONCAKE, *_SINK)
 
 CONNECTOR = (
@@ -620,23 +621,15 @@ PATCHES = (
     ),
     Borrowed(
         "vllm.utils.ompmultiprocessing:OMPProcessManager.configure_omp_envs",
-        ("transport.in_engine.patches.forking",),
+        _FORKING,
         holds=("if not current_platform.is_cpu() or self.skip_setup:",),
     ),
-    Borrowed(
-        "vllm.utils.system_utils:get_mp_context",
-        ("transport.in_engine.patches.forking",),
-        holds=("mp_method = envs.VLLM_WORKER_MULTIPROC_METHOD",),
-    ),
-    Borrowed(
-        "vllm.v1.executor.multiproc_executor:WorkerProc.worker_main",
-        ("transport.in_engine.patches.forking",),
-        holds=('kwargs.pop("inherited_fds", [])',),
-    ),
-    Borrowed(
-        "vllm.v1.engine.core:EngineCore.__init__",
-        ("transport.in_engine.patches.forking",),
-        holds=("load_general_plugins()",),
+    *of("vllm.utils.system_utils", _FORKING, has("get_mp_context", holds=("= envs.VLLM_WORKER_MULTIPROC_METHOD",))),
+    *of("vllm.v1.engine.core:EngineCore", _FORKING, has("__init__", holds=("load_general_plugins()",))),
+    *of(
+        "vllm.v1.executor.multiproc_executor:WorkerProc",
+        _FORKING,
+        has("worker_main", holds=('kwargs.pop("inherited_fds", [])',)),
     ),
     Borrowed("torch.accelerator:current_device_index", _MOONCAKE),
     *of(
