@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,24 @@ from typing import Any
 import pytest
 
 from pools.process.shared_files import SHARED_MEMORY
-from tests.support.durable import DURABLE_FILES, durable_application
+from tests.support.answers import Answer, Case, cases
+from tests.support.faults import Reference, reference
 from tests.support.faults import change as sizes
 from tests.support.slot import Slot
-from tests.support.stack import ROOT, Stack, forked_engines, running
-from tests.support.tiers import FLOAT32, fresh_dir, tiers
+from tests.support.stack import BUILD, ROOT, Stack, aggregated_engine, forked_engines, running
+from tests.support.tiers import FLOAT32, asked, case_of, fresh_dir, prompts, steady_at, tiers
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 HAPROXY = ROOT / "configs" / "quickstart-haproxy.yaml"
+FILES = BUILD / "e2e-files"
+"""Of the LMCache servers of both applications on real engines."""
+EVERY = 5
+"""Every fifth case of the request set; that includes some of each kind."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_engines() -> Iterator[None]:
-    """The engines beside the applications, whose answers are the reference."""
+    """The engine beside the applications, whose answers are the reference."""
     with forked_engines():
         yield
 
@@ -39,25 +46,86 @@ def slot() -> Iterator[Slot]:
         room.empty()
 
 
-@pytest.fixture
-def real_stack(slot: Slot) -> Stack:
-    """1P2D of real vLLM engines in float32 behind Serve's own proxy: `configs/quickstart.yaml`."""
-    stack: Stack = slot.take("real", lambda: running(QUICKSTART, name="e2e-real", change=sizes(1, 2)))
-    return stack
+@dataclass(frozen=True)
+class Expected:
+    """Requests, and the answers of one aggregated engine to them."""
+
+    cases: list[Case]
+    answers: list[list[Answer]]
+    """To `cases`, alone and four at once."""
+    tiers: tuple[list[Case], list[Answer]]
+    """Prompts whose answer is the same computed, cached and beside others."""
+    kept: tuple[list[Case], list[Answer]]
+    """More of them, for the files that outlive an application."""
+    faults: Reference
+    """Streams whose answer is the same continued at any token."""
+
+
+@pytest.fixture(scope="session")
+def computing() -> Iterator[Future[Expected]]:
+    """The reference engine answers while the first application starts: one engine keeps one core busy."""
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(_computed)
 
 
 @pytest.fixture
-def nixl_stack(slot: Slot) -> Stack:
-    """Every tier over NIXL, sink `unused`."""
-    change = tiers(transport="nixl", cpu_gib=0.25, sink="unused", l1_gib=0.25, blocks=200, engine_kwargs=FLOAT32)
-    stack: Stack = slot.take("nixl", lambda: running(QUICKSTART, name="e2e-tiers-nixl", change=change))
+def expected(computing: Future[Expected]) -> Expected:
+    """What the engines of the applications have to answer. Tests that name it after their application wait less."""
+    return computing.result()
+
+
+def _computed() -> Expected:
+    chosen = [case for i, case in enumerate(cases()) if i % EVERY == 0]
+    candidates = [case_of(f"p{i}", prompt) for i, prompt in enumerate(prompts(18, seed=91))]
+    with aggregated_engine(name="e2e-reference", engine_kwargs=FLOAT32) as url:
+        answers = [asked(url, chosen, at_once) for at_once in (1, 4)]
+        same, right = steady_at(url, candidates, 10)
+        faults = reference(8, longest=600, tokens=(80, 160), url=url)
+    assert len(same) == 10
+    assert len(faults.known) >= 6, faults.words()
+    return Expected(chosen, answers, (same[:6], right[:6]), (same[6:], right[6:]), faults)
+
+
+@pytest.fixture
+def real_stack(slot: Slot, computing: Future[Expected]) -> Stack:
+    """1P2D of real vLLM engines in float32 behind Serve's own proxy: `configs/quickstart.yaml` with every tier.
+
+    NIXL, host memory, and LMCache with the sink `unused`, which writes files behind its memory.
+    """
+
+    def start() -> AbstractContextManager[Stack]:
+        files = {"type": "fs", "path": fresh_dir(FILES.name)}
+        every = tiers(cpu_gib=0.25, sink="unused", l1_gib=0.25, l2=[files], blocks=200, whole_prompts=False)
+        return running(QUICKSTART, name="e2e-real", change=sizes(1, 2, then=every))
+
+    stack: Stack = slot.take("real", start)
     return stack
 
 
 @pytest.fixture
 def mooncake_stack(slot: Slot) -> Stack:
-    """LMCache over Mooncake, sink `write_through`, with files behind the memory of its server; no host memory."""
-    stack: Stack = slot.take("mooncake", lambda: durable_application(fresh_dir(DURABLE_FILES)))
+    """1P1D over Mooncake, and LMCache with the sink `write_through` over the files of `real_stack`; no host memory."""
+    return take_mooncake(slot)
+
+
+def take_mooncake(slot: Slot) -> Stack:
+    """The application of `mooncake_stack`. It may not be scaled: `external_scaler_enabled` is off."""
+    FILES.mkdir(parents=True, exist_ok=True)
+    tier = tiers(
+        transport="mooncake",
+        sink="write_through",
+        l1_gib=0.25,
+        l2=[{"type": "fs", "path": str(FILES)}],
+        blocks=200,
+        whole_prompts=False,
+    )
+
+    def unscaled(config: dict[str, Any]) -> None:
+        tier(config)
+        config["applications"][0]["external_scaler_enabled"] = False
+
+    change = sizes(1, 1, then=unscaled)
+    stack: Stack = slot.take("mooncake", lambda: running(QUICKSTART, name="e2e-mooncake", change=change))
     return stack
 
 
@@ -95,7 +163,7 @@ def fake_haproxy_stack(fake_stack: FakeStack) -> Stack:
     return fake_stack.stack
 
 
-APPLICATIONS = ("real_stack", "nixl_stack", "mooncake_stack", "fake_stack")
+APPLICATIONS = ("real_stack", "mooncake_stack", "fake_stack")
 """Fixtures that start an application, in the order of their tests."""
 
 
@@ -104,7 +172,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Those that kill its replicas or scale it come late, and the one that ends it is the last.
     """
-    late = ("test_faults.py", "test_examples.py", "test_ctrl_c.py")
+    late = ("test_faults.py", "test_examples.py", "test_second_life.py", "test_ctrl_c.py")
 
     def place(item: pytest.Item) -> tuple[int, int]:
         used = [APPLICATIONS.index(name) + 1 for name in getattr(item, "fixturenames", ()) if name in APPLICATIONS]

@@ -3,40 +3,22 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-import pytest
-
+from tests.e2e.conftest import Expected
 from tests.prove.serve_bad_input import generated, http_cases
 from tests.prove.serve_leaving import leave
 from tests.prove.serve_tokens import mode_of, wrong
-from tests.support.answers import Answer, Case, ask_all, cases
-from tests.support.stack import Stack, aggregated_engine
-from tests.support.tiers import FLOAT32
-
-EVERY = 5
+from tests.support.stack import Stack
+from tests.support.tiers import asked
 
 
-@pytest.fixture(scope="module")
-def chosen() -> list[Case]:
-    """Every fifth case of the request set, and all that are special only once."""
-    return [case for i, case in enumerate(cases()) if i % EVERY == 0]
-
-
-@pytest.fixture(scope="module")
-def expected(chosen: list[Case]) -> list[list[Answer]]:
-    """An aggregated engine's answers, alone and four at once."""
-    with aggregated_engine(name="e2e-aggregated", engine_kwargs=FLOAT32) as url:
-        return [asyncio.run(ask_all(url, chosen, num_clients=n)) for n in (1, 4)]
-
-
-def test_same_tokens_as_one_engine(expected: list[list[Answer]], chosen: list[Case], real_stack: Stack) -> None:
+def test_same_tokens_as_one_engine(real_stack: Stack, expected: Expected) -> None:
     """Every answer is the aggregated engine's, alone and four at once, while the prefill pool computed the prompts."""
     before = real_stack.stats()
-    for right, num_clients in zip(expected, (1, 4), strict=True):
-        got = asyncio.run(ask_all(real_stack.url, chosen, num_clients=num_clients))
-        assert wrong(chosen, right, got) == []
+    for right, num_clients in zip(expected.answers, (1, 4), strict=True):
+        got = asked(real_stack.url, expected.cases, num_clients)
+        assert wrong(expected.cases, right, got) == []
     after = real_stack.stats()
     assert sum(mode_of(answer) == "prefill pool" for answer in got) >= 0.8 * len(got)
     assert _sum(after["decode"], "nixl_bytes_transferred_total") > _sum(

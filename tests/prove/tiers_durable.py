@@ -71,7 +71,7 @@ def two_lives(
         code, _ = stack.stop()
     with second as stack:
         problems += wrong(expected, asked(stack.url, chosen))
-        loaded = _loaded(stack)
+        loaded = from_lmcache(stack)
     wanted = sum(full_chunks(case.body["prompt"]) for case in chosen)
     for problem in problems:
         print(f"    {problem[:300]}")
@@ -89,7 +89,7 @@ def two_lives(
     ]
 
 
-def _loaded(stack: Stack) -> int:
+def from_lmcache(stack: Stack) -> int:
     """Prompt tokens that the prefill engine has loaded from LMCache, which began its life empty."""
     [url] = replica_urls(stack, "prefill")
     return sum(e["tokens"] for e in events(url) if e["kind"] == "loaded" and e["source"] == "lmcache")

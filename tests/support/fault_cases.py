@@ -15,6 +15,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +114,7 @@ def reference(
     shortest: int = 150,
     longest: int = 1500,
     tokens: tuple[int, int] = (120, 240),
+    url: str | None = None,
 ) -> Reference:
     """`number` requests (fewer when not so many are steady) with their answers.
 
@@ -122,14 +124,16 @@ def reference(
     Args:
         shortest, longest: bounds of a prompt's length in tokens, of a chat's roughly.
         tokens: bounds of an answer's length.
+        url: of an engine with the arguments of this file's; None starts one when it is needed.
     """
     asked = candidates(number + max(4, number // 6), seed=seed, shortest=shortest, longest=longest, tokens=tokens)
     arguments = _arguments()
     remembered = BUILD / f"faults-reference-{_key(asked, number, arguments)}.json"
     if remembered.exists():
         return msgspec.json.decode(remembered.read_bytes(), type=Reference)
-    with engine_process(arguments, {}, role="decode", name="faults-reference") as url:
-        found = asyncio.run(_choose(url, asked, number))
+    own = engine_process(arguments, {}, role="decode", name="faults-reference")
+    with nullcontext(url) if url is not None else own as engine:
+        found = asyncio.run(_choose(engine, asked, number))
     remembered.write_bytes(msgspec.json.encode(found))
     return found
 

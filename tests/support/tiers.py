@@ -36,15 +36,22 @@ def tiers(
     l2: Sequence[dict[str, Any]] = (),
     blocks: int | None = None,
     lease_s: int = 30,
+    whole_prompts: bool = True,
     engine_kwargs: dict[str, Any] | None = None,
     decode_kwargs: dict[str, Any] | None = None,
 ) -> Change:
-    """A change that gives a config these tiers. `blocks`: KV blocks of each engine; `sink` None: no shared tier."""
+    """A change that gives a config these tiers.
+
+    Args:
+        sink: None for no shared tier.
+        blocks: KV blocks of each engine.
+        whole_prompts: False for vLLM's chunked prefill, where float32 leaves no near ties.
+    """
 
     def change(config: dict[str, Any]) -> None:
         args = config["applications"][0]["args"]
         args["transport"] = {"type": transport, "kv_lease_duration_s": lease_s} | ({"mode": mode} if mode else {})
-        args["model"]["engine_kwargs"] |= {**WHOLE_PROMPTS, **(engine_kwargs or {})}
+        args["model"]["engine_kwargs"] |= (WHOLE_PROMPTS if whole_prompts else {}) | (engine_kwargs or {})
         if blocks is not None:
             args["model"]["engine_kwargs"]["num_gpu_blocks_override"] = blocks
         if decode_kwargs:
@@ -99,6 +106,12 @@ def asked(url: str, chosen: Sequence[Case], num_clients: int = 1) -> list[Answer
 def steady(
     candidates: Sequence[Case], wanted: int, *, engine_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[list[Case], list[Answer]]:
+    """`steady_at` an aggregated engine that is started for it, and computes each prompt whole."""
+    with aggregated_engine(name="tiers-reference", engine_kwargs={**WHOLE_PROMPTS, **(engine_kwargs or {})}) as url:
+        return steady_at(url, candidates, wanted)
+
+
+def steady_at(url: str, candidates: Sequence[Case], wanted: int) -> tuple[list[Case], list[Answer]]:
     """Cases whose answer one aggregated engine gives computed whole, from its prefix cache, and eight at once.
 
     In bfloat16 a near tie between two tokens goes either way with the shape of a batch, on one engine too; such a
@@ -107,10 +120,9 @@ def steady(
     Returns:
         `wanted` cases (fewer when there are not so many) and their answers.
     """
-    with aggregated_engine(name="tiers-reference", engine_kwargs={**WHOLE_PROMPTS, **(engine_kwargs or {})}) as url:
-        passes = [asked(url, candidates), asked(url, candidates)]
-        at_once = [Case(c.name, c.path, {**c.body, "cache_salt": f"at-once-{i}"}) for i, c in enumerate(candidates)]
-        passes.append(asked(url, at_once, 8))
+    passes = [asked(url, candidates), asked(url, candidates)]
+    at_once = [Case(c.name, c.path, {**c.body, "cache_salt": f"at-once-{i}"}) for i, c in enumerate(candidates)]
+    passes.append(asked(url, at_once, 8))
     cases, answers = [], []
     for i, case in enumerate(candidates):
         whole, *others = (answers_of[i] for answers_of in passes)
