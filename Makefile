@@ -33,7 +33,7 @@ test-unit: setup ## pure code, a minute or two (ARGS="-k name" for some)
 test-component: setup ## with classes of vLLM, torch and LMCache, no engine
 	$(PY) -m pytest tests/component -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
 
-test-engine: setup ## real engines and LMCache servers, no Ray Serve
+test-engine: setup ## real engines and LMCache servers
 	$(PY) -m pytest tests/engine -n $(WORKERS) --dist loadfile -m "not gpu" $(ARGS)
 
 test-e2e: setup ## the whole application under Ray Serve
