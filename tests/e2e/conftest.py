@@ -61,16 +61,18 @@ class Expected:
     """Streams whose answer is the same continued at any token."""
 
 
-@pytest.fixture(scope="session")
-def computing() -> Iterator[Future[Expected]]:
-    """The reference engine answers while the first application starts: one engine keeps one core busy."""
+@pytest.fixture(scope="session", autouse=True)
+def computing(request: pytest.FixtureRequest, _forked_engines: None) -> Iterator[Future[Expected] | None]:
+    """The reference engine answers from the start, beside tests that keep the other core busy; None when none asks."""
     with ThreadPoolExecutor(1) as thread:
-        yield thread.submit(_computed)
+        asked_for = any("expected" in getattr(item, "fixturenames", ()) for item in request.session.items)
+        yield thread.submit(_computed) if asked_for else None
 
 
 @pytest.fixture
-def expected(computing: Future[Expected]) -> Expected:
+def expected(computing: Future[Expected] | None) -> Expected:
     """What the engines of the applications have to answer. Tests that name it after their application wait less."""
+    assert computing is not None
     return computing.result()
 
 
@@ -87,7 +89,7 @@ def _computed() -> Expected:
 
 
 @pytest.fixture
-def real_stack(slot: Slot, computing: Future[Expected]) -> Stack:
+def real_stack(slot: Slot) -> Stack:
     """1P2D of real vLLM engines in float32 behind Serve's own proxy: `configs/quickstart.yaml` with every tier.
 
     NIXL, host memory, and LMCache with the sink `unused`, which writes files behind its memory.
