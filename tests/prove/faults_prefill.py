@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 import time
 from collections import Counter
 
@@ -90,7 +91,12 @@ def whole_pool(away_s: float = AWAY_S) -> list[Row]:
         left = gone(orphans)
         handed_off = sum(number for (prefill, _), number in load.by_replica(back).items() if prefill != "local")
         books = books_row(2, stack)
-    print(f"    prefill replicas killed: {kills}; while away: {dict(Counter(heard.prefill for heard in away))}")
+    ended = [heard for heard in load.heard if heard.ended and heard.ended < mark]
+    before = statistics.median(heard.ended - heard.started for heard in ended)
+    print(
+        f"    prefill replicas killed: {kills}; while away: {dict(Counter(heard.prefill for heard in away))}; "
+        f"an answer took p50 {before:.2f} s before"
+    )
     return [
         chosen_row(2, chosen),
         *judged(2, load, marks=[mark], at_least=60, max_first_good_s=FIRST_GOOD_S),

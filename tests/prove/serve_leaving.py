@@ -15,6 +15,7 @@ import httpx
 
 from tests.prove.report import ROOT, Row
 from tests.support.answers import Case, ask, difference
+from tests.support.faults import change
 from tests.support.stack import Stack, running
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -25,7 +26,8 @@ LEASE_S = 30
 
 
 def leaving() -> list[Row]:
-    with running(CONFIG, name="prove-leaving") as stack:
+    # An engine ends nothing within a step, and in bfloat16 a step of 2,048 tokens alone can take longer than the bound.
+    with running(CONFIG, name="prove-leaving", change=change(1, 1)) as stack:
         return leave(stack, NUM_CLIENTS)
 
 
