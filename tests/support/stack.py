@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -45,12 +46,19 @@ ENGINE_KWARGS: dict[str, Any] = {
     "tool_call_parser": "hermes",
 }
 """Of both pools and of the reference engine, so that answers can be compared."""
+_PORTS = (20_000, 32_000)
+"""Between the ports of Ray's workers and those that Linux gives out by itself."""
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that is free, and stays so until a server that starts slowly binds it: the kernel gives no such port
+    to connections and servers that leave the choice to it."""
+    # Not the generator that tests seed: two processes with one seed would choose the same ports.
+    for port in random.SystemRandom().sample(range(*_PORTS), 100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port among 100 of {_PORTS[0]} to {_PORTS[1]}")
 
 
 def tiny_model() -> Path:
