@@ -24,7 +24,7 @@ from tests.support.tiers import FLOAT32, asked, case_of, fresh_dir, prompts, ste
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 HAPROXY = ROOT / "configs" / "quickstart-haproxy.yaml"
 FILES = BUILD / "e2e-files"
-"""Of the LMCache servers of both applications on real engines."""
+"""Of the LMCache servers of both applications on real engines. Empty when a session begins."""
 EVERY = 5
 """Every fifth case of the request set; that includes some of each kind."""
 
@@ -46,6 +46,12 @@ def slot() -> Iterator[Slot]:
         room.empty()
 
 
+@pytest.fixture(scope="session")
+def files() -> dict[str, str]:
+    """`FILES` as a setting of LMCache's second level: what an application of this session wrote, and nothing older."""
+    return {"type": "fs", "path": fresh_dir(FILES.name)}
+
+
 @dataclass(frozen=True)
 class Expected:
     """Requests, and the answers of one aggregated engine to them."""
@@ -64,9 +70,10 @@ class Expected:
 @pytest.fixture(scope="session", autouse=True)
 def computing(request: pytest.FixtureRequest, _forked_engines: None) -> Iterator[Future[Expected] | None]:
     """The reference engine answers from the start, beside tests that keep the other core busy; None when none asks."""
-    with ThreadPoolExecutor(1) as thread:
-        asked_for = any("expected" in getattr(item, "fixturenames", ()) for item in request.session.items)
-        yield thread.submit(_computed) if asked_for else None
+    asked_for = any("expected" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    # The engine is closed before the thread is waited for: a session that ends early has a request under way there.
+    with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as engine:
+        yield thread.submit(_computed, engine) if asked_for else None
 
 
 @pytest.fixture
@@ -76,10 +83,12 @@ def expected(computing: Future[Expected] | None) -> Expected:
     return computing.result()
 
 
-def _computed() -> Expected:
+def _computed(engine: contextlib.ExitStack) -> Expected:
+    """The engine is closed as soon as it has answered, or sooner by whoever closes `engine`."""
     chosen = [case for i, case in enumerate(cases()) if i % EVERY == 0]
     candidates = [case_of(f"p{i}", prompt) for i, prompt in enumerate(prompts(18, seed=91))]
-    with aggregated_engine(name="e2e-reference", engine_kwargs=FLOAT32) as url:
+    with engine:
+        url = engine.enter_context(aggregated_engine(name="e2e-reference", engine_kwargs=FLOAT32))
         answers = [asked(url, chosen, at_once) for at_once in (1, 4)]
         same, right = steady_at(url, candidates, 10)
         faults = reference(8, longest=600, tokens=(80, 160), url=url)
@@ -89,14 +98,13 @@ def _computed() -> Expected:
 
 
 @pytest.fixture
-def real_stack(slot: Slot) -> Stack:
-    """1P2D of real vLLM engines in float32 behind Serve's own proxy: `configs/quickstart.yaml` with every tier.
+def real_stack(slot: Slot, files: dict[str, str]) -> Stack:
+    """1P2D of real vLLM engines in float32 behind Serve's own proxy: `configs/quickstart.yaml` with tiers.
 
     NIXL, host memory, and LMCache with the sink `unused`, which writes files behind its memory.
     """
 
     def start() -> AbstractContextManager[Stack]:
-        files = {"type": "fs", "path": fresh_dir(FILES.name)}
         every = tiers(cpu_gib=0.25, sink="unused", l1_gib=0.25, l2=[files], blocks=200, whole_prompts=False)
         return running(QUICKSTART, name="e2e-real", change=sizes(1, 2, then=every))
 
@@ -105,19 +113,18 @@ def real_stack(slot: Slot) -> Stack:
 
 
 @pytest.fixture
-def mooncake_stack(slot: Slot) -> Stack:
+def mooncake_stack(slot: Slot, files: dict[str, str]) -> Stack:
     """1P1D over Mooncake, and LMCache with the sink `write_through` over the files of `real_stack`; no host memory."""
-    return take_mooncake(slot)
+    return take_mooncake(slot, files)
 
 
-def take_mooncake(slot: Slot) -> Stack:
+def take_mooncake(slot: Slot, files: dict[str, str]) -> Stack:
     """The application of `mooncake_stack`. It may not be scaled: `external_scaler_enabled` is off."""
-    FILES.mkdir(parents=True, exist_ok=True)
     tier = tiers(
         transport="mooncake",
         sink="write_through",
         l1_gib=0.25,
-        l2=[{"type": "fs", "path": str(FILES)}],
+        l2=[files],
         blocks=200,
         whole_prompts=False,
     )

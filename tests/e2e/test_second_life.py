@@ -12,7 +12,9 @@ from tests.support.stack import Stack, wait_until
 from tests.support.tiers import CHUNK, asked, full_chunks, orphan, wrong
 
 
-def test_a_second_life_serves_the_first_ones_prompts(real_stack: Stack, expected: Expected, slot: Slot) -> None:
+def test_a_second_life_serves_the_first_ones_prompts(
+    real_stack: Stack, expected: Expected, slot: Slot, files: dict[str, str]
+) -> None:
     """Prompts that the first life rescued are loaded by another application, over the other transport.
 
     The last test of its application, because it ends it.
@@ -22,7 +24,7 @@ def test_a_second_life_serves_the_first_ones_prompts(real_stack: Stack, expected
     written = _num_files()
     orphan(real_stack, [case.body["prompt"] for case in chosen])
     wait_until(lambda: _num_files() >= written + tokens // CHUNK, 30, "each chunk is in a file")
-    second = take_mooncake(slot)
+    second = take_mooncake(slot, files)
     assert real_stack.process.returncode == 0, real_stack.output[-20:]
     assert wrong(answers, asked(second.url, chosen)) == []
     assert from_lmcache(second) >= SHARE * tokens

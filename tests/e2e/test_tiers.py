@@ -42,6 +42,7 @@ class TestNixl:
         assert sum(after.values()) > sum(before.values())
 
     def test_a_storm_of_leaving_clients(self, real_stack: Stack) -> None:
+        """Clients that leave at random moments leave no KV held, and books that balance."""
         assert [row.text() for row in storm(real_stack, "nixl", 24) if not row.holds] == []
 
     def test_a_killed_lmcache_server_costs_no_request(self, real_stack: Stack, expected: Expected) -> None:
@@ -71,7 +72,7 @@ class TestMooncake:
     """Mooncake over TCP, LMCache with the sink `write_through`."""
 
     def test_same_tokens_from_lmcache(self, mooncake_stack: Stack, expected: Expected) -> None:
-        """Computed, which no files of another life have, and then from LMCache."""
+        """Computed, because its files are of other owners, and then from LMCache."""
         chosen, answers = salted(expected.tiers[0], "mooncake"), expected.tiers[1]
         assert wrong(answers, asked(mooncake_stack.url, chosen)) == []
         reset_caches(mooncake_stack)
@@ -81,11 +82,13 @@ class TestMooncake:
         assert books(mooncake_stack)["consumed"] >= 2 * len(chosen)
 
     def test_answers_of_one_token_do_not_wait(self, mooncake_stack: Stack) -> None:
+        """The last token of a prompt comes as soon as its KV is there."""
         chosen = requests(30)
         early, _, limit = in_time(chosen, timed(mooncake_stack.url, chosen))
         assert max(early) <= limit
 
     def test_a_storm_of_leaving_clients(self, mooncake_stack: Stack) -> None:
+        """As over NIXL."""
         assert [row.text() for row in storm(mooncake_stack, "mooncake", 24) if not row.holds] == []
 
 

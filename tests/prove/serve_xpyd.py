@@ -15,12 +15,10 @@ from tests.prove.report import ROOT, Row
 from tests.prove.serve_tokens import reference, wrong
 from tests.support.answers import Answer, Case, ask_all, cases
 from tests.support.stack import Stack, running, wait_until
+from tests.support.tiers import WHOLE_PROMPTS
 
 CONFIG = ROOT / "configs" / "2p2d-nixl-cpu.yaml"
 RECOVERY_S = 180.0
-WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
-"""A prompt is computed in one step on both sides. Otherwise its chunks depend on who else is there, and for a prompt
-near a tie that decides a token, on one engine as on four."""
 
 
 def xpyd() -> list[Row]:

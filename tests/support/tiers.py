@@ -18,10 +18,14 @@ from transport.handoff_params import offer_params
 
 CHUNK = 256
 """Tokens of an LMCache chunk, and two KV blocks of the CPU engine."""
-WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
-"""A prompt is computed in one step, here and in the reference. Otherwise its chunks depend on who else is there."""
 FLOAT32 = {"dtype": "float32"}
 """Computes a prompt eight times as fast as bfloat16 on a CPU without instructions for that."""
+WHOLE_PROMPTS = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192, **FLOAT32}
+"""A prompt is computed in one step, here and in the reference. Otherwise its chunks depend on who else is there, and
+for a prompt near a tie that decides a token, on one engine as on four.
+
+In bfloat16 such a step of several engines on two cores takes so long that the watchdog takes it for a hang.
+"""
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -112,7 +116,7 @@ def steady(
 
 
 def steady_at(url: str, candidates: Sequence[Case], wanted: int) -> tuple[list[Case], list[Answer]]:
-    """Cases whose answer one aggregated engine gives computed whole, from its prefix cache, and eight at once.
+    """Cases whose answer one aggregated engine gives computed, from its prefix cache, and eight at once.
 
     In bfloat16 a near tie between two tokens goes either way with the shape of a batch, on one engine too; such a
     prompt says nothing about a tier. The choice looks at the reference engine alone.

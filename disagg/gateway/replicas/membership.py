@@ -262,7 +262,7 @@ class Membership:
     def put_on_probation(self, member: Member) -> None:
         """Keep a replica out of ordinary choice until `end_probation`: its pool loses one replica after the other.
 
-        Tells nobody: the listener calls it while it is being told of the replica.
+        Tells no listener: `Watch.members_changed`, a listener, calls it while it is being told of the replica.
         """
         member.on_probation = True
         self.roster = self._roster()
