@@ -220,8 +220,9 @@ def judged(tier: str, found: dict[str, Seen]) -> list[Row]:
             LINE,
             f"{tier}: prompt tokens computed for the other key",
             f"{sum(other.computed)} of {EACH * length}",
-            "all",
-            all(computed == length for computed in other.computed),
+            "all, and health probes' few",
+            # The engine counts the tokens of its health probes, too, when it was idle for a moment.
+            all(computed >= length for computed in other.computed),
         ),
         Row(
             LINE,
