@@ -12,13 +12,14 @@ import asyncio
 import http
 import logging
 import resource
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ EXTENSION = "disagg.protocol"
 """Key in the `extensions` of an ASGI scope. Its value is the `BoundedProtocol` of the request's connection."""
 _SECOND_LOOK_S = 0.2
 """Extra time after a deadline: a process that was busy finds its timers due before it has read what came in time."""
+_PEER_LOOK_S = 0.5
+"""How often the server looks whether a client that has sent further requests ahead is still there."""
+_TCP_GONE = frozenset((7, 8, 9))
+"""States CLOSE, CLOSE_WAIT and LAST_ACK of Linux' `tcp_info`: the peer has closed its side."""
+_OFFER_HEADERS = frozenset((b"upgrade", b"http2-settings"))
 
 Admits = Callable[[Mapping[str, Any]], bool]
 """Takes the ASGI scope of a request; returns whether the request shows that its sender may use this port."""
@@ -91,7 +97,10 @@ class Door:
 def bounded_protocol(
     name: str, limits: HttpLimits | None = None, *, admits: Admits = lambda scope: True
 ) -> type[BoundedProtocol]:
-    """A class for `http` of one uvicorn server's config. Set `ws="none"` beside it: upgrades are refused.
+    """A class for `http` of one uvicorn server's config. Set `ws="none"` beside it: there are no web sockets.
+
+    An offer to upgrade to another protocol is ignored, and the request is answered as HTTP/1.1. Java's client offers
+    h2c with every first request.
 
     A connection is silent until it has sent a whole request that `admits` accepts. Other requests are answered too.
     """
@@ -106,6 +115,11 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _deadline: asyncio.TimerHandle | None = None
     _status = 400
+    _offered: bytes | None = None
+    """The head of a request that offers an upgrade, without the offer. Empty when it asks for a tunnel."""
+    _unfinished: tuple[RequestResponseCycle, ...] = ()
+    """Requests of this connection that are not answered yet, in their order. A client that sends ahead has several."""
+    _peer_look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -115,23 +129,40 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._waited()
         self.door.left(self)
+        # uvicorn tells the newest request alone, and the older ones would run to their ends for nobody.
+        for cycle in self._unfinished:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
+        self._unfinished = ()
+        if self._peer_look is not None:
+            self._peer_look.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's, but a lone line feed does not stop the keep-alive timer.
+        """As uvicorn's, but a lone line feed does not stop the keep-alive timer, and offers to upgrade are ignored.
 
         Bad requests are counted here; uvicorn would log each of them.
         """
         if self.parser is None or self.transport.is_closing():
             return
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse("an upgrade to another protocol")
-        except httptools.HttpParserError:
-            self._refuse("it is not HTTP/1.1" if self._status == 400 else "its head is too large")
-        else:
-            self._after(data)
+        fed = data
+        while True:
+            try:
+                self.parser.feed_data(fed)
+            except httptools.HttpParserUpgrade as exc:
+                if not self._offered:
+                    self._refuse("a tunnel to another server")
+                    return
+                # The parser takes what follows for another protocol. Another one reads the request without its offer.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+                fed, self._offered = self._offered + fed[exc.args[0] :], None
+            except httptools.HttpParserError:
+                self._refuse("it is not HTTP/1.1" if self._status == 400 else "its head is too large")
+                return
+            else:
+                self._after(data)
+                return
 
     def _after(self, data: bytes) -> None:
         if self._stage == "whole":
@@ -157,9 +188,21 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) > self.door.limits.max_head_bytes:
             self._status = 431
             raise ValueError("the head is too large")
+        if self.parser.should_upgrade():
+            self._offered = self._head_without_offer()
+            return
         super().on_headers_complete()
+        self._unfinished = (*(cycle for cycle in self._unfinished if not cycle.response_complete), self.cycle)
+        if len(self._unfinished) > 1 and self._peer_look is None:
+            self._look_for_peer()
+
+    def on_body(self, body: bytes) -> None:
+        if self._offered is None:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offered is not None:
+            return
         self._waited()
         self._stage = "whole"
         if self.door.admits(self.scope):
@@ -177,6 +220,32 @@ class BoundedProtocol(HttpToolsProtocol):
         head = f"HTTP/1.1 {self._status} {phrase}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
         self.transport.write(head.encode())
         self.transport.close()
+
+    def _head_without_offer(self) -> bytes:
+        """The head of the current request without its offer to upgrade; empty when it asks for a tunnel."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            return b""
+        lines = [b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(t for t in value.split(b",") if t.strip().lower() not in _OFFER_HEADERS)
+            if name not in _OFFER_HEADERS:
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _look_for_peer(self) -> None:
+        """End the connection of a client that has left.
+
+        uvicorn reads nothing while a second request waits for the first one's answer, so the transport does not notice.
+        """
+        self._peer_look = None
+        if self.transport.is_closing() or sum(not cycle.response_complete for cycle in self._unfinished) < 2:
+            return
+        if has_left(self.transport.get_extra_info("socket")):
+            self.transport.abort()
+            return
+        self._peer_look = self.loop.call_later(_PEER_LOOK_S, self._look_for_peer)
 
     def _wait_for(self, stage: Stage) -> None:
         limits = self.door.limits
@@ -198,6 +267,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._deadline = None
             self.door.count(f"its {stage} did not come in time")
             self.transport.abort()
+
+
+def has_left(sock: socket.socket | None) -> bool:
+    """Whether the peer of a TCP connection has closed it; False where the system does not tell."""
+    tcp_info = getattr(socket, "TCP_INFO", None)
+    if sock is None or tcp_info is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    return sock.getsockopt(socket.IPPROTO_TCP, tcp_info, 1)[0] in _TCP_GONE
 
 
 def closed_by(protocol: Any) -> dict[str, int]:

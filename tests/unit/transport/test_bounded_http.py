@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -30,18 +31,38 @@ class App:
         self.may_read = asyncio.Event()
         self.may_answer = asyncio.Event()
         self.started = asyncio.Event()
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[bytes, bytes]] = []
         self.may_read.set()
         self.may_answer.set()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         self.started.set()
         await self.may_read.wait()
+        body = b""
         while (message := await receive())["type"] != "http.disconnect":
+            body += message["body"]
             if not message.get("more_body"):
                 break
+        self.headers.append(dict(scope["headers"]))
+        self.bodies.append(body)
         await self.may_answer.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
+
+
+class Watching:
+    """Answers nobody, and counts the requests whose client it sees leave."""
+
+    def __init__(self) -> None:
+        self.num_here = 0
+        self.num_left = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        self.num_here += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.num_left += 1
 
 
 class _Server(uvicorn.Server):
@@ -51,20 +72,27 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def served(limits: HttpLimits, **options: Any) -> AsyncIterator[tuple[App, type[BoundedProtocol], int]]:
-    app, protocol = App(), bounded_protocol("test", limits, **options)
+    app = App()
+    async with serving(app, limits, **options) as (protocol, port):
+        yield app, protocol, port
+
+
+@asynccontextmanager
+async def serving(app: Any, limits: HttpLimits, **options: Any) -> AsyncIterator[tuple[type[BoundedProtocol], int]]:
+    protocol = bounded_protocol("test", limits, **options)
     config = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", access_log=False, timeout_graceful_shutdown=1
     )
     server = _Server(config)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        running = asyncio.create_task(server.serve(sockets=[sock]))
         while not server.started:
             await asyncio.sleep(0.005)
         try:
-            yield app, protocol, sock.getsockname()[1]
+            yield protocol, sock.getsockname()[1]
         finally:
             server.should_exit = True
-            await serving
+            await running
     assert not protocol.door._silent, "a connection that is gone is remembered"
 
 
@@ -99,7 +127,7 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
         (GET + b"GET /again HT", "its head did not come in time"),
         (b"\x00\xff" * 500, "it is not HTTP/1.1"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "it is not HTTP/1.1"),
-        (b"GET / HTTP/1.1\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n", "an upgrade to another protocol"),
+        (b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com\r\n\r\n", "a tunnel to another server"),
         (b"GET /" + b"a" * 4000 + b" HTTP/1.1\r\n\r\n", "its head is too large"),
         (b"GET / HTTP/1.1\r\na: " + b"b" * 4000, "its head is too large"),
     ],
@@ -118,6 +146,73 @@ async def test_a_large_head_is_told_so() -> None:
     """431, so that a gateway with such a head can say what is wrong."""
     async with served(QUICK) as (_, _, port), talking(port, b"GET / HTTP/1.1\r\na: " + b"b" * 4000) as (reader, _):
         assert (await rest(reader)).startswith(b"HTTP/1.1 431 ")
+
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+WEBSOCKET = b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
+LENGTH = b"Content-Length: 5\r\n\r\nhello"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("cut", [None, 1, 40])
+@pytest.mark.parametrize("body", [LENGTH, CHUNKED])
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET])
+async def test_an_offer_to_upgrade_is_ignored(offer: bytes, body: bytes, cut: int | None) -> None:
+    """The request is answered as HTTP/1.1 with its body, whatever pieces it comes in, and so are those behind it."""
+    sent = (b"POST /a HTTP/1.1\r\nHost: x\r\nA: 1\r\n" + offer + body) * 3 + GET
+    size = cut or len(sent)
+    async with served(HttpLimits()) as (app, protocol, port), talking(port) as (reader, writer):
+        for start in range(0, len(sent), size):
+            writer.write(sent[start : start + size])
+            await writer.drain()
+            await asyncio.sleep(0)
+        for _ in range(4):
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        assert app.bodies == [b"hello", b"hello", b"hello", b""]
+        assert all(headers[b"a"] == b"1" and b"upgrade" not in headers for headers in app.headers[:3])
+        assert not protocol.door.closed
+
+
+async def test_an_offer_to_upgrade_keeps_the_other_wishes() -> None:
+    """A client that offers an upgrade and wants its connection closed gets it closed."""
+    offer = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    async with served(HttpLimits()) as (_, _, port), talking(port, offer) as (reader, _):
+        assert (await rest(reader)).endswith(b"ok")
+
+
+async def test_many_offers_at_once() -> None:
+    """Thousands of them in one piece are answered one after the other."""
+    number = 2000
+    offer = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    async with served(HttpLimits()) as (_, _, port), talking(port, offer * number) as (reader, _):
+        for _ in range(number):
+            await reader.readuntil(b"ok")
+
+
+LONG = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n" + b"x" * 100_000
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("behind", [b"", GET, GET * 3, LONG])
+async def test_a_client_that_sends_ahead_and_leaves(behind: bytes, later: bool, reset: bool) -> None:
+    """The request that is being answered hears of it. uvicorn would tell the newest one alone, and stops to read when
+    another request comes `later`."""
+    app = Watching()
+    async with serving(app, HttpLimits()) as (_, port), asyncio.timeout(5):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(GET if later else GET + behind)
+        while not app.num_here:
+            await asyncio.sleep(0.01)
+        if later:
+            sock.sendall(behind)
+            await asyncio.sleep(0.05)
+        if reset:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        while not app.num_left:
+            await asyncio.sleep(0.01)
+        assert app.num_here == 1
 
 
 async def test_requests_that_take_long_are_left_alone() -> None:
