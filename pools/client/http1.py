@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from pools.client.patience import Patient
 from pools.client.routes import ENGINE_KEY_HEADER
 from pools.errors import ReplicaLostError
 from pools.process.descriptors import OWN_ERRORS
@@ -315,7 +316,7 @@ class Upstream:
         """
         exchange: Exchange | None = None
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Patient(timeout_s):
                 exchange = await self.open(method, path, body, headers)
                 on_sent()
                 payload = await exchange.read()
@@ -374,7 +375,7 @@ class Upstream:
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with Patient(self._connect_timeout_s):
                 _, connection = await loop.create_connection(lambda: _Connection(self), self._host, self._port)
         except (OSError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {self._connect_timeout_s:g} s"

@@ -106,7 +106,10 @@ class RouteTable:
 
 
 class Edge:
-    """ASGI middleware: lets in whoever has the key of the route, and says `Retry-After` on every 429 and 503."""
+    """ASGI middleware: lets in whoever has the key of the route, and says `Retry-After` on every 429 and 503.
+
+    A HEAD request goes on as GET, and its answer comes back without a body.
+    """
 
     def __init__(
         self,
@@ -133,12 +136,18 @@ class Edge:
             await self._app(scope, receive, send)
             return
 
+        is_head = scope["method"] == "HEAD"
+        if is_head:
+            scope = {**scope, "method": "GET"}
+
         # Not a coroutine function: it is called for every chunk of a stream that is not spliced.
         def with_retry_after(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and message["status"] in _LATER:
                 headers = message.get("headers", ())
                 if not any(name.lower() == b"retry-after" for name, _ in headers):
                     message["headers"] = [*headers, self._retry_after]
+            if is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             return send(message)
 
         try:

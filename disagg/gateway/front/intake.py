@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an HTTP request to what it asks for: limits, content type, JSON, and what a client must not send."""
+"""From an HTTP request to what it asks for, and what a client must not send."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import uuid
 from collections.abc import Mapping
@@ -13,21 +12,16 @@ from typing import Any, get_args
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from disagg.config import GatewayConfig
-from disagg.errors import (
-    BodyTooLargeError,
-    InvalidRequestError,
-    ModelNotFoundError,
-    RequestTimeoutError,
-    UnsupportedMediaTypeError,
-)
+from disagg.errors import InvalidRequestError, ModelNotFoundError
+from disagg.gateway.front.body import Bodies
 from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD, Endpoint
 from disagg.gateway.front.tenants import SCOPE_KEY, Tenant, check_media_ids, salted
 from transport.handoff_params import Store
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE_HEADERS = ("traceparent", "tracestate")
-_decode_json = msgspec.json.Decoder().decode
+_PARTS_OF_MESSAGE = ("content", "tool_calls")
+_TOOL_FIELDS = ("tools", "functions")
 _encode_json = msgspec.json.Encoder().encode
 
 
@@ -49,12 +43,13 @@ class Asked:
     """Name of the tenant whose API key the client sent; None where clients need no key."""
 
 
-async def taken_in(request: Request, endpoint: Endpoint, *, config: GatewayConfig, model_id: str) -> Asked:
-    """Read and check a completion request. Raises RequestError, or ClientDisconnect when the client left."""
-    raw = await read_body(request, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
-    body = parse_json(request, raw)
+async def taken_in(request: Request, endpoint: Endpoint, *, bodies: Bodies, model_id: str) -> Asked:
+    """Read and check a completion request. Raises what `Bodies.json_object` raises."""
+    config = bodies.config
+    raw, body = await bodies.json_object(request)
     check_fields(body, model_id=model_id)
     check_prompts(body, config.max_prompts)
+    check_parts(body, max_parts=config.max_chat_parts, max_tools=config.max_tools)
     store, raw = take_store(body, raw)
     tenant: Tenant | None = request.scope.get(SCOPE_KEY)
     if tenant is not None:
@@ -62,44 +57,6 @@ async def taken_in(request: Request, endpoint: Endpoint, *, config: GatewayConfi
         raw = salted(body, raw, tenant)
     name = None if tenant is None else tenant.name
     return Asked(endpoint, body, raw, request_id_of(request), forwarded_headers(request), store, name)
-
-
-async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises BodyTooLargeError, RequestTimeoutError, or ClientDisconnect when the client left."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise _too_large(max_bytes)
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                chunks.append(chunk)
-    except TimeoutError as exc:
-        raise RequestTimeoutError(f"the request body did not arrive within {timeout_s:g} s") from exc
-    return b"".join(chunks)
-
-
-def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the request body is larger than {max_bytes} bytes, the limit of this server")
-
-
-def parse_json(request: Request, raw: bytes) -> dict[str, Any]:
-    """The body as a JSON object. Raises UnsupportedMediaTypeError or InvalidRequestError."""
-    given = request.headers.get("content-type", "").strip()
-    media_type = given.partition(";")[0].strip().lower()
-    if given and media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaTypeError(f"content type {given[:100]!r} is not supported; send application/json")
-    try:
-        body = _decode_json(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequestError(f"the request body is not valid JSON: {exc}") from exc
-    if not isinstance(body, dict):
-        raise InvalidRequestError("the request body must be a JSON object")
-    return body
 
 
 def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:
@@ -127,6 +84,31 @@ def check_prompts(body: Mapping[str, Any], max_prompts: int) -> None:
             f"the list has {len(prompt)} prompts, this server takes {max_prompts}; send several requests",
             param="prompt",
         )
+
+
+def check_parts(body: Mapping[str, Any], *, max_parts: int, max_tools: int) -> None:
+    """Raises InvalidRequestError when a chat has more messages, content parts and tool calls, or tools, than it may.
+
+    The validation of each costs the gateway and the engine some ten microseconds, in which no stream goes on.
+    """
+    num_parts = 0
+    for message in messages if isinstance(messages := body.get("messages"), list) else ():
+        num_parts += 1
+        if isinstance(message, dict):
+            num_parts += sum(
+                len(held) for name in _PARTS_OF_MESSAGE if isinstance(held := message.get(name), (list, dict))
+            )
+        if num_parts > max_parts:
+            raise InvalidRequestError(
+                f"the chat has more than {max_parts} messages, content parts and tool calls, the limit of this server "
+                "(gateway.max_chat_parts)",
+                param="messages",
+            )
+    for name in _TOOL_FIELDS:
+        if isinstance(tools := body.get(name), list) and len(tools) > max_tools:
+            raise InvalidRequestError(
+                f"the request has {len(tools)} {name}, this server takes {max_tools} (gateway.max_tools)", param=name
+            )
 
 
 def take_store(body: dict[str, Any], raw: bytes) -> tuple[Store | None, bytes]:
@@ -161,10 +143,9 @@ __all__ = [
     "Asked",
     "ClientDisconnect",
     "check_fields",
+    "check_parts",
     "check_prompts",
     "forwarded_headers",
-    "parse_json",
-    "read_body",
     "request_id_of",
     "take_store",
     "taken_in",

@@ -2,7 +2,7 @@
 """Chat template and tokeniser of the gateway: vLLM's own renderer, without an engine.
 
 It is the code that the engines run, so that the tokens are the same. The one module of the gateway that imports
-vLLM. Tokenising happens in vLLM's thread pool, off the event loop.
+vLLM. Tokenising happens in vLLM's thread pool, off the event loop; large bodies are validated aside of it, too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
+from disagg.gateway.front.aside import Aside
 from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.front.openapi import REFERENCE, Body
 from pools.borrowed import BORROWED
@@ -23,12 +24,21 @@ from transport.upstream.guard import require
 
 logger = logging.getLogger(__name__)
 
+_SMALL_BYTES = 16_384
+"""Bodies up to this size are rendered in the gateway's loop: some 600 content parts, which take a few milliseconds."""
+_MAX_ASIDE = 4
+"""Larger bodies that are rendered at once."""
+
 
 class Renderer(Protocol):
     """Turns a request into token ids."""
 
-    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
-        """Token ids of each prompt; None when the engine itself has to look at the request (to refuse it, mostly)."""
+    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any], num_bytes: int) -> list[list[int]] | None:
+        """Token ids of each prompt; None when the engine itself has to look at the request (to refuse it, mostly).
+
+        Args:
+            num_bytes: size of the body as JSON. Large bodies are rendered aside of the caller's event loop.
+        """
         ...
 
     async def texts(self, body: Mapping[str, Any], prompt: Sequence[int], token_ids: Sequence[int]) -> list[str]:
@@ -38,6 +48,17 @@ class Renderer(Protocol):
     def schemas(self) -> dict[str, Any]:
         """JSON schemas of every `openapi.Body` as vLLM takes it, and of what they refer to, by name."""
         ...
+
+
+def has_media(body: Mapping[str, Any]) -> bool:
+    """Whether a chat has content that is not text. vLLM's client for media belongs to one event loop."""
+    messages = body.get("messages")
+    return any(
+        isinstance(part, Mapping) and part.get("type", "text") != "text"
+        for message in (messages if isinstance(messages, list) else ())
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
 
 
 class VllmRenderer:
@@ -61,8 +82,10 @@ class VllmRenderer:
         from vllm.renderers.chat_utils import load_chat_template
         from vllm.renderers.online_renderer import OnlineRenderer
 
+        from pools.engine import vllm_media
         from pools.engine._vllm_compat import split_args
 
+        vllm_media.install()
         require(BORROWED, "disagg.gateway.front.render")
         left_out = {"kv_transfer_config", "worker_extension_cls", "distributed_executor_backend"}
         engine_args, args = split_args({k: v for k, v in arguments.items() if k not in left_out})
@@ -95,9 +118,15 @@ class VllmRenderer:
             "DetokenizeBody": DetokenizeRequest,
         }
         self._error = ErrorResponse
+        self._aside = Aside("renderer", max_at_once=_MAX_ASIDE)
         self.max_model_len: int = model_config.max_model_len
 
-    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
+    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any], num_bytes: int) -> list[list[int]] | None:
+        if num_bytes <= _SMALL_BYTES or has_media(body):
+            return await self._prompts(endpoint, body)
+        return await self._aside.run(lambda: self._prompts(endpoint, body))
+
+    async def _prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
         try:
             # The models' validators edit what they are given; the client's body stays as it is.
             request = self._models[endpoint].model_validate(dict(body))

@@ -1,109 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From bytes to a checked body, without a socket."""
+"""What of a request goes on, and what is refused, without a socket."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
-from disagg.errors import (
-    BodyTooLargeError,
-    InvalidRequestError,
-    ModelNotFoundError,
-    RequestTimeoutError,
-    UnsupportedMediaTypeError,
-)
+from disagg.errors import InvalidRequestError, ModelNotFoundError
 from disagg.gateway.front.fields import FORBIDDEN_FIELDS
 from disagg.gateway.front.intake import (
     check_fields,
+    check_parts,
     check_prompts,
     forwarded_headers,
-    parse_json,
-    read_body,
     request_id_of,
     take_store,
 )
 from transport.handoff_params import DO_REMOTE_PREFILL
 
 
-def request(headers: dict[str, str] | None = None, parts: Sequence[bytes | None] = ()) -> Request:
-    """A request whose body comes in `parts`; None is a client that leaves. After them nothing comes."""
-    waiting = list(parts)
-
-    async def receive() -> dict[str, Any]:
-        if not waiting:
-            await asyncio.Event().wait()
-        part = waiting.pop(0)
-        if part is None:
-            return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": part, "more_body": bool(waiting) or part == b"..."}
-
-    raw = [(name.encode(), value.encode("latin-1")) for name, value in (headers or {}).items()]
-    return Request({"type": "http", "method": "POST", "headers": raw}, receive)
-
-
-async def read(given: Request, max_bytes: int = 10) -> bytes:
-    return await read_body(given, max_bytes=max_bytes, timeout_s=0.02)
-
-
-async def test_body_in_parts() -> None:
-    """Parts are joined up to the limit itself."""
-    assert await read(request(parts=[b"abcde", b"", b"fghij"])) == b"abcdefghij"
-    assert await read(request(parts=[b""])) == b""
-
-
-async def test_body_too_large() -> None:
-    """Both a declared and a real size over the limit are refused; a wrong declaration does not help."""
-    for given in (
-        request({"content-length": "11"}),
-        request(parts=[b"abcdef", b"ghijkl"]),
-        request({"content-length": "1"}, [b"x" * 11]),
-        request({"content-length": "eleven"}, [b"x" * 11]),
-        request({"content-length": "-1"}, [b"x" * 11]),
-    ):
-        with pytest.raises(BodyTooLargeError, match="10 bytes"):
-            await read(given)
-
-
-async def test_body_that_does_not_come() -> None:
-    """A silent client is refused after the limit, one that leaves is told apart."""
-    with pytest.raises(RequestTimeoutError, match=r"0\.02 s"):
-        await read(request(parts=[b"..."]))
-    with pytest.raises(ClientDisconnect):
-        await read(request(parts=[b"...", None]))
-
-
-@pytest.mark.parametrize(
-    "content_type",
-    [None, "", "application/json", "application/json;charset=utf-8", "APPLICATION/JSON", "application/problem+json"],
-)
-def test_json_types(content_type: str | None) -> None:
-    """JSON under any of its names, or under none."""
-    headers = {} if content_type is None else {"content-type": content_type}
-    assert parse_json(request(headers), b'{"a": 1}') == {"a": 1}
-
-
-@pytest.mark.parametrize("content_type", ["text/plain", "text/json", "application/jsonp", "; charset=utf-8", "json"])
-def test_other_types(content_type: str) -> None:
-    """Anything else is told so."""
-    with pytest.raises(UnsupportedMediaTypeError):
-        parse_json(request({"content-type": content_type}), b"{}")
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [b"", b"{", b"[]", b"null", b"1", b'"x"', b"{} {}", b'{"a": NaN}', b"\xff{}", b"[" * 100_000, b'{"a":' * 100_000],
-    ids=["empty", "open", "list", "null", "number", "text", "two", "NaN", "no UTF-8", "deep list", "deep object"],
-)
-def test_no_json_object(raw: bytes) -> None:
-    """Whatever is no JSON object is the client's fault."""
-    with pytest.raises(InvalidRequestError):
-        parse_json(request(), raw)
+def request(headers: dict[str, str]) -> Request:
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    return Request({"type": "http", "method": "POST", "headers": raw})
 
 
 @pytest.mark.parametrize("field", FORBIDDEN_FIELDS)
@@ -174,3 +95,41 @@ def test_too_many_prompts(prompt: Any) -> None:
     with pytest.raises(InvalidRequestError, match="3 prompts, this server takes 2") as caught:
         check_prompts({"prompt": prompt}, 2)
     assert caught.value.param == "prompt"
+
+
+def message(num_parts: int = 0, num_calls: int = 0) -> dict[str, Any]:
+    part, call = {"type": "text", "text": "a"}, {"id": "c", "type": "function", "function": {"name": "f"}}
+    return {"role": "user", "content": [part] * num_parts or "a", "tool_calls": [call] * num_calls}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [message()] * 8,
+        [message(7)],
+        [message(0, 7)],
+        [message(2), message(0, 2), message(), message()],
+        ["no message", None, 1, {}, {"content": 5}, {"content": "text of many characters"}],
+        "no list",
+        None,
+    ],
+)
+def test_as_many_parts(messages: Any) -> None:
+    """Messages, their content parts and their tool calls count together."""
+    check_parts({"messages": messages, "tools": [1, 2], "functions": "none"}, max_parts=8, max_tools=2)
+
+
+@pytest.mark.parametrize("messages", [[message()] * 9, [message(8)], [message(0, 8)], [message(4), message(0, 3)]])
+def test_too_many_parts(messages: Any) -> None:
+    """One more is refused, before anything validates them."""
+    with pytest.raises(InvalidRequestError, match="more than 8 .*gateway.max_chat_parts") as caught:
+        check_parts({"messages": messages}, max_parts=8, max_tools=2)
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("field", ["tools", "functions"])
+def test_too_many_tools(field: str) -> None:
+    """By their old name, too."""
+    with pytest.raises(InvalidRequestError, match=f"3 {field}, this server takes 2") as caught:
+        check_parts({field: [{}] * 3}, max_parts=8, max_tools=2)
+    assert caught.value.param == field
