@@ -31,6 +31,7 @@ from pools.client.messages import (
     is_server_fault,
     prefill_reply,
 )
+from pools.client.request_fields import priority_of
 from pools.engine.base import HANDOFF_HEADER
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
@@ -188,11 +189,24 @@ class ReplicaClient:
         *,
         trace: Trace,
         timeout_s: float,
-        cache_salt: str | None = None,
+        asked: Mapping[str, Any] | None = None,
         on_sent: Callable[[], None] = lambda: None,
     ) -> Probed:
-        """Run one token through the engine. The caller wants the KV that is computed or moved for it, not the token."""
-        body = _encode(Probe(list(prompt_token_ids), None if params is None else dict(params), cache_salt))
+        """Run one token through the engine. The caller wants the KV that is computed or moved for it, not the token.
+
+        Args:
+            asked: the body of the client's request that the probe is for, if it is for one.
+        """
+        asked = asked or {}
+        body = _encode(
+            Probe(
+                list(prompt_token_ids),
+                None if params is None else dict(params),
+                asked.get("cache_salt"),
+                priority_of(asked),
+                asked.get("session_id"),
+            )
+        )
         with _Observed(self._observer, "probe"):
             status, payload = await self._upstream.request(
                 "POST", routes.PROBE, body, trace, timeout_s=timeout_s, on_sent=on_sent

@@ -119,7 +119,7 @@ def test_an_error_event_is_the_engines_fault_only_with_a_5xx() -> None:
 
 def test_prefill_leg_holds_only_what_it_needs() -> None:
     """The prefill leg is the prompt, one token and the offer; of the request only the cache salt gets in."""
-    assert json.loads(prefill_body("m", [5, 6], REMOTE_DECODE, cache_salt=None)) == {
+    assert json.loads(prefill_body("m", [5, 6], REMOTE_DECODE, asked={})) == {
         "model": "m",
         "prompt": [5, 6],
         "max_tokens": 1,
@@ -127,7 +127,9 @@ def test_prefill_leg_holds_only_what_it_needs() -> None:
         "ignore_eos": True,
         "kv_transfer_params": REMOTE_DECODE,
     }
-    assert json.loads(prefill_body("m", (5, 6), {}, cache_salt="tenant"))["cache_salt"] == "tenant"
+    asked = {"cache_salt": "tenant", "priority": -7, "session_id": "s", "seed": 3, "n": 2}
+    sent = json.loads(prefill_body("m", (5, 6), {}, asked=asked))
+    assert {name: sent.get(name) for name in asked} == {**asked, "seed": None, "n": None}
 
 
 def test_chat_decode_leg_keeps_the_request() -> None:

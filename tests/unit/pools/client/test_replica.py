@@ -131,7 +131,7 @@ async def test_what_else_it_can_say() -> None:
     async with replica("prefill") as (engine, client):
         probed = await client.probe(PROMPT, offer_params("h-1"), trace=NO_TRACE, timeout_s=5)
         assert probed.num_cached_tokens == 0 and probed.kv_transfer_params is not None
-        again = await client.probe(PROMPT, None, trace=NO_TRACE, timeout_s=5, cache_salt="other")
+        again = await client.probe(PROMPT, None, trace=NO_TRACE, timeout_s=5, asked={"cache_salt": "other"})
         assert again.num_cached_tokens == 0 and again.kv_transfer_params is None
         await client.settle(["h-1"])
         await until(lambda: engine.events.newest == 2)
