@@ -16,13 +16,19 @@ KEY_VARIABLE = "DISAGG_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--url`, `--api-key-file` and `--timeout-s`."""
+    """Add `--url`, `--api-key-file`, `--ca-file` and `--timeout-s`."""
     parser.add_argument("--url", default=DEFAULT_URL, help="address of the gateway (default: %(default)s)")
     parser.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
         help=f"file that holds the admin key; without it ${KEY_VARIABLE}, else {DEFAULT_KEY_FILE} where that exists",
+    )
+    parser.add_argument(
+        "--ca-file",
+        type=Path,
+        metavar="FILE",
+        help="certificates (PEM) to trust, e.g. a self-signed one (default: $SSL_CERT_FILE, else the well-known ones)",
     )
     parser.add_argument(
         "--timeout-s", type=float, default=30.0, metavar="S", help="seconds one HTTP call may take (default: 30)"
@@ -32,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def client(args: argparse.Namespace) -> Client:
     """The client that the options describe. Raises `ConfigError` when the key or the URL cannot be used."""
     try:
-        return Client(args.url, find_key(args.api_key_file, os.environ), timeout_s=args.timeout_s)
+        return Client(args.url, find_key(args.api_key_file, os.environ), timeout_s=args.timeout_s, ca_file=args.ca_file)
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc
 

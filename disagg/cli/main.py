@@ -31,6 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left, as `head` does. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as exc:
+        if args.traceback:
+            raise
+        print(
+            f"disagg: unexpected {type(exc).__name__}: {_line(exc)} (disagg --traceback shows where)", file=sys.stderr
+        )
+        return 1
+
+
+def _line(exc: Exception) -> str:
+    return " ".join(str(exc).split())[:500] or "without a message"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="disagg", description="Serve a model with separate prefill and decode pools.", epilog=_EPILOG
     )
     parser.add_argument("--version", action="version", version=f"disagg {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (serve, status, scale, handoffs, check, tiny_model):
         command.add_parser(commands)

@@ -16,6 +16,8 @@ from disagg.errors import ClientError
 from disagg.sdk import messages
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import httpx
 
     from disagg.sdk.types import Handoffs, Health, Pool
@@ -32,10 +34,12 @@ class Client:
         base_url: address of the gateway.
         api_key: the admin key; needed by everything but `health`.
         timeout_s: seconds one HTTP call may take.
+        ca_file: certificates in PEM format that the server's may be signed by, e.g. its own when it is self-signed. By
+            default those of `SSL_CERT_FILE`, else the well-known authorities.
         transport: replaces the network, for tests.
 
     Raises:
-        ValueError: `base_url` or `api_key` cannot be used.
+        ValueError: `base_url`, `api_key`, `ca_file` or a proxy of the environment cannot be used.
     """
 
     def __init__(
@@ -44,11 +48,12 @@ class Client:
         api_key: str | None = None,
         *,
         timeout_s: float = 30.0,
+        ca_file: str | Path | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         from disagg.sdk.http import Http
 
-        self._http = Http(base_url, api_key, timeout_s=timeout_s, transport=transport)
+        self._http = Http(base_url, api_key, timeout_s=timeout_s, ca_file=ca_file, transport=transport)
         self.base_url = self._http.base_url
 
     def health(self) -> Health:
@@ -199,11 +204,12 @@ class AsyncClient:
         api_key: str | None = None,
         *,
         timeout_s: float = 30.0,
+        ca_file: str | Path | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         from disagg.sdk.http import AsyncHttp
 
-        self._http = AsyncHttp(base_url, api_key, timeout_s=timeout_s, transport=transport)
+        self._http = AsyncHttp(base_url, api_key, timeout_s=timeout_s, ca_file=ca_file, transport=transport)
         self.base_url = self._http.base_url
 
     async def health(self) -> Health:
