@@ -20,6 +20,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("config", metavar="CONFIG", type=Path, help="Serve config file (YAML)")
     parser.add_argument(
+        "--model",
+        metavar="ID_OR_DIRECTORY",
+        help="serve this model in place of the config's: a Hugging Face id, or the directory of a checkpoint. Clients "
+        "name it by the id, or by the directory's last part",
+    )
+    parser.add_argument(
         "--log-file",
         type=Path,
         default=Path("build/serve.log"),
@@ -33,6 +39,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=1800.0,
         metavar="S",
         help="give up when no request is answered after this many seconds (default: 1800)",
+    )
+    parser.add_argument(
+        "--max-start-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="give up when so many replicas have failed to start (default: 3)",
     )
     parser.add_argument(
         "--drain-s",

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from ray.serve import scripts
 
 from pools.borrowed import BORROWED, SERVE_SHUTDOWN
+from pools.replica.serve_details import details, end, without_place
 from transport.upstream.guard import require
 from transport.upstream.replacing import replace
 
@@ -45,10 +46,13 @@ def drain(timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None
     deadline = clock() + timeout_s
     try:
         for name in serve.status().applications:
+            # Serve would wait for these as long as for a drain, and tells nothing of them once they are to go.
+            unplaced = without_place(details(name))
             serve.delete(name, _blocking=False)
+            end(unplaced)
         while serve.status().applications and clock() < deadline:
             time.sleep(_LOOK_S)
-    except (RayError, RuntimeError) as exc:
+    except (RayError, RuntimeError, ValueError) as exc:
         # Without its controller Serve drains nothing; what is left is ended by force.
         print(f"the applications could not be drained: {exc}", file=sys.stderr, flush=True)
 

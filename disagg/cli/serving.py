@@ -10,20 +10,25 @@ import secrets
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+
 from disagg.advice.check import check_file
-from disagg.cli import extras
-from disagg.cli.supervise import ServeRun, is_fatal, reason
+from disagg.cli import extras, hub, other_model
+from disagg.cli.connection import find_key
+from disagg.cli.starting import Starting
+from disagg.cli.supervise import ServeRun, reason
 from disagg.config import FileKeysConfig
 from disagg.errors import ClientError, ConfigError, PoolError
 from disagg.sdk.client import Client
+from disagg.sdk.messages import pending
 
-_NOTABLE = ("have taken more than", "Exception in Replica(")
 _TAIL = 25
 _ASK_EVERY_S = 1.0
 """Between two questions whether it is ready. Each goes through proxy and gateway, and takes time from engines that
@@ -34,21 +39,35 @@ _END_S = 30.0
 
 def serve(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C. 0 after a clean end, 1 when it cannot start, dies, or leaves something behind."""
+    with tempfile.TemporaryDirectory(prefix="disagg-serve-") as directory:
+        if args.model is not None:
+            args.config = other_model.written(args.config, args.model, Path(directory))
+        return _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
     report = check_file(args.config)
     if not report.ok or report.config is None:
         print(report.render(), file=sys.stderr)
         return 1
-    for problem in report.problems:
-        _say(f"{problem.severity}: {problem.path}: {problem.message}")
     if report.config.engine.type == "vllm":
         extras.require("serve", ("vllm",))
+        if (lost := hub.trouble(report.config.model.source)) is not None:
+            raise ConfigError(f"{lost}; or give the directory of a checkpoint", path="args.model.source")
     if report.url is None:
         raise ConfigError("nothing would answer HTTP: remove proxy_location: Disabled", path="proxy_location")
-    if report.config.gateway.admin.key_file:
-        ensure_key(Path(report.config.gateway.admin.key_file))
+    made: list[str] = []
+    if (file := report.config.gateway.admin.key_file) and ensure_key(Path(file)):
+        made.append("gateway.admin.key_file")
+        _say(f"wrote an admin key to {file}")
     keys = report.config.gateway.api_keys
     if isinstance(keys, FileKeysConfig) and ensure_key(Path(keys.path), name="default"):
+        made.append("gateway.api_keys.path")
         _say(f"wrote a first API key to {keys.path}")
+    for problem in report.problems:
+        # What was missing a moment ago is there now.
+        if not problem.path.endswith(tuple(made)):
+            _say(f"{problem.severity}: {problem.path}: {problem.message}")
 
     sizes = {deployment.name: deployment.num_replicas for deployment in report.deployments}
     with _interrupts() as interrupts:
@@ -56,17 +75,20 @@ def serve(args: argparse.Namespace) -> int:
         if drain_s is None:
             drain_s = max(report.config.prefill.drain_timeout_s, report.config.decode.drain_timeout_s)
         serving = ServeRun(args.config, args.log_file, drain_s=drain_s)
-        _say(f"starting {args.config}; log: {args.log_file}")
         serving.start()
+        _say(f"starting {args.config}; log: {serving.log}")
         started = time.monotonic()
         trouble: str | None = None
         served = False
         try:
-            trouble = _until_ready(serving, args, report.url, sizes, interrupts)
+            key = find_key(Path(file), {}) if file else None
+            trouble = _until_ready(serving, args, report.url, key, sizes, interrupts)
             if trouble is None and not interrupts:
                 served = True
                 _say(f"ready after {time.monotonic() - started:.0f} s; Ctrl-C stops it")
-                pasted = curl(report.url, report.config.model.id, needs_key=keys is not None)
+                pasted = curl(
+                    report.url, report.config.model.id, needs_key=keys is not None, certificate=report.certificate
+                )
                 print(f"{report.url}\n{pasted}", flush=True)
                 trouble = _until_interrupted(serving, args.verbose, interrupts)
         finally:
@@ -79,7 +101,7 @@ def serve(args: argparse.Namespace) -> int:
                 _say(f"left over: {thing}")
             _say(f"stopped after {time.monotonic() - stopping:.1f} s")
     if trouble is not None:
-        raise PoolError(f"{trouble}; log: {args.log_file}")
+        raise PoolError(f"{trouble}; log: {serving.log}")
     return 1 if left else 0
 
 
@@ -103,13 +125,17 @@ def ensure_key(file: Path, *, name: str | None = None) -> bool:
     return True
 
 
-def curl(url: str, model: str, *, needs_key: bool = False) -> str:
-    """A chat request as a shell command, to be pasted as it is, with an API key in `$API_KEY` where one is needed."""
+def curl(url: str, model: str, *, needs_key: bool = False, certificate: str | None = None) -> str:
+    """A chat request as a shell command, to be pasted as it is, with an API key in `$API_KEY` where one is needed.
+
+    `certificate`: file of the certificate that the server shows. It may be self-signed.
+    """
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
     header = "'Content-Type: application/json'"
     if needs_key:
         header += ' -H "Authorization: Bearer $API_KEY"'
-    return f"curl {shlex.quote(url + '/v1/chat/completions')} -H {header} -d {shlex.quote(json.dumps(body))}"
+    trust = f"--cacert {shlex.quote(certificate)} " if certificate else ""
+    return f"curl {trust}{shlex.quote(url + '/v1/chat/completions')} -H {header} -d {shlex.quote(json.dumps(body))}"
 
 
 def progress(ready: Mapping[str, int], sizes: Mapping[str, int | str]) -> str:
@@ -122,23 +148,33 @@ def progress(ready: Mapping[str, int], sizes: Mapping[str, int | str]) -> str:
 
 
 def _until_ready(
-    serving: ServeRun, args: argparse.Namespace, url: str, sizes: Mapping[str, int | str], interrupts: list[int]
+    serving: ServeRun,
+    args: argparse.Namespace,
+    url: str,
+    key: str | None,
+    sizes: Mapping[str, int | str],
+    interrupts: list[int],
 ) -> str | None:
     """Blocks until requests are answered (None), an interrupt came (None) or it is hopeless (the reason)."""
     started = time.monotonic()
+    starting = Starting(args.max_start_failures)
     tail: deque[str] = deque(maxlen=400)
     shown, shown_at, asked_at = "", 0.0, 0.0
     ready: Mapping[str, int] = {}
-    with Client(url, timeout_s=2.0) as client:
+    # Its own server, whoever its certificate is for, and through nobody's proxy.
+    with Client(url, key, timeout_s=2.0, transport=httpx.HTTPTransport(verify=False)) as client:
         while not interrupts:
-            hopeless = _follow(serving, tail, verbose=args.verbose)
+            _follow(serving, tail, verbose=args.verbose, starting=starting)
+            hopeless = starting.hopeless
             elapsed = time.monotonic() - started
             if (code := serving.exit_code()) is not None:
                 hopeless = f"serve run ended with code {code}"
             elif elapsed > args.start_timeout_s:
                 hopeless = f"not ready after {elapsed:.0f} s ({progress(ready, sizes)})"
             if hopeless:
-                tail.extend(serving.new_lines())
+                _follow(serving, tail, verbose=args.verbose, starting=starting)
+                if starting.told:
+                    return hopeless
                 if not args.verbose:
                     print("\n".join(list(tail)[-_TAIL:]), file=sys.stderr)
                 why = reason(list(tail))
@@ -150,8 +186,13 @@ def _until_ready(
                     ready = health.pools
                     if health.ok:
                         return None
+                    # A replica that has just failed is about to give its place back.
+                    for pool in client.pools() if key and starting.last is None else ():
+                        # Serve itself warns of it after half a minute.
+                        if pool.num_unplaced and (words := starting.once(f"{pool.name}: {', '.join(pending(pool))}")):
+                            _say(words)
                 except ClientError:
-                    ready = {}
+                    pass  # nobody answers yet, or not just now: what was last heard stands
             line = progress(ready, sizes)
             if line != shown or time.monotonic() - shown_at >= 10:
                 shown, shown_at = line, time.monotonic()
@@ -164,7 +205,7 @@ def _until_ready(
 def _until_interrupted(serving: ServeRun, verbose: bool, interrupts: list[int]) -> str | None:
     tail: deque[str] = deque(maxlen=_TAIL)
     while not interrupts:
-        _follow(serving, tail, verbose=verbose, notable=())
+        _follow(serving, tail, verbose=verbose)
         if (code := serving.exit_code()) is not None:
             if not verbose:
                 print("\n".join(tail), file=sys.stderr)
@@ -174,18 +215,14 @@ def _until_interrupted(serving: ServeRun, verbose: bool, interrupts: list[int]) 
     return None
 
 
-def _follow(serving: ServeRun, tail: deque[str], *, verbose: bool, notable: tuple[str, ...] = _NOTABLE) -> str | None:
-    """Keep the new log lines and show those worth it. Returns why Serve gave up, when it did."""
-    gave_up = None
+def _follow(serving: ServeRun, tail: deque[str], *, verbose: bool, starting: Starting | None = None) -> None:
+    """Keep the new log lines, and say what they tell of a start that goes wrong."""
     for line in serving.new_lines():
         tail.append(line)
         if verbose:
             print(line, flush=True)
-        elif any(mark in line for mark in notable):
-            _say(line.rpartition(" -- ")[2])
-        if is_fatal(line):
-            gave_up = "the application did not start"
-    return gave_up
+        if starting is not None and (words := starting.feed(line)) is not None:
+            _say(words)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from disagg.cli import connection
+from disagg.sdk.messages import pending
 
 if TYPE_CHECKING:
     from disagg.sdk.types import Pool, Replica
@@ -63,6 +64,8 @@ def table(pools: Sequence[Pool]) -> str:
         if pool.replicas:
             lines.append(_line(_HEADER, widths))
             lines += [_line(_row(replica), widths) for replica in pool.replicas]
+        if more := pending(pool):
+            lines.append(f"  {'; '.join(more)}")
     return "\n".join(lines) if lines else "no pools"
 
 

@@ -8,6 +8,8 @@ is killed. Whoever stops it through here gets a machine without any of its proce
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import itertools
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from disagg.cli import processes
 from pools.process.shared_files import mapped_by
@@ -63,7 +66,7 @@ class ServeRun:
             if libc is not None:
                 libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
 
-        with self.log.open("wb") as output:
+        with self._own_log() as output:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "disagg.cli.serve_child", str(self._config), f"{self._drain_s:g}"],
                 stdin=subprocess.DEVNULL,
@@ -73,6 +76,22 @@ class ServeRun:
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
+
+    def _own_log(self) -> BinaryIO:
+        """The log, empty. When another run writes to it, `serve-2.log` beside it and so on, which is `log` from now."""
+        asked = self.log
+        for number in itertools.count(2):
+            output = self.log.open("ab")
+            try:
+                # The child has the file open until its end, and with it this lock.
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                output.close()
+                self.log = asked.with_name(f"{asked.stem}-{number}{asked.suffix}")
+            else:
+                output.truncate(0)
+                return output
+        raise AssertionError("unreachable")
 
     def exit_code(self) -> int | None:
         """Exit code of the child, or None while it runs."""

@@ -7,13 +7,15 @@ A `Scaler` scales the pools; `disagg.gateway.deployment` has one that asks Serve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from disagg.errors import InvalidRequestError, NotFoundError
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.membership import POOLS, Member, Membership
+from disagg.gateway.serve_plan import NOTHING_KNOWN, PoolPlan
 from pools.client.messages import ReplicaStats
 from pools.errors import ReplicaLostError, UnusableAnswerError
 
@@ -23,8 +25,8 @@ MAX_REPLICAS = 1024
 class Scaler(Protocol):
     """Sets and tells the target size of a pool."""
 
-    async def targets(self) -> dict[str, int | None]:
-        """Target number of replicas of each pool; None when unknown."""
+    async def plans(self) -> Mapping[str, PoolPlan]:
+        """What is planned for each pool. A pool of which nothing is known is left out."""
         ...
 
     async def scale(self, pool: str, num_replicas: int) -> None:
@@ -44,13 +46,13 @@ class Admin:
 
     async def pools(self) -> dict[str, Any]:
         """Sizes, states and load. Asks each replica for its load first, so that the states show who is unreachable."""
-        targets = await self._scaler.targets()
+        plans = await self._scaler.plans()
         members = {name: self._membership.members(name) for name in POOLS}
         asked = await asyncio.gather(*(self._stats(member) for name in POOLS for member in members[name]))
         stats = iter(asked)
         return {
             "pools": [
-                self._pool(name, targets.get(name), [(member, next(stats)) for member in members[name]])
+                self._pool(name, plans.get(name, NOTHING_KNOWN), [(member, next(stats)) for member in members[name]])
                 for name in POOLS
             ]
         }
@@ -82,13 +84,11 @@ class Admin:
         await self._scaler.scale(pool, wanted)
         return {"name": pool, "target_num_replicas": wanted}
 
-    def _pool(
-        self, name: str, target: int | None, members: Sequence[tuple[Member, ReplicaStats | None]]
-    ) -> dict[str, Any]:
+    def _pool(self, name: str, plan: PoolPlan, members: Sequence[tuple[Member, ReplicaStats | None]]) -> dict[str, Any]:
         standing = self._membership.pool_standing(name)
         return {
             "name": name,
-            "target_num_replicas": target,
+            **asdict(plan),
             "num_routable": self._membership.num_routable(name),
             "state": standing.state,
             "reason": standing.reason,

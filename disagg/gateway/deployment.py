@@ -22,19 +22,28 @@ from disagg.config import AppConfig
 from disagg.errors import ConfigError, ConflictError
 from disagg.gateway.app import Gateway, create_app
 from disagg.gateway.front.render import VllmRenderer
+from disagg.gateway.serve_plan import PoolPlan, plan_of
 from disagg.gateway.stream import splice
 from disagg.routing import feed
 from disagg.routing.views import ReplicaInfo
 from pools.borrowed import BORROWED
+from pools.config import RESERVED_ENGINE_KWARGS
+from pools.plan.engine_kwargs import known_engine_kwargs
 from pools.plan.launch import engine_args, merged_engine_kwargs
 from pools.plan.placement import placement
 from pools.process.descriptors import raise_limit
 from pools.process.log_targets import kept_log_targets
+from pools.replica.serve_details import controller, details, end, without_place
+from pools.replica.start_failure import not_started
 from transport.errors import DisaggError
 from transport.transports import describe
 from transport.upstream.guard import require
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.5
+_LOOKS = 20
+"""Serve takes some of its own rounds to mark replicas that are to go."""
 
 
 @serve.ingress()
@@ -53,9 +62,14 @@ class GatewayDeployment:
         trouble = strangers_served(self._config.gateway, await asyncio.to_thread(serve_host))
         if trouble is not None:
             raise ConfigError(f"the gateway does not start: {trouble}; {ACTION}", path="gateway.api_keys")
-        with kept_log_targets():
-            self._renderer = await asyncio.to_thread(make_renderer, self._config)
-        self._app_name = serve.get_replica_context().app_name
+        context = serve.get_replica_context()
+        try:
+            with kept_log_targets():
+                self._renderer = await asyncio.to_thread(make_renderer, self._config)
+        except Exception as exc:
+            raise not_started("gateway", context.replica_id.unique_id, exc) from exc
+        self._engine_arguments = await asyncio.to_thread(settable_arguments)
+        self._app_name = context.app_name
         # Making options is what starts a handle's router, and with it the reports of replicas.
         self._handles = [prefill.options(), decode.options()]
 
@@ -70,6 +84,7 @@ class GatewayDeployment:
             transport=describe(self._config.transport),
             echo_request_id=False,  # Serve's own middleware does
             environment=os.environ,
+            engine_arguments=self._engine_arguments,
         )
 
         def report(pool: str, replicas: list[ReplicaInfo]) -> None:
@@ -77,6 +92,11 @@ class GatewayDeployment:
 
         feed.subscribe(report)
         return create_app(self._gateway)
+
+
+def settable_arguments() -> frozenset[str]:
+    """The engine arguments that a config may set; none where vLLM is not installed. Reads files."""
+    return (known_engine_kwargs() or frozenset()) - RESERVED_ENGINE_KWARGS.keys()
 
 
 def make_renderer(config: AppConfig) -> VllmRenderer:
@@ -92,20 +112,32 @@ class ServeScaler:
 
     def __init__(self, app_name: str) -> None:
         self._app_name = app_name
+        self._ending: asyncio.Task[None] | None = None
 
-    async def targets(self) -> dict[str, int | None]:
-        return await asyncio.to_thread(self._targets)
+    async def plans(self) -> dict[str, PoolPlan]:
+        return await asyncio.to_thread(self._plans)
 
     async def scale(self, pool: str, num_replicas: int) -> None:
         await asyncio.to_thread(self._scale, pool, num_replicas)
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.create_task(self._end_unplaced())
 
-    def _targets(self) -> dict[str, int | None]:
+    async def _end_unplaced(self) -> None:
+        """Look for a while after a change of size for replicas that stop before they ever had a place."""
+        for _ in range(_LOOKS):
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await asyncio.to_thread(lambda: end(without_place(details(self._app_name), stopping=True)))
+            except (ray.exceptions.RayError, KeyError, ValueError) as exc:
+                logger.warning("replicas without a place are left to Serve: %s", exc)
+                return
+
+    def _plans(self) -> dict[str, PoolPlan]:
         try:
-            details = ray.get(_controller().get_serve_instance_details.remote(), timeout=5)
-            deployments = details["applications"][self._app_name]["deployments"]
-            return {name: deployment["target_num_replicas"] for name, deployment in deployments.items()}
+            free = ray.available_resources()
+            return {name: plan_of(deployment, free) for name, deployment in details(self._app_name).items()}
         except (ray.exceptions.RayError, KeyError, ValueError) as exc:
-            logger.warning("Serve's controller did not tell the pool sizes: %s", exc)
+            logger.warning("Serve's controller did not tell what it plans: %s", exc)
             return {}
 
     def _scale(self, pool: str, num_replicas: int) -> None:
@@ -114,7 +146,7 @@ class ServeScaler:
 
         target = DeploymentID(name=pool, app_name=self._app_name)
         try:
-            ray.get(_controller().update_deployment_replicas.remote(target, num_replicas), timeout=10)
+            ray.get(controller().update_deployment_replicas.remote(target, num_replicas), timeout=10)
         except ExternalScalerDisabledError as exc:
             raise ConflictError(
                 "this application does not allow scaling from outside; set external_scaler_enabled: true on it in the "
@@ -127,10 +159,6 @@ class ServeScaler:
 def serve_host() -> str | None:
     """Where Serve listens for HTTP; None when it does not. Blocks."""
     location, options = ray.get(
-        [_controller().get_proxy_location.remote(), _controller().get_http_config.remote()], timeout=60
+        [controller().get_proxy_location.remote(), controller().get_http_config.remote()], timeout=60
     )
     return None if getattr(location, "value", location) == "Disabled" else options.host
-
-
-def _controller() -> Any:
-    return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")

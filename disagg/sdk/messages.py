@@ -187,11 +187,18 @@ def missing(pool: Pool | None, num_replicas: int) -> str:
             state = replica.state if replica.reason is None else f"{replica.state} ({replica.reason})"
             states[state] = states.get(state, 0) + 1
     parts += [f"{count} {state}" for state, count in sorted(states.items())]
-    if len(pool.replicas) < num_replicas:
+    if pool.num_starting is None and len(pool.replicas) < num_replicas:
         parts.append(f"{num_replicas - len(pool.replicas)} not started yet")
     if len(pool.replicas) > num_replicas:
         parts.append(f"{len(pool.replicas) - num_replicas} still to go")
-    return ", ".join(parts) or "nothing"
+    return ", ".join([*parts, *pending(pool)]) or "nothing"
+
+
+def pending(pool: Pool) -> list[str]:
+    """What the server has in hand with `pool` beside the replicas that are up, in words."""
+    counts = ((pool.num_starting, "starting"), (pool.num_unplaced, "without a place"), (pool.num_stopping, "stopping"))
+    parts = [f"{number} {words}" for number, words in counts if number]
+    return [*parts, pool.pending_reason] if pool.pending_reason else parts
 
 
 def _read(reply: Reply, call: ApiCall, answer: type[AnswerT]) -> AnswerT:

@@ -58,6 +58,14 @@ class Pool(_Answer):
     """`prefill` or `decode`."""
     target_num_replicas: int | None = None
     """The size it is meant to have; None when the gateway does not know it."""
+    num_starting: int | None = None
+    """Replicas that are not up yet; None when the gateway does not know it."""
+    num_unplaced: int | None = None
+    """Replicas for which no node has room."""
+    num_stopping: int | None = None
+    """Replicas that finish what they carry, or end."""
+    pending_reason: str | None = None
+    """Why replicas are not up, in words: what kept the last one from starting, or what no node has free."""
     num_routable: int
     """Replicas that get requests."""
     state: Literal["routable", "slow", "warming", "quarantined", "draining", "unreachable", "empty"] | str | None = None
@@ -68,8 +76,13 @@ class Pool(_Answer):
     """Every replica that exists, ready or not."""
 
     def has_size(self, num_replicas: int) -> bool:
-        """True when exactly `num_replicas` replicas exist and all of them get requests."""
-        return self.num_routable == num_replicas == len(self.replicas)
+        """True when exactly `num_replicas` replicas exist, all of them get requests, and no other comes or goes."""
+        return self.num_routable == num_replicas == len(self.replicas) and not self.num_changing
+
+    @property
+    def num_changing(self) -> int:
+        """Replicas that are about to come or to go."""
+        return sum(number or 0 for number in (self.num_starting, self.num_unplaced, self.num_stopping))
 
 
 class Pools(_Answer):
@@ -169,8 +182,8 @@ class Health(_Answer):
     """Whether the application answers requests."""
 
     status: Literal["ok", "degraded", "unavailable"] | str
-    """`ok`: requests are served, by both pools. `degraded`: they are served by decode replicas alone. `unavailable`:
-    they are not."""
+    """`ok`: requests are served, by both pools. `degraded`: they are served by the replicas of one pool alone.
+    `unavailable`: they are not."""
     reason: str | None = None
     """What keeps it from being `ok`, in words."""
     pools: dict[str, int] = {}

@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
@@ -21,9 +24,10 @@ from ray import serve
 from pools.cache_server.actor import NodeCacheServer
 from pools.cache_server.probe import check_external
 from pools.engine.base import Engine, Role
+from pools.errors import EngineStartError
 from pools.health.listener_probe import ListenerProbe, listener_probe
 from pools.health.watchdog import Watchdog
-from pools.plan.launch import merged_engine_kwargs
+from pools.plan.launch import ROOT_CAUSE_VARIABLE, merged_engine_kwargs
 from pools.plan.placement import parallel_size
 from pools.process.descriptors import raise_limit
 from pools.process.log_targets import kept_log_targets
@@ -34,6 +38,7 @@ from pools.replica.engine_key import make_key
 from pools.replica.kv_digest import kv_fit
 from pools.replica.server import EngineServer, OpenRequests
 from pools.replica.spec import ReplicaSpec
+from pools.replica.start_failure import not_started
 from transport.launch import EngineFacts, launch
 from transport.tiers import ExternalServerConfig
 from transport.transports import describe
@@ -66,15 +71,16 @@ class _Replica:
         self._lmcache_http_url: str | None = None
         self._transport = describe(self._spec.transport)
         started = time.monotonic()
-        async with asyncio.timeout(self._spec.pool.startup_timeout_s):
-            with kept_log_targets():
-                self._facts = self._make_facts(await self._lmcache_url())
-                self._engine = self._make_engine()
-                await self._engine.start()
-            requests = OpenRequests()
-            self._watchdog = self._make_watchdog(requests)
-            await self._watchdog.first_answer()
-            await asyncio.to_thread(self._shared_files.started)
+        requests = OpenRequests()
+        with self._told_failures():
+            async with asyncio.timeout(self._spec.pool.startup_timeout_s):
+                with kept_log_targets():
+                    self._facts = self._make_facts(await self._lmcache_url())
+                    self._engine = self._make_engine()
+                    await self._engine.start()
+                self._watchdog = self._make_watchdog(requests)
+                await self._watchdog.first_answer()
+                await asyncio.to_thread(self._shared_files.started)
         self._server = EngineServer(
             self._engine,
             role=self.role,
@@ -90,6 +96,20 @@ class _Replica:
         logger.info(
             "%s replica %s serves %s after %.1f s", self.role, self._replica_id, url, time.monotonic() - started
         )
+
+    @contextmanager
+    def _told_failures(self) -> Iterator[None]:
+        """Tell in one line why the replica does not come up, if it does not. Raises EngineStartError."""
+        with tempfile.TemporaryDirectory(prefix="disagg-start-") as directory:
+            notes = Path(directory) / "causes"
+            os.environ[ROOT_CAUSE_VARIABLE] = str(notes)
+            try:
+                yield
+            except TimeoutError as exc:
+                late = EngineStartError(f"not ready after {self._spec.pool.startup_timeout_s:g} s (startup_timeout_s)")
+                raise not_started(self.role, self._replica_id, late) from exc
+            except Exception as exc:
+                raise not_started(self.role, self._replica_id, exc, notes) from exc
 
     async def _lmcache_url(self) -> str | None:
         """Wait for the LMCache server to answer, and return its URL; None without a shared tier.

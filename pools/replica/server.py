@@ -302,8 +302,16 @@ class EngineServer:
         asked = _read_probe(body)
         if asked.cache_salt == "":
             raise ValueError("cache_salt must be a non-empty string")
-        result = await self._engine.probe(asked.prompt_token_ids, asked.kv_transfer_params, cache_salt=asked.cache_salt)
-        return Probed(result.num_cached_tokens, result.kv_transfer_params, result.finish_reason)
+        result = await self._engine.probe(
+            asked.prompt_token_ids,
+            asked.kv_transfer_params,
+            cache_salt=asked.cache_salt,
+            priority=asked.priority,
+            session_id=asked.session_id,
+        )
+        return Probed(
+            result.num_cached_tokens, result.kv_transfer_params, result.finish_reason, result.num_cached_before
+        )
 
     async def _tell_health(self, query: dict[str, str]) -> ReplicaHealth:
         """What this process knows of the engine, without asking it. During a drain, `ok` becomes `draining`."""

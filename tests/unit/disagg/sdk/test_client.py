@@ -19,7 +19,8 @@ from disagg.errors import (
 )
 from disagg.sdk import messages as wire
 from disagg.sdk.client import AsyncClient, Client
-from disagg.sdk.types import Pool
+from disagg.sdk.messages import missing
+from disagg.sdk.types import Pool, Replica
 
 HANDOFFS: dict[str, Any] = {
     "totals": {"produced": {"count": 2, "tokens": 200, "bytes": 2000}, "rescued": {"count": 1, "new": 1}},
@@ -191,6 +192,21 @@ def test_wait_survives_trouble_and_times_out(server: StubServer) -> None:
         server.failures = [httpx.Response(401, json={})]
         with pytest.raises(APIStatusError):
             operation.wait(timeout_s=5, poll_s=0)
+
+
+def test_a_size_is_reached_when_nothing_is_on_its_way() -> None:
+    """While Serve starts or stops other replicas the operation goes on, and says with what."""
+    replica = Replica(replica_id="d0", state="routable")
+    pool = Pool(name="decode", target_num_replicas=1, num_routable=1, replicas=(replica,))
+    assert pool.has_size(1) and missing(pool, 1) == "nothing"
+    stopping = pool.model_copy(update={"num_starting": 0, "num_unplaced": 0, "num_stopping": 2})
+    assert not stopping.has_size(1) and missing(stopping, 1) == "2 stopping"
+    why = "each needs 1 GPU, free in the cluster is 0 GPU"
+    waiting = stopping.model_copy(update={"num_stopping": 0, "num_unplaced": 9, "pending_reason": why})
+    assert (
+        missing(waiting, 10)
+        == f"its target is 1 now, set by someone else, 1 of 10 are routable, 9 without a place, {why}"
+    )
 
 
 def test_health_needs_no_key(server: StubServer) -> None:

@@ -13,7 +13,7 @@ from ray import serve
 
 from pools.config import CpuConfig, FakeEngineConfig, ModelConfig, PoolConfig
 from pools.engine.fake.engine import FakeEngine
-from pools.errors import EngineDeadError
+from pools.errors import EngineDeadError, EngineStartError
 from pools.health import watchdog as watchdog_module
 from pools.health.hang_limits import HangLimits
 from pools.health.watchdog import Watchdog
@@ -139,7 +139,7 @@ async def test_the_first_answer_is_part_of_the_start(monkeypatch: pytest.MonkeyP
         pool=quick,
     )
     num_asked = run.engine.num_asked
-    with pytest.raises(TimeoutError):
+    with pytest.raises(EngineStartError, match=r"not ready after 0.2 s \(startup_timeout_s\)"):
         await replica.DecodePool.__init__(object.__new__(replica.DecodePool), spec.model_dump())
     assert run.engine.num_asked == num_asked + 1
 
