@@ -26,6 +26,8 @@ DO_REMOTE_DECODE = "do_remote_decode"
 """In a prefill leg, true: hold the KV for a decode engine."""
 DO_REMOTE_PREFILL = "do_remote_prefill"
 """In a decode leg, true: the KV is in another engine."""
+PREFILL_HAD = "remote_prefill_cached_tokens"
+"""In a decode leg that follows the prefill leg's answer: prompt tokens that the prefill engine had cached."""
 
 REMOTE_DECODE: Mapping[str, Any] = {DO_REMOTE_DECODE: True, DO_REMOTE_PREFILL: False}
 """What makes a request a prefill leg."""

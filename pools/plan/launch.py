@@ -20,16 +20,21 @@ PLATFORM_VARIABLE = "DISAGG_ENGINE_PLATFORM"
 FORK_VARIABLE = "DISAGG_FORK_WORKERS"
 """Set for the plugin, too: EngineCore is to fork the workers of this engine."""
 
+ROOT_CAUSE_VARIABLE = "DISAGG_ROOT_CAUSE_FILE"
+"""Names the file in which the processes of an engine note why they fail, for the replica that owns it."""
+
 _SPAWNED_WITH = ("mm_tensor_ipc", "numa_bind", "otlp_traces_endpoint")
 """Arguments with which vLLM's workers have to be spawned: they share tensors by torch, are bound to NUMA nodes as they
 start, or have a tracer that EngineCore has, too."""
+_DEFAULTS: dict[str, Any] = {"enable_prompt_tokens_details": True}
+"""vLLM's default hides cached tokens, which OpenAI's answers show."""
 _CPU_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "dtype": "bfloat16"}
 
 
 def merged_engine_kwargs(model: ModelConfig, pool: PoolConfig, platform: Platform) -> dict[str, Any]:
     """The user's arguments for one pool: platform defaults, then the model's, then the pool's own."""
     defaults = _CPU_DEFAULTS if platform == "cpu" else {}
-    return {**defaults, **model.engine_kwargs, **pool.engine_kwargs}
+    return {**_DEFAULTS, **defaults, **model.engine_kwargs, **pool.engine_kwargs}
 
 
 def engine_args(

@@ -16,6 +16,7 @@ from pools.client import routes
 from pools.testing.client import open_request, request
 from pools.testing.handoffs import (
     a_lost_prefill_engine_costs_a_recompute,
+    cached_tokens_were_there_before,
     chat_handoff_takes_token_ids,
     counts_a_handoff,
     events_are_a_long_poll,
@@ -132,7 +133,7 @@ async def streams_one_event_a_write(engines: Engines) -> None:
     plain = await answer_of(engines, body)
     events = await streamed_events(engines, "/v1/completions", body | STREAM)
     usage = events.pop()
-    expect(usage["choices"] == [] and usage["usage"] == counts_of(plain["usage"]), f"usage event {usage}")
+    expect(usage["choices"] == [] and counts_of(usage["usage"]) == counts_of(plain["usage"]), f"usage event {usage}")
     expect(streamed_ids(events) == plain["choices"][0]["token_ids"], "stream and document differ")
     expect("".join(event["choices"][0]["text"] for event in events) == plain["choices"][0]["text"], "texts differ")
     expect([event["choices"][0]["finish_reason"] for event in events][-1] == "length", "no finish_reason")
@@ -243,6 +244,7 @@ CHECKS: tuple[Check, ...] = (
     parameters_are_used_once,
     events_are_a_long_poll,
     probe_runs_a_token,
+    cached_tokens_were_there_before,
     probe_follows_a_handoff,
     stats_only_grow,
     a_lost_prefill_engine_costs_a_recompute,

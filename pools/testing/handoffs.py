@@ -250,3 +250,32 @@ async def probe_follows_a_handoff(engines: Engines) -> None:
     body = {"prompt_token_ids": ids, "kv_transfer_params": params}
     found = await post_json(engines.decode, routes.PROBE, body)
     expect(found["num_cached_tokens"] > 0, "nothing came over")
+    expect(found["num_cached_before"] == 0, f"{found['num_cached_before']} tokens of a new prompt were there before")
+
+
+async def cached_tokens_were_there_before(engines: Engines) -> None:
+    """`usage` counts what an engine had before the request, never what a hand-off brings or two answers share."""
+    ids, handed, known = [await _blocks(engines) for _ in range(3)]
+    several = completion_body(engines, ids) | {"n": 2, "temperature": 1.0}
+    expect(_cached(await answer_of(engines, several)) == 0, "a new prompt is cached for its second answer")
+    num_cached = _cached(await answer_of(engines, completion_body(engines, ids)))
+    expect(num_cached > 0, "a prompt that was just computed is not cached")
+    expect(_cached(await answer_of(engines, several)) == num_cached, "two answers of a cached prompt count otherwise")
+    probed = await post_json(engines.decode, routes.PROBE, {"prompt_token_ids": ids})
+    expect(probed["num_cached_before"] == num_cached, f"a probe found {probed} of a cached prompt")
+    answer = await answer_of(engines, completion_body(engines, handed) | await decode_leg(engines, handed))
+    expect(_cached(answer) == 0, f"{_cached(answer)} tokens that a hand-off brought count as cached")
+    await post_json(engines.prefill, "/v1/completions", completion_body(engines, known))
+    events = await streamed_events(
+        engines, "/v1/completions", completion_body(engines, known) | STREAM | await decode_leg(engines, known)
+    )
+    expect(_cached(events[-1]) == num_cached, f"{events[-1]['usage']} of a prompt that prefill had")
+
+
+async def _blocks(engines: Engines) -> list[int]:
+    """A prompt that no engine has seen, of several blocks of KV: of part of a block no cache keeps anything."""
+    return await fresh_prompt(engines) + [id for _ in range(8) for id in await fresh_prompt(engines)]
+
+
+def _cached(answer: Any) -> int:
+    return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])

@@ -17,6 +17,9 @@ from pools.client.messages import PrefillReply
 
 T = TypeVar("T")
 
+_ANSWER_GRACE_S = 1.0
+"""How long after the decode leg's first bytes the prefill leg may be answered, although decode has read its KV."""
+
 
 class PrefillFailed(Exception):
     """The prefill side of a hand-off came to nothing, and the decode side has shown nothing.
@@ -45,6 +48,11 @@ class PrefillLeg:
 class Transfer(Protocol):
     """The steps of a hand-off, in this order: `prefill_params`, the prefill leg, `params`, `finish`."""
 
+    @property
+    def tells_cached(self) -> bool:
+        """Whether the decode leg says what prefill had cached, so that the decode engine reports it."""
+        ...
+
     def prefill_params(self, offer: Mapping[str, Any], handoff_id: str, prefill: Member) -> dict[str, Any]:
         """`kv_transfer_params` of the prefill leg, from what all transports send (`handoff_params.offer_params`).
 
@@ -69,6 +77,11 @@ class Transfer(Protocol):
         the prefill side failed or was not over by `deadline` (loop time); the decode leg has ended by then.
         """
         ...
+
+
+async def ends_now(leg: asyncio.Task[PrefillReply]) -> None:
+    """Wait a moment for a prefill leg to end whose KV has been read, so that its engine is about to answer."""
+    await asyncio.wait({leg}, timeout=_ANSWER_GRACE_S)
 
 
 def refusal(reply: PrefillReply) -> PrefillFailed:

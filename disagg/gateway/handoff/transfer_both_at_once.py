@@ -22,6 +22,8 @@ from transport.descriptor import Transport
 class BothAtOnce:
     """Implements `transfer.Transfer`."""
 
+    tells_cached = False
+
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 

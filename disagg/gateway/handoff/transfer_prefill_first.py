@@ -16,6 +16,8 @@ from transport.descriptor import Transport
 class PrefillFirst:
     """Implements `transfer.Transfer`."""
 
+    tells_cached = True
+
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 

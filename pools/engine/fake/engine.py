@@ -32,7 +32,14 @@ from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 from transport.config import NixlConfig
 from transport.descriptor import Transport
 from transport.facts import EngineFacts
-from transport.handoff_params import DO_REMOTE_DECODE, DO_REMOTE_PREFILL, REMOTE_PREFILL, STORE, handoff_id_of
+from transport.handoff_params import (
+    DO_REMOTE_DECODE,
+    DO_REMOTE_PREFILL,
+    PREFILL_HAD,
+    REMOTE_PREFILL,
+    STORE,
+    handoff_id_of,
+)
 from transport.transports import describe
 
 _STEP_S = 0.02
@@ -50,6 +57,23 @@ class _Running:
     aborted: bool = False
     unread: str | None = None
     """The hand-off that a decode engine took and has not tried to read yet."""
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """Prompt tokens of one request that are not computed."""
+
+    num_cached: int
+    """All of them."""
+    num_held: int
+    """Those that this engine or its shared tier held before."""
+    prefill_had: int = 0
+    """Those that the prefill engine held before, as it says in a hand-off."""
+
+    @property
+    def reported(self) -> int:
+        """`cached_tokens` of the answer."""
+        return max(self.num_held, self.prefill_had)
 
 
 class FakeEngine:
@@ -174,6 +198,8 @@ class FakeEngine:
         kv_transfer_params: KVTransferParams | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
+        session_id: str | None = None,
     ) -> ProbeResult:
         """As the protocol says; also raises HandoffRefusedError for parameters that were used before."""
         generation = wire.parse(
@@ -189,12 +215,12 @@ class FakeEngine:
         )
         with self._track("probe", uuid.uuid4().hex) as running:
             self._admit(generation, running)
-            async with self._prefilled(generation, running) as num_cached:
+            async with self._prefilled(generation, running) as hits:
                 self._counts["generation_tokens"] += 1
-            params = self._hand_off(generation, running)
+            params = self._hand_off(generation, running, hits)
         if self._dead is not None:
             raise EngineDeadError(f"engine {self._engine_id!r} is dead: {self._dead}")
-        return ProbeResult(num_cached, params, "abort" if running.aborted else "length")
+        return ProbeResult(hits.num_cached, params, "abort" if running.aborted else "length", hits.num_held)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -238,15 +264,15 @@ class FakeEngine:
             running.unread = handoff.id
 
     @contextlib.asynccontextmanager
-    async def _prefilled(self, generation: Generation, running: _Running) -> AsyncIterator[int]:
+    async def _prefilled(self, generation: Generation, running: _Running) -> AsyncIterator[_Hits]:
         """Hold KV space and fetch or compute the prompt; yields how many prompt tokens were not computed here.
 
         Yields early when the request is aborted or the engine dies.
         """
         num_blocks = await self._hold(generation, running)
         try:
-            num_cached = await self._local_and_remote_hits(generation, running)
-            num_computed = generation.num_prompt_tokens - num_cached
+            hits = await self._local_and_remote_hits(generation, running)
+            num_computed = generation.num_prompt_tokens - hits.num_cached
             self._counts["prompt_tokens"] += generation.num_prompt_tokens
             self._counts["prompt_tokens_computed"] += num_computed
             now = asyncio.get_running_loop().time()
@@ -255,7 +281,7 @@ class FakeEngine:
             await self._sleep_until(done_at, running)
             for prompt in generation.prompts:
                 self._kv.cache(prompt, generation.cache_salt)
-            yield num_cached
+            yield hits
         finally:
             self._kv.free(num_blocks)
 
@@ -275,16 +301,18 @@ class FakeEngine:
         finally:
             self._num_waiting -= 1
 
-    async def _local_and_remote_hits(self, generation: Generation, running: _Running) -> int:
+    async def _local_and_remote_hits(self, generation: Generation, running: _Running) -> _Hits:
         hits = [self._kv.cached_tokens(prompt, generation.cache_salt) for prompt in generation.prompts]
         params = generation.kv_transfer_params
         if params and params.get(DO_REMOTE_PREFILL) and self._role == "decode":
+            num_held = sum(hits)
             hits[0] = await self._fetch(params, generation.prompts[0], hits[0], running)
-        elif self._shared_cache is not None:
+            return _Hits(sum(hits), num_held, int(params.get(PREFILL_HAD) or 0))
+        if self._shared_cache is not None:
             salt = generation.cache_salt
             pairs = zip(generation.prompts, hits, strict=True)
             hits = [self._load(prompt, salt, local, self._shared_cache) for prompt, local in pairs]
-        return sum(hits)
+        return _Hits(sum(hits), sum(hits))
 
     def _load(self, prompt: Sequence[int], salt: str, num_local: int, shared_cache: FakeSharedCache) -> int:
         """Load what the shared tier has beyond the local hits; returns the prompt tokens that need no computing."""
@@ -316,7 +344,7 @@ class FakeEngine:
         await asyncio.sleep(num_remote * self._config.transfer_ms_per_1k_tokens / 1e6)
         return len(prompt) - 1
 
-    def _hand_off(self, generation: Generation, running: _Running) -> KVTransferParams | None:
+    def _hand_off(self, generation: Generation, running: _Running, hits: _Hits) -> KVTransferParams | None:
         """Hold a finished prompt for a decode engine, and return the parameters with which that engine reads it.
 
         Returns None when both legs are sent at once, because the decode engine has the parameters already.
@@ -346,6 +374,7 @@ class FakeEngine:
             "remote_num_tokens": len(prompt),
             "remote_blocks_expiry_time": None,
             "transfer_mode": "pull",
+            PREFILL_HAD: hits.num_held,
         }
 
     def _over(self, running: _Running) -> bool:
@@ -401,12 +430,13 @@ class FakeEngine:
 
     async def _stream(self, generation: Generation, framing: Framing, running: _Running, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [_SSE]})
-        async with self._prefilled(generation, running):
+        async with self._prefilled(generation, running) as hits:
+            framing.num_cached = hits.reported
             if not self._over(running):
                 for index in range(generation.n * len(generation.prompts) if generation.endpoint == "chat" else 0):
                     await send(_body(framing.role(index)))
             num_sent = await self._stream_tokens(self._answers(generation), framing, running, send)
-        self._hand_off(generation, running)
+        self._hand_off(generation, running, hits)
         if self._dead is not None:
             event = wire.error_event(500, f"engine is dead: {self._dead}", kind="InternalServerError")
             await send(_body(event))
@@ -441,12 +471,13 @@ class FakeEngine:
         return num_sent
 
     async def _answer_whole(self, generation: Generation, framing: Framing, running: _Running, send: Send) -> None:
-        async with self._prefilled(generation, running):
+        async with self._prefilled(generation, running) as hits:
+            framing.num_cached = hits.reported
             answers = self._answers(generation)
             num_steps = max(len(choice.tokens) for choice in answers) - 1
             begin = asyncio.get_running_loop().time()
             await self._sleep_until(begin + num_steps * self._config.itl_ms / 1e3, running)
-        params = self._hand_off(generation, running)
+        params = self._hand_off(generation, running, hits)
         if self._dead is not None:
             raise EngineDeadError(f"engine {self._engine_id!r} is dead: {self._dead}")
         if running.aborted:

@@ -234,6 +234,8 @@ class Framing:
         self._id = response_id
         self._model_id = model_id
         self._created = int(time.time())
+        self.num_cached = 0
+        """`cached_tokens` of the answer, once it is known."""
         head = _dumps(self._head("chat.completion.chunk" if self._is_chat else "text_completion"))
         self._event = b"data: " + head[:-1] + b","
         self._plain = not (request.continuous_usage or request.return_token_ids)
@@ -293,7 +295,8 @@ class Framing:
         """The event after the last token; empty unless `stream_options.include_usage`."""
         if not self._request.include_usage:
             return b""
-        usage = _dumps(_usage(self._request.num_prompt_tokens, num_completion_tokens))
+        counts = _usage(self._request.num_prompt_tokens, num_completion_tokens)
+        usage = _dumps(counts | {"prompt_tokens_details": {"cached_tokens": self.num_cached}})
         return self._event + b'"choices":[],"usage":' + usage + b"}\n\n"
 
     def _chunk(self, choices: list[dict[str, Any]], extra: dict[str, Any], num_completion_tokens: int) -> bytes:
@@ -306,7 +309,8 @@ class Framing:
         """The whole answer as one document."""
         num_tokens = sum(len(answer.tokens) for answer in answers)
         usage = _usage(self._request.num_prompt_tokens, num_tokens)
-        usage |= {"prompt_tokens_details": None, "completion_tokens_details": None}
+        details = {"cached_tokens": self.num_cached, "created_cache_tokens": None, "multimodal_tokens": None}
+        usage |= {"prompt_tokens_details": details, "completion_tokens_details": None}
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         body = self._head("chat.completion" if self._is_chat else "text_completion")
         body |= {"choices": choices, "service_tier": None, "system_fingerprint": None, "usage": usage}

@@ -29,6 +29,7 @@ def test_cpu_defaults() -> None:
     assert args("cpu", {}, {}) == {
         "enforce_eager": True,
         "dtype": "bfloat16",
+        "enable_prompt_tokens_details": True,
         "model": "/models/tiny",
         "served_model_name": ["tiny"],
         "distributed_executor_backend": "mp",
@@ -46,8 +47,9 @@ def test_cpu_defaults_can_be_changed() -> None:
 
 
 def test_cuda_adds_no_defaults() -> None:
-    """On CUDA vLLM's own defaults stand."""
+    """On CUDA vLLM's own defaults stand, but for cached tokens, which answers show."""
     assert args("cuda", {}, {}) == {
+        "enable_prompt_tokens_details": True,
         "model": "/models/tiny",
         "served_model_name": ["tiny"],
         "distributed_executor_backend": "uni",
