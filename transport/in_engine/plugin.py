@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from typing import cast, get_args
 
+from transport.in_engine import root_cause
 from transport.in_engine.patches.forking import fork_workers, forks_workers
 from transport.in_engine.patches.replaced import REPLACED
 from transport.upstream.names import Platform
@@ -23,6 +24,8 @@ PLATFORM_VARIABLE = "DISAGG_ENGINE_PLATFORM"
 
 def register() -> None:
     """Apply what every process of an engine needs. Idempotent, as vLLM asks of a plugin."""
+    if (notes := os.environ.get(root_cause.VARIABLE)) is not None:
+        root_cause.watch(notes)
     platform = os.environ.get(PLATFORM_VARIABLE)
     if platform not in get_args(Platform) or not chosen(REPLACED, "engine_core", cast(Platform, platform)):
         return
@@ -30,6 +33,7 @@ def register() -> None:
     from transport.upstream.guard import require
 
     require(BORROWED, "transport.in_engine.patches.spinning")
+    require(BORROWED, "transport.in_engine.patches.nameless")
     apply(REPLACED, "engine_core", cast(Platform, platform))
     if forks_workers(os.environ, is_child=multiprocessing.parent_process() is not None):
         require(BORROWED, "transport.in_engine.patches.forking")

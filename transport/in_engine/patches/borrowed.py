@@ -619,6 +619,20 @@ PATCHES = (
         has("busy_loop_s"),
         has("wait", "self, timeout_ms", body="53f4c50562de"),
     ),
+    *of(
+        "vllm.distributed.device_communicators.shm_broadcast:MessageQueue",
+        ("transport.in_engine.patches.nameless",),
+        has("wait_until_ready", "self"),
+        has("_is_writer"),
+        has("n_local_reader"),
+        has("buffer"),
+    ),
+    *of(
+        "vllm.distributed.device_communicators.shm_broadcast:ShmRingBuffer",
+        ("transport.in_engine.patches.nameless",),
+        has("shared_memory"),
+        has("is_creator"),
+    ),
     Borrowed(
         "vllm.utils.ompmultiprocessing:OMPProcessManager.configure_omp_envs",
         _FORKING,

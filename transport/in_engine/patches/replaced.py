@@ -58,6 +58,15 @@ SPINNING = Replacement(
     source="vLLM 0.32 `device_communicators/shm_broadcast.py`, which has no setting for it",
     way_out="vLLM has a setting for `busy_loop_s`, and its notifications are not dropped at the rate of steps",
 )
+QUEUE_NAMES = Replacement(
+    name="vllm.distributed.device_communicators.shm_broadcast:MessageQueue.wait_until_ready",
+    by=f"{_PATCHES}.nameless:nameless",
+    processes=frozenset({"api", "engine_core", "worker"}),
+    platforms=frozenset({"cpu"}),
+    why="the files of vLLM's queues, 240 MiB each, stay in /dev/shm when the processes that made them are killed",
+    source="vLLM 0.32 `device_communicators/shm_broadcast.py`, `ShmRingBuffer.__del__`, the only one to remove them",
+    way_out="vLLM removes the name itself once all readers are there",
+)
 DEVICE_INDEX = Replacement(
     name="torch.accelerator:current_device_index",
     by="transport.in_engine.mooncake.connector:_device_index",
@@ -69,5 +78,13 @@ DEVICE_INDEX = Replacement(
     way_out="vLLM asks its platform for the device, as it does elsewhere",
 )
 
-REPLACED: tuple[Replacement, ...] = (NUMA_TOPOLOGY, NIXL_CONFIG, SAMPLE, BOOKKEEPING, SPINNING, DEVICE_INDEX)
+REPLACED: tuple[Replacement, ...] = (
+    NUMA_TOPOLOGY,
+    NIXL_CONFIG,
+    SAMPLE,
+    BOOKKEEPING,
+    SPINNING,
+    QUEUE_NAMES,
+    DEVICE_INDEX,
+)
 """All of it."""
