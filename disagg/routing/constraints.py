@@ -94,7 +94,7 @@ def resumed(request: RequestView, kv_fit: str) -> RequestView:
 
 def pair_only(request: RequestView, without: Iterable[str] = ()) -> RequestView:
     """The request for a pair without any replica of `without`. The caller decides what happens when there is none."""
-    rules = MappingProxyType({"local": "pair_only", **request.ruled_out})
+    rules = MappingProxyType({"local": "pair_only", "prefill": "pair_only", **request.ruled_out})
     return replace(request, ruled_out=rules, without=request.without.union(without))
 
 
@@ -103,8 +103,8 @@ def ruled_out(
 ) -> Mapping[Mode, str]:
     """The modes that the request cannot have, each with one of a few fixed words for why.
 
-    A `handoff` is for one prompt with one answer. `primed` serves several from the same KV. `local` is never ruled out:
-    a decode engine answers every request as an aggregated engine would.
+    A `handoff` is for one prompt with one answer. `primed` serves several from the same KV. `local` and `prefill` are
+    never ruled out: an engine of either pool answers every request as an aggregated engine would.
     """
     if prompts is None:
         return _NOT_RENDERED

@@ -49,11 +49,12 @@ class ReplicaInfo:
 
 Endpoint = Literal["chat", "completions"]
 
-Mode = Literal["handoff", "primed", "local", "none"]
+Mode = Literal["handoff", "primed", "local", "prefill", "none"]
 """Who makes the answer.
 
 `handoff`: prefill computes the prompt, decode reads its KV. `primed`: as before, but a probe reads the KV into decode's
-prefix cache first, for requests that fan out over it. `local`: decode computes the prompt itself. `none`: nobody.
+prefix cache first, for requests that fan out over it. `local`: decode computes the prompt itself. `prefill`: a prefill
+replica answers alone, because no decode replica can. `none`: nobody.
 """
 
 
@@ -73,11 +74,11 @@ class RequestView:
     without: frozenset[str] = frozenset()
     """Ids of replicas that are not to be chosen: they were tried."""
     decode_id: str | None = None
-    """The only decode replica that may be chosen; None when any may."""
+    """The only decode replica that may be chosen; None when any may, and a prefill replica in place of all of them."""
     kv_fit: str | None = None
     """The only `ReplicaInfo.kv_fit` that the decode replica may have; None when it may have any."""
     needs_room: bool = True
-    """Whether the request is refused when no decode replica has room for its prompt."""
+    """Whether the request is refused when no replica that could answer it alone has room for its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class ReplicaView:
     last_chosen: int
     """Sequence number of the last decision that took it; 0 before the first."""
     local_prefill_tokens: int = 0
-    """Prompt tokens that it computes for this gateway without a hand-off."""
+    """Prompt tokens that it computes for this gateway without a hand-off, for requests that it answers alone."""
     slow: bool = False
     """It works, but far slower than the best of its pool."""
     draining: bool = False
@@ -125,6 +126,8 @@ class Snapshot:
     """Sequence number of the last decision for a prefill and a decode replica; pairs without one are absent."""
     max_local_prefill_tokens: int = 2**63
     """Prompt tokens that one decode replica may compute at a time for this gateway."""
+    max_prefill_alone_tokens: int = 2**63
+    """Prompt tokens that one prefill replica may compute at a time for requests that it answers alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ class Decision:
     prefill_id: str | None = None
     decode_id: str | None = None
     candidates: tuple[PairView | ReplicaView, ...] = ()
-    """All that was weighed against each other, the chosen one included: pairs, or decode replicas."""
+    """All that was weighed against each other, the chosen one included: pairs, or replicas of one pool."""
 
     @property
     def reason(self) -> str:
@@ -149,6 +152,11 @@ class Decision:
     def refusal(self) -> str | None:
         """Why nobody serves it; None when somebody does."""
         return self.reasons[-1] if self.mode == "none" else None
+
+    @property
+    def alone_id(self) -> str | None:
+        """The replica that answers alone; None for a hand-off, and when nobody answers."""
+        return {"local": self.decode_id, "prefill": self.prefill_id}.get(self.mode)
 
     @property
     def not_chosen(self) -> tuple[PairView | ReplicaView, ...]:
@@ -167,4 +175,4 @@ class Decision:
     def _is_chosen(self, candidate: PairView | ReplicaView) -> bool:
         if isinstance(candidate, PairView):
             return (candidate.prefill.replica_id, candidate.decode.replica_id) == (self.prefill_id, self.decode_id)
-        return self.mode != "none" and candidate.replica_id == self.decode_id
+        return candidate.replica_id == self.alone_id

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from disagg.gateway.front.fields import PATHS
+from disagg.gateway.handoff.cached import Cached
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.choosing import Seat
@@ -26,6 +27,8 @@ class Answer:
     """`kv_fit` of the decode replica."""
     under_way: UnderWay | None
     """The hand-off that this leg brought to the decode engine; None in the modes `local` and `primed`."""
+    cached: Cached | None = None
+    """Corrects the answer's count of cached tokens; None where the engine tells it right."""
 
     @property
     def status(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.front.fields import PATHS
+from disagg.gateway.handoff.cached import Cached, told
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate
 from disagg.gateway.handoff.decoding import Answer, decoded
@@ -55,6 +56,8 @@ class Primed:
 
     replica_id: str
     """The prefill replica that computed it."""
+    num_cached: int
+    """Tokens of it that prefill or decode had cached."""
 
 
 class Handoff:
@@ -79,6 +82,7 @@ class Handoff:
         self._max_model_len = max_model_len
         self._metrics = metrics
         self._membership = membership
+        self._transfer = transfer
         self._settling = Settling(background, ledger)
         self._faults = PairFaults(membership, metrics, background)
         self._local_rate = LocalRate()
@@ -184,7 +188,7 @@ class Handoff:
         prefill_id = pair.prefill.info.replica_id
         try:
             answer = await decoded(
-                under_way.reservation.take_decode(),
+                under_way.reservation.take_answering(),
                 call,
                 body,
                 mode="handoff",
@@ -195,6 +199,8 @@ class Handoff:
             self._lost(under_way, exc)
             raise DecodeLost(pair.decode.info.replica_id, had_it=exc.sent) from exc
         self._answered(under_way, answer.status)
+        if not self._transfer.tells_cached:
+            answer.cached = Cached(leg=under_way.leg.task)
         return answer
 
     def _lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
@@ -229,7 +235,7 @@ class Handoff:
     ) -> Answer:
         """As `_primed`. Adds each hand-off to `failed` whose probe the decode replica answered with a 5xx."""
         assert call.prompts is not None
-        decode = first.decode
+        decode = first.answering
         settled = replace(request, decode_id=decode.info.replica_id)
         async with asyncio.TaskGroup() as group:
             # The first prompt goes to the reserved pair. For each other one the policy chooses a prefill replica.
@@ -238,18 +244,21 @@ class Handoff:
                 for i, ids in enumerate(call.prompts)
             ]
         outcomes = [task.result() for task in primed]
-        prefill_ids = [outcome.replica_id for outcome in outcomes if isinstance(outcome, Primed)]
-        if not prefill_ids:
+        done = [outcome for outcome in outcomes if isinstance(outcome, Primed)]
+        if not done:
             return await self._local.answer(call, alone(request, str(outcomes[0])), losses)
         call.progress.at_decode()
         try:
-            answer = await decoded(Seat(decode), call, call.raw, mode="primed", prefill_id=prefill_ids[0])
+            answer = await decoded(Seat(decode), call, call.raw, mode="primed", prefill_id=done[0].replica_id)
         except ReplicaLostError as exc:
             self._membership.mark_lost(decode, exc)
             self._metrics.retries.labels("decode").inc()
             losses.add(decode.info.replica_id, had_it=exc.sent)
             return await self._local.answer(call, alone(request, "decode_lost", losses.replica_ids), losses)
-        return answer if answer.status < 500 else await self._after_error(call, answer, losses, request)
+        if answer.status >= 500:
+            return await self._after_error(call, answer, losses, request)
+        answer.cached = Cached(sum(primed.num_cached for primed in done))
+        return answer
 
     async def _primed_with(
         self,
@@ -276,24 +285,25 @@ class Handoff:
     ) -> Primed:
         """Send the probe of a hand-off that only primes. Adds the hand-off to `failed` when the replica answers 5xx."""
         prefill_id = under_way.pair.prefill.info.replica_id
+        num_cached = 0
         try:
-            with under_way.reservation.take_decode() as seat:
-                await seat.member.client.probe(
+            with under_way.reservation.take_answering() as seat:
+                probed = await seat.member.client.probe(
                     prompt,
                     params,
                     trace=call.trace,
                     timeout_s=self._config.prefill_timeout_s,
                     on_sent=under_way.mark_taken,
-                    cache_salt=call.body.get("cache_salt"),
+                    asked=call.body,
                 )
         except ReplicaLostError as exc:
             self._lost(under_way, exc)
-            return Primed(prefill_id)
+            return Primed(prefill_id, num_cached)
         except UnusableAnswerError as exc:
             status = exc.status
         else:
-            status = 200
+            status, num_cached = 200, max(await told(under_way.leg.task), probed.num_cached_before)
         self._answered(under_way, status)
         if status >= 500:
             failed.append(under_way)
-        return Primed(prefill_id)
+        return Primed(prefill_id, num_cached)

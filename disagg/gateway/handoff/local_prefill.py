@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests without a hand-off: the gateway sends them on as they came, and a decode replica computes the prompt."""
+"""Requests without a hand-off: the gateway sends them on as they came, and one replica computes prompt and answer.
+
+That is a decode replica, or a prefill replica where no decode replica can."""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from disagg.gateway.handoff.deadline import LocalRate
 from disagg.gateway.handoff.decoding import Answer, decoded
 from disagg.gateway.handoff.losses import Losses
 from disagg.gateway.replicas.choosing import Chooser, Reservation
-from disagg.gateway.replicas.membership import DECODE, Membership
+from disagg.gateway.replicas.membership import POOLS, Membership
 from disagg.observability.metrics import Metrics
 from disagg.routing.candidates import NO_ROOM, OTHER_KV_FIT
 from disagg.routing.constraints import alone
@@ -25,7 +27,7 @@ _UNKNOWN_PREFILL_S = 10.0
 
 
 class LocalPrefill:
-    """Sends requests to decode replicas alone. One per gateway replica."""
+    """Sends requests to one replica alone. One per gateway replica."""
 
     def __init__(
         self,
@@ -46,25 +48,24 @@ class LocalPrefill:
     async def answer(
         self, call: Call, request: RequestView, losses: Losses, *, first: Reservation | None = None
     ) -> Answer:
-        """Send the request as it came to one decode replica after the other, until one answers without a 5xx.
+        """Send the request as it came to one replica after the other, until one answers without a 5xx.
 
         When no further replica can be tried, returns the last 5xx answer if there was one. Otherwise raises
         NoReplicaError, RateLimitError or AttemptsExhaustedError.
 
         Args:
-            request: rules out all modes but `local`, and says why there is no hand-off.
+            request: rules out all modes but `local` and `prefill`, and says why there is no hand-off.
             losses: the replicas that the request lost before. `answer` adds those that it loses.
             first: a reservation for the first try, if the caller has made one already.
         """
         reason = request.ruled_out["handoff"]
         failed: Answer | None = None
-        self._metrics.local_prefill(reason)
         while True:
             if losses.count >= self._config.max_attempts:
                 if failed is not None:
                     return failed
                 raise AttemptsExhaustedError(
-                    f"the request was lost on {losses.count} decode replicas, and no more are tried for it "
+                    f"the request was lost on {losses.count} replicas, and no more are tried for it "
                     "(gateway.max_attempts)"
                 )
             with first or self._chooser.reserve(request) as reservation:
@@ -73,13 +74,16 @@ class LocalPrefill:
                     if failed is not None:
                         return failed
                     raise self._refused(reservation.decision.refusal)
-                member = reservation.decode
+                member = reservation.answering
                 try:
                     answer = await self._computed(reservation, call, request.num_tokens)
                 except ReplicaLostError as exc:
                     self._membership.mark_lost(member, exc)
                     losses.add(member.info.replica_id, had_it=exc.sent)
                 else:
+                    if answer.status < 400:
+                        # A request that the engine refuses was computed by nobody.
+                        self._metrics.local_prefill(reason)
                     if answer.status < 500:
                         return answer
                     failed = answer
@@ -92,20 +96,20 @@ class LocalPrefill:
             return no_replica(refusal)
         self._metrics.local_prefills_refused.inc()
         return RateLimitError(
-            "every decode replica computes as many prompt tokens as it may for this gateway "
+            "every replica that could answer computes as many prompt tokens as it may for this gateway "
             f"({self._config.local_prefill_tokens}, gateway.local_prefill_tokens)"
         )
 
     async def _computed(self, reservation: Reservation, call: Call, num_tokens: int) -> Answer:
-        """Send the request as it came to the reserved decode replica. Raises ReplicaLostError."""
+        """Send the request as it came to the reserved replica. Raises ReplicaLostError."""
         call.progress.at_decode()
         now = asyncio.get_running_loop().time
         began = now()
-        seat = reservation.take_decode()
+        seat = reservation.take_answering()
         if not call.body.get("stream"):
             seat.expect_prompt_within(self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S)
         try:
-            answer = await decoded(seat, call, call.raw, mode="local", prefill_id="local")
+            answer = await decoded(seat, call, call.raw, mode=reservation.decision.mode, prefill_id="local")
         finally:
             seat.prompt_computed()
         if answer.exchange is not None:
@@ -115,12 +119,12 @@ class LocalPrefill:
 
     def _show(self) -> None:
         self._metrics.local_prefill_tokens.clear()
-        for member in self._membership.members(DECODE):
+        for member in (member for pool in POOLS for member in self._membership.members(pool)):
             self._metrics.local_prefill_tokens.labels(member.info.replica_id).set(member.local_prefill_tokens)
 
 
 def no_replica(refusal: str) -> NoReplicaError:
     """The error for a decision that no replica serves the request. `refusal` is the decision's word for why."""
     if refusal == OTHER_KV_FIT:
-        return NoReplicaError("every decode replica that is ready has another model or other engine arguments")
-    return NoReplicaError("no decode replica is ready")
+        return NoReplicaError("every replica that is ready has another model or other engine arguments")
+    return NoReplicaError("no replica is ready")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode replicas that one request has lost, over all tries for it, resumes included. Pure."""
+"""The replicas that one request has lost, over all tries for it, resumes included. Pure."""
 
 from __future__ import annotations
 

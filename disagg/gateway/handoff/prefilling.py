@@ -198,9 +198,10 @@ class Prefilling:
         assert reservation.pair is not None
         try:
             under_way = self._send(tries, reservation, until)
-        except PrefillFailed as exc:
+        except BaseException as exc:
             reservation.release()
-            self._failed(tries, reservation.pair.prefill, exc)
+            if isinstance(exc, PrefillFailed):
+                self._failed(tries, reservation.pair.prefill, exc)
             raise
         try:
             params = await self._transfer.params(under_way.leg, deadline=until)
@@ -213,6 +214,9 @@ class Prefilling:
         except PrefillFailed as exc:
             self._give_up(under_way, exc.__cause__)
             self._failed(tries, under_way.pair.prefill, exc)
+            raise
+        except BaseException:
+            self._broke(under_way)
             raise
         if race is not None and runner is not None:
             race.claim(runner)
@@ -231,6 +235,9 @@ class Prefilling:
             self._give_up(under_way, exc.__cause__)
             self._failed(tries, under_way.pair.prefill, exc)
             raise
+        except BaseException:
+            self._broke(under_way)
+            raise
         finally:
             under_way.reservation.release()
         if not under_way.leg_done:
@@ -244,7 +251,7 @@ class Prefilling:
         handoff_id = f"{self._incarnation}-{next(self._leg_ids)}"
         call = tries.call
         params = self._transfer.prefill_params(offer_params(handoff_id, call.store), handoff_id, pair.prefill)
-        body = prefill_body(self._model_id, tries.token_ids, params, cache_salt=call.body.get("cache_salt"))
+        body = prefill_body(self._model_id, tries.token_ids, params, asked=call.body)
         self._settling.expect(handoff_id, pair, call.request_id, len(tries.token_ids), call.tenant)
         timeout_s = self._config.prefill_timeout_s + CLEANUP_TIMEOUT_S
         seat = reservation.take_prefill()
@@ -276,6 +283,13 @@ class Prefilling:
         if under_way.leg_done:
             tries.call.progress.at_decode()
         self._settling.client_left(under_way)
+
+    def _broke(self, under_way: UnderWay) -> None:
+        """An exception that is no part of the plan ends a hand-off, unless whoever raised it has done so already."""
+        under_way.reservation.release()
+        if not under_way.given_up:
+            self._faults.over(under_way)
+            self._settling.gateway_failed(under_way)
 
     async def _stop_outlived(self, under_way: UnderWay) -> None:
         if await self._settling.outlived(under_way):

@@ -15,7 +15,7 @@ from typing import Literal
 from cachetools import FIFOCache
 
 from disagg.gateway.background import Background
-from disagg.gateway.handoff.transfer import PrefillLeg
+from disagg.gateway.handoff.transfer import PrefillLeg, ends_now
 from disagg.gateway.ledger.ledger import Ledger
 from disagg.gateway.replicas.choosing import Reservation
 from disagg.gateway.replicas.membership import Member, Pair
@@ -27,8 +27,6 @@ _MAX_REMEMBERED = 65_536
 """Hand-offs whose prefill replica is known; far more than a lease lets live at once."""
 _GRACE_S = 1.0
 """How long an abort may take from a decode engine's server to its scheduler."""
-_ANSWER_GRACE_S = 1.0
-"""How long after the decode leg's first bytes the prefill leg may be answered, although decode has read its KV."""
 
 Reason = Literal[
     "client_left",
@@ -38,6 +36,7 @@ Reason = Literal[
     "decode_did_not_wait",
     "abandoned",
     "prefill_lost",
+    "gateway_error",
 ]
 
 
@@ -108,6 +107,10 @@ class Settling:
         settle = not under_way.taken and not (isinstance(cause, ReplicaLostError) and not cause.sent)
         self._give_up(under_way, "abandoned" if isinstance(cause, TimeoutError) else "prefill_lost", settle=settle)
 
+    def gateway_failed(self, under_way: UnderWay) -> None:
+        """The gateway itself failed between the legs, in a way that nobody foresaw. As `client_left`."""
+        self._give_up(under_way, "gateway_error", settle=not under_way.taken)
+
     def decode_lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
         """The decode leg broke off before its first bytes.
 
@@ -149,7 +152,7 @@ class Settling:
         """
         if under_way.given_up:
             return False
-        await asyncio.wait({under_way.leg.task}, timeout=_ANSWER_GRACE_S)
+        await ends_now(under_way.leg.task)
         if under_way.leg_done:
             return False
         self._give_up(under_way, "decode_did_not_wait", settle=True)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from disagg.gateway.replicas.membership import DECODE, PREFILL, Member, Membership, Pair, Roster
-from disagg.routing.candidates import decodes
+from disagg.routing.candidates import alone
 from disagg.routing.policy import Policy
 from disagg.routing.views import Decision, ReplicaView, RequestView, Snapshot
 
@@ -24,15 +24,19 @@ from disagg.routing.views import Decision, ReplicaView, RequestView, Snapshot
 class Chooser:
     """The policy of one gateway replica, the replicas that it chooses from, and whose turn it is."""
 
-    def __init__(self, membership: Membership, policy: Policy, *, max_local_prefill_tokens: int) -> None:
+    def __init__(
+        self, membership: Membership, policy: Policy, *, max_local_prefill_tokens: int, max_prefill_alone_tokens: int
+    ) -> None:
         """Chooses from `membership` as it is at each call.
 
         Args:
             max_local_prefill_tokens: prompt tokens that a decode replica may compute at a time for this gateway.
+            max_prefill_alone_tokens: those of a prefill replica that answers alone; 0 for never.
         """
         self._membership = membership
         self._policy = policy
         self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._max_prefill_alone_tokens = max_prefill_alone_tokens
         self._sequence = 0
         # Sequence number of the last decision for a prefill and a decode replica.
         self._pairs_chosen: dict[tuple[str, str], int] = {}
@@ -43,9 +47,14 @@ class Chooser:
         roster = self._membership.roster
         decision = self._policy.choose(request, self._snapshot(roster))
         prefill_id, decode_id = decision.prefill_id, decision.decode_id
-        if decode_id is None:
+        if prefill_id is None and decode_id is None:
             return Reservation(decision, None, None)
         self._sequence += 1
+        if decode_id is None:
+            assert prefill_id is not None
+            alone = roster.prefill[prefill_id]
+            alone.last_chosen = self._sequence
+            return Reservation(decision, None, alone, request.num_tokens)
         decode = roster.decode.get(decode_id) or roster.last_resort[decode_id]
         decode.last_chosen = self._sequence
         if prefill_id is None:
@@ -59,9 +68,10 @@ class Chooser:
         return self._policy.choose(request, self._snapshot(self._membership.roster))
 
     def sparing(self, request: RequestView, replica_ids: Collection[str]) -> RequestView:
-        """The request without these replicas if a decode replica is left for it then, else the request as it is."""
+        """The request without these replicas if another one is left for it then, else the request as it is."""
         spared = replace(request, without=request.without.union(replica_ids))
-        return spared if decodes(spared, self._snapshot(self._membership.roster)) else request
+        _, left = alone(spared, self._snapshot(self._membership.roster))
+        return spared if left else request
 
     def _snapshot(self, roster: Roster) -> Snapshot:
         if roster is not self._roster:
@@ -73,6 +83,7 @@ class Chooser:
             tuple([replica_view(member) for member in roster.last_resort.values()]),
             self._pairs_chosen.copy(),
             self._max_local_prefill_tokens,
+            self._max_prefill_alone_tokens,
         )
 
     def _forget_gone(self) -> None:
@@ -160,20 +171,28 @@ class Reservation:
     itself.
     """
 
-    __slots__ = ("_decode", "_prefill", "decision", "pair")
+    __slots__ = ("_answering", "_prefill", "decision", "pair")
 
-    def __init__(self, decision: Decision, prefill: Member | None, decode: Member | None, num_tokens: int = 0) -> None:
-        """`num_tokens`: prompt tokens that `decode` computes for it."""
+    def __init__(
+        self, decision: Decision, prefill: Member | None, answering: Member | None, num_tokens: int = 0
+    ) -> None:
+        """A reservation of a pair, of one replica that answers alone, or of nobody.
+
+        Args:
+            prefill: the prefill replica of a hand-off.
+            answering: the replica that the client's answer comes from.
+            num_tokens: prompt tokens that `answering` computes for it.
+        """
         self.decision = decision
-        self.pair = None if prefill is None or decode is None else Pair(prefill, decode)
+        self.pair = None if prefill is None or answering is None else Pair(prefill, answering)
         self._prefill = None if prefill is None else Seat(prefill)
-        self._decode = None if decode is None else Seat(decode, num_tokens)
+        self._answering = None if answering is None else Seat(answering, num_tokens)
 
     @property
-    def decode(self) -> Member:
-        """The decode replica; for decisions that have one."""
-        assert self._decode is not None
-        return self._decode.member
+    def answering(self) -> Member:
+        """The replica that the client's answer comes from; for decisions that have one."""
+        assert self._answering is not None
+        return self._answering.member
 
     def take_prefill(self) -> Seat:
         """Take the seat of the prefill leg over: the caller has to release it. Call it once."""
@@ -181,15 +200,15 @@ class Reservation:
         assert seat is not None
         return seat
 
-    def take_decode(self) -> Seat:
-        """Take the seat of the decode leg over: the caller has to release it. Call it once."""
-        seat, self._decode = self._decode, None
+    def take_answering(self) -> Seat:
+        """Take the seat of the leg that answers over: the caller has to release it. Call it once."""
+        seat, self._answering = self._answering, None
         assert seat is not None
         return seat
 
     def release(self) -> None:
         """Give back what nobody has taken over. Idempotent."""
-        for seat in (self._prefill, self._decode):
+        for seat in (self._prefill, self._answering):
             if seat is not None:
                 seat.release()
 

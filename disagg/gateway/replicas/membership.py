@@ -92,7 +92,7 @@ class Roster:
     last_resort: Mapping[str, Member] = field(default_factory=dict)
     """Decode replicas on probation, and those that leave: they finish what they get until the gateway lets them go."""
     finishes_only: bool = False
-    """Whether all decode replicas that could serve leave and say that they drain. The end of the drain would cut a new
+    """Whether all replicas that could answer leave and say that they drain. The end of the drain would cut a new
     request. So the gateway sends only requests there that it has accepted before."""
 
 
@@ -104,11 +104,13 @@ class Membership:
         connect: Callable[[ReplicaInfo], ReplicaClient],
         on_change: Callable[[], None] = lambda: None,
         *,
+        prefill_alone: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start with nobody.
 
         Args:
+            prefill_alone: whether prefill replicas answer alone where no decode replica can.
             connect: makes the client of a replica. `Membership` closes the client when the replica is gone.
             clock: in seconds.
         """
@@ -118,6 +120,7 @@ class Membership:
         self._leaving: dict[str, Member] = {}
         # By incarnations: pairs that rest, and until when; see `handoff.breaker` and `kv_paths`.
         self._resting: dict[tuple[str, str], float] = {}
+        self._prefill_alone = prefill_alone
         self._clock = clock
         self._on_change = on_change
         self.roster = Roster()
@@ -306,7 +309,20 @@ class Membership:
             decode=self.pool_standing(DECODE),
             any_pair=any(not p.warm_peers.isdisjoint(self.roster.decode) for p in self.roster.prefill.values()),
             any_decode=bool(self.roster.decode or self.roster.last_resort) and not self.roster.finishes_only,
+            any_prefill=self._prefill_alone and bool(self.roster.prefill),
         )
+
+    def is_last(self, member: Member) -> bool:
+        """Whether it is the only replica that answers to clients can come from; false for one that is taken out.
+
+        Prefill replicas that may answer alone count as others.
+        """
+        if member.info.pool != DECODE or member.quarantined is not None:
+            return False
+        others = [other for other in self._members[DECODE].values() if other is not member]
+        if self._prefill_alone:
+            others += self._members[PREFILL].values()
+        return not any(other.usable for other in others)
 
     def num_routable(self, pool: str) -> int:
         """Replicas that count as serving in their pool."""
@@ -325,11 +341,13 @@ class Membership:
         well = {replica_id: member for replica_id, member in decodes.items() if may_serve(member)}
         last_resort = {m.info.replica_id: m for m in self._leaving.values() if m.info.pool == DECODE and may_finish(m)}
         last_resort |= {replica_id: m for replica_id, m in decodes.items() if m.on_probation and is_well(m)}
+        prefill = {replica_id: member for replica_id, member in self._members[PREFILL].items() if may_serve(member)}
+        anybody = well or (prefill if self._prefill_alone else {})
         return Roster(
-            prefill={replica_id: member for replica_id, member in self._members[PREFILL].items() if may_serve(member)},
+            prefill=prefill,
             decode=well,
             last_resort=last_resort,
-            finishes_only=not well and bool(last_resort) and all(m.draining for m in last_resort.values()),
+            finishes_only=not anybody and bool(last_resort) and all(m.draining for m in last_resort.values()),
         )
 
     def _back(self, info: ReplicaInfo) -> Member:

@@ -8,7 +8,7 @@ These rules are nowhere else. Routing, `/health`, the gauges and the admin API a
 |---|---|---|
 | `routable` | yes | |
 | `slow` | where no other replica can be | its engine takes far longer than the best of the pool |
-| `warming` | no hand-offs; a decode replica answers alone | it has moved no KV yet |
+| `warming` | no hand-offs; a replica answers alone | it has moved no KV yet |
 | `warming`, `crash_loop` | no; decode as a last resort | its pool loses one replica after the other: probation |
 | `draining` | no; decode as a last resort | it says that it leaves |
 | `unreachable` | no | it takes no connections |
@@ -48,7 +48,7 @@ class Facts(Protocol):
 
 
 def may_serve(facts: Facts) -> bool:
-    """Whether new requests may go to a replica: a decode replica may answer alone, a warm pair may take hand-offs."""
+    """Whether new requests may go to a replica: it may answer alone, and a warm pair may take hand-offs."""
     return is_well(facts) and not facts.on_probation
 
 
@@ -115,19 +115,24 @@ class Application:
     """Whether requests are served, and by which pools."""
 
     status: Literal["ok", "degraded", "unavailable"]
-    """`ok`: hand-offs. `degraded`: decode replicas answer alone. `unavailable`: nobody takes a new request."""
+    """`ok`: hand-offs. `degraded`: replicas of one pool answer alone. `unavailable`: nobody takes a new request."""
     reason: str | None = None
     """What keeps it from being `ok`, in words."""
 
 
-def application(*, prefill: Standing, decode: Standing, any_pair: bool, any_decode: bool) -> Application:
+def application(
+    *, prefill: Standing, decode: Standing, any_pair: bool, any_decode: bool, any_prefill: bool
+) -> Application:
     """The state of the application.
 
     Args:
         any_pair: whether some pair may take a hand-off.
         any_decode: whether some decode replica takes new requests, be it as a last resort.
+        any_prefill: whether some prefill replica may answer alone.
     """
     if not any_decode:
+        if any_prefill:
+            return Application("degraded", f"the decode pool is {decode}; prefill replicas serve alone")
         return Application("unavailable", f"the decode pool is {decode}")
     if any_pair:
         return Application("ok")

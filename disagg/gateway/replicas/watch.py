@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 2.0
 _MISSES = 2
 _MISSES_OF_THE_LAST = 5
-"""The last decode replica may be slow to answer: nobody else could serve what runs there."""
+"""The last replica that could answer may be slow to say so: nobody else could serve what runs there."""
 _LATE_S = 0.5
 """If a question fails this much later than it should, the gateway's own loop stood still: that is no miss."""
 _BROKEN = 5
@@ -154,7 +154,7 @@ class Watch:
     def _miss(self, watched: _Watched) -> None:
         watched.misses += 1
         watched.ok_since = None
-        limit = _MISSES_OF_THE_LAST if self._is_last(watched.member) else _MISSES
+        limit = _MISSES_OF_THE_LAST if self._membership.is_last(watched.member) else _MISSES
         if watched.misses >= limit:
             self._quarantine(watched, UNANSWERED)
 
@@ -177,21 +177,15 @@ class Watch:
 
     def _suspect(self, watched: _Watched, reason: str) -> None:
         """Take a replica out whose engine hangs, unless nobody could take over what runs there."""
-        if not self._is_last(watched.member):
+        if not self._membership.is_last(watched.member):
             self._quarantine(watched, reason)
         elif not watched.told:
             watched.told = True
             logger.error(
-                "replica %s is suspect (%s), and stays in use because it is the last decode replica",
+                "replica %s is suspect (%s), and stays in use because nobody else could answer",
                 watched.member.info.replica_id,
                 reason,
             )
-
-    def _is_last(self, member: Member) -> bool:
-        """Whether it is the only decode replica that requests can go to; false for one that is taken out already."""
-        if member.info.pool != DECODE or member.quarantined is not None:
-            return False
-        return not any(other.usable for other in self._membership.members(DECODE) if other is not member)
 
     def _quarantine(self, watched: _Watched, reason: str) -> None:
         info = watched.member.info

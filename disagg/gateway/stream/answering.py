@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from disagg.config import GatewayConfig
 from disagg.errors import ContextLengthError, StreamLimitError
+from disagg.gateway.front import flags
+from disagg.gateway.front.fields import wants_usage
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.intake import Asked
 from disagg.gateway.front.render import Renderer
@@ -34,6 +36,7 @@ from disagg.gateway.stream.resume_rules import resume_plan
 from disagg.gateway.stream.resuming import Resumer, Resuming
 from disagg.gateway.stream.sent_tokens import SentTokens
 from disagg.gateway.stream.splice import protocol_of, splice_of
+from disagg.gateway.stream.usage import CorrectedStream, corrected
 from disagg.observability.metrics import Metrics
 from pools.errors import NoReplicaError, PoolOverloadedError, ReplicaLostError
 from transport.errors import DisaggError
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_RECENT = 4
 """Chunks: the last event with text, an error or usage, and a `[DONE]` that may come in two pieces."""
+_OF_STREAMS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+"""Headers for what stands between a client and its stream. nginx holds a stream back without the second one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Answering:
     metrics: Metrics
     config: GatewayConfig
     echo_request_id: bool
+    engine_arguments: Collection[str]
+    """Engine arguments that a config may set."""
 
     def response(self, asked: Asked) -> Response:
         """The response to one request. The response runs the request while it is being sent.
@@ -81,10 +88,10 @@ class Answering:
     def _check_room(self) -> None:
         """Raises PoolOverloadedError when the gateway carries as many requests as it may.
 
-        Raises NoReplicaError when the decode replicas that are left only finish what they have.
+        Raises NoReplicaError when the replicas that are left only finish what they have.
         """
         if self.membership.roster.finishes_only:
-            raise NoReplicaError("every decode replica leaves")
+            raise NoReplicaError("every replica that could answer leaves")
         if self.in_flight.num >= self.config.max_num_requests:
             raise PoolOverloadedError(
                 f"the gateway carries {self.in_flight.num} requests, its limit (gateway.max_num_requests)"
@@ -149,7 +156,11 @@ class _AnsweredCall(Response):
         sent: SentTokens | None = None
         try:
             if answer.exchange is None:
-                await self._send_whole(answer, check.taken(answer) if check else answer.content, send)
+                content = check.taken(answer) if check else answer.content
+                if answer.cached is not None:
+                    await answer.cached.known()
+                    content = corrected(content, answer.cached)
+                await self._send_whole(answer, content, send)
             else:
                 resuming = self._to.resumer.begin(plan, losses)
                 sent = resuming.sent
@@ -166,7 +177,7 @@ class _AnsweredCall(Response):
         """
         asked = self._asked
         with self._metrics.render_seconds.time():
-            prompts = await self._to.renderer.prompts(asked.endpoint, asked.body)
+            prompts = await self._to.renderer.prompts(asked.endpoint, asked.body, len(asked.raw))
         limit = self._config.max_prompt_tokens
         if limit is not None and prompts is not None:
             check_prompt_tokens(prompts, limit)
@@ -189,7 +200,7 @@ class _AnsweredCall(Response):
         self._count("none", shape_of(error).status)
         return error_response(error, headers)
 
-    def _head(self, answer: Answer, name: bytes, value: bytes) -> Message:
+    def _head(self, answer: Answer, *others: tuple[bytes, bytes]) -> Message:
         headers = [
             (b"content-type", answer.content_type.encode("latin-1")),
             (b"x-disagg-prefill", answer.prefill_id.encode()),
@@ -197,19 +208,24 @@ class _AnsweredCall(Response):
         ]
         if self._to.echo_request_id:
             headers.append((b"x-request-id", self._request_id.encode()))
-        return {"type": "http.response.start", "status": answer.status, "headers": [*headers, (name, value)]}
+        return {"type": "http.response.start", "status": answer.status, "headers": [*headers, *others]}
 
     async def _send_whole(self, answer: Answer, content: bytes, send: Send) -> None:
-        await send(self._head(answer, b"content-length", b"%d" % len(content)))
+        if answer.status >= 400:
+            content = flags.in_answer(content, self._to.engine_arguments)
+        await send(self._head(answer, (b"content-length", b"%d" % len(content))))
         await send({"type": "http.response.body", "body": content})
 
     async def _send_stream(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
-        await send(self._head(answer, b"cache-control", b"no-cache"))
+        await send(self._head(answer, *_OF_STREAMS))
+        usage = CorrectedStream(answer.cached) if answer.cached and wants_usage(self._asked.body) else None
         content = resuming.sent.feed(answer.content) if resuming.sent else answer.content
+        content = usage.feed(content) if usage else content
+        content = flags.in_first_chunk(content, self._to.engine_arguments)
         await send({"type": "http.response.body", "body": content, "more_body": True})
         self._recent.append(content)
         self._progress.phase = "stream"
-        streaming = self._stream(answer, resuming, scope, send)
+        streaming = self._stream(answer, resuming, usage, scope, send)
         last = await within(streaming, self._config.max_stream_s, self._over_limit)
         await send({"type": "http.response.body", "body": last})
 
@@ -234,7 +250,9 @@ class _AnsweredCall(Response):
 
         return limited
 
-    async def _stream(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> bytes:
+    async def _stream(
+        self, answer: Answer, resuming: Resuming, usage: CorrectedStream | None, scope: Scope, send: Send
+    ) -> bytes:
         """Send the rest of the stream, from whatever replicas. Returns the bytes that have to follow it."""
 
         async def write(data: bytes) -> None:
@@ -242,7 +260,7 @@ class _AnsweredCall(Response):
             self._recent.append(data)
 
         try:
-            await self._carry(answer, resuming, scope, send)
+            await self._carry(answer, resuming, usage, scope, send)
             resuming.check(self._last)
         except ReplicaLostError as exc:
             if self._client_stalled(answer):
@@ -251,14 +269,21 @@ class _AnsweredCall(Response):
                 lost = ReplicaLostError(str(exc), reason="the client took nothing of it")
                 return apart(self._last, error_event(lost))
             return apart(self._last, await resuming.run(answer, exc, write))
-        return resuming.sent.unfinished() if resuming.sent else b""
+        whole_events = resuming.sent or usage
+        return whole_events.unfinished() if whole_events else b""
 
-    async def _carry(self, answer: Answer, resuming: Resuming, scope: Scope, send: Send) -> None:
+    async def _carry(
+        self, answer: Answer, resuming: Resuming, usage: CorrectedStream | None, scope: Scope, send: Send
+    ) -> None:
         """Send what comes from the first replica. Raises ReplicaLostError."""
         assert answer.exchange is not None
-        through = resuming.sent.feed if resuming.sent else None
+        through: Callable[[bytes], bytes] | None = resuming.sent.feed if resuming.sent else None
+        if usage is not None:
+            through = _both(through, usage.feed)
         if (protocol := splice_of(scope)) is not None:
             self._metrics.streams.labels("splice").inc()
+            if usage is not None:
+                through = _both(through, self._noted)
             await protocol.splice(answer.exchange, through, noted=self._recent.append)
             return
         self._metrics.streams.labels("asgi").inc()
@@ -267,6 +292,10 @@ class _AnsweredCall(Response):
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 self._recent.append(data)
+
+    def _noted(self, data: bytes) -> bytes:
+        self._recent.append(data)
+        return data
 
     def _client_stalled(self, answer: Answer) -> bool:
         """Whether the stream broke because the client took nothing. Nobody would read a resumed stream then."""
@@ -314,6 +343,10 @@ async def within(streaming: Awaitable[bytes], limit_s: float | None, end: Callab
         if not limit.expired():
             raise
         return end(StreamLimitError(f"the stream took longer than {limit_s:g} s, the limit of this server"))
+
+
+def _both(first: Callable[[bytes], bytes] | None, then: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    return then if first is None else lambda data: then(first(data))
 
 
 async def _disconnected(receive: Receive) -> None:

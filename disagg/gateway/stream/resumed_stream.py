@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from disagg.gateway.front.fields import wants_usage
 from disagg.gateway.stream.resume_rules import Cut
 from disagg.gateway.stream.sent_tokens import DONE, SentTokens
 from pools.client.messages import is_server_fault
@@ -171,9 +172,7 @@ def ending(sent: SentTokens, body: Mapping[str, Any], *, num_prompt_tokens: int,
     if sent.finish_reason is None:
         return None
     events = b""
-    options = body.get("stream_options")
-    asked = isinstance(options, dict) and options.get("include_usage")
-    if asked and not sent.usage_sent and sent.refusal is None:
+    if wants_usage(body) and not sent.usage_sent and sent.refusal is None:
         num_tokens = len(sent.token_ids)
         usage = {
             "prompt_tokens": num_prompt_tokens,

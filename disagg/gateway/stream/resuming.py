@@ -147,7 +147,7 @@ class Resuming:
         if sent is None or sent.refusal is not None:
             raise Refused(f"it cannot be resumed ({self._plan.refusal if sent is None else sent.refusal})")
         if self._exhausted:
-            raise AttemptsExhaustedError(f"{self._losses.count} decode replicas were lost on it, the limit")
+            raise AttemptsExhaustedError(f"{self._losses.count} replicas were lost on it, the limit")
         assert self._asked.prompts is not None
         texts = await self._renderer.texts(self._asked.body, self._asked.prompts[0], sent.token_ids)
         cut = cut_for(self._asked.body, texts, sent.text, client_ids=self._plan.client_ids)

@@ -147,13 +147,18 @@ async def failing(*args: Any, **kwargs: Any) -> Any:
     raise ValueError("not yet")
 
 
-async def test_without_a_decode_pool(config: GatewayConfig) -> None:
-    """Nobody takes new requests, and everybody says so."""
+@pytest.mark.parametrize("alone", [True, False], ids=["prefill alone", "nobody"])
+async def test_without_a_decode_pool(config: GatewayConfig, alone: bool) -> None:
+    """Prefill takes over, or nobody takes new requests where it may not, and everybody says so."""
+    if not alone:
+        config = config.model_copy(update={"prefill_alone_tokens": 0})
     async with running_stack(num_prefill=1, num_decode=1, config=config) as stack:
         stack.gateway.membership.replace("decode", [])
         stack.gateway.membership.let_go(stack.decode[0].incarnation, carrying=False)
         found = await told(stack)
         found.check(stack)
-        assert (found.health_status, found.health["status"]) == (503, "unavailable")
-        assert found.health["reason"] == "the decode pool is empty" and not found.sdk_health.serves
-        assert (await stack.complete()).status == 503
+        words = "the decode pool is empty" + ("; prefill replicas serve alone" if alone else "")
+        status = (200, "degraded") if alone else (503, "unavailable")
+        assert (found.health_status, found.health["status"], found.health["reason"]) == (*status, words)
+        assert found.sdk_health.serves is alone
+        assert (await stack.complete()).status == (200 if alone else 503)

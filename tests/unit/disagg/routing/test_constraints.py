@@ -89,7 +89,7 @@ def test_what_was_tried_narrows_a_view() -> None:
     assert (local.ruled_out, local.without) == (alone("decode_lost"), {"d0"})
     assert sent_alone(local, "decode_error", ["d1"]).without == {"d0", "d1"}
     other = pair_only(view, ["p0"])
-    assert (other.ruled_out, other.without) == ({"handoff": "n", "local": "pair_only"}, {"p0"})
+    assert (other.ruled_out, other.without) == ({"handoff": "n", "local": "pair_only", "prefill": "pair_only"}, {"p0"})
     assert pair_only(other, ["p1"]).without == {"p0", "p1"}
     going_on = resumed(view, "fit")
     assert (going_on.kv_fit, going_on.needs_room, going_on.ruled_out["primed"]) == ("fit", False, "resumed")

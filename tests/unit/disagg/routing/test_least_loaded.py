@@ -103,9 +103,39 @@ MODES: dict[str, tuple[RequestView, Snapshot, Decision]] = {
     ),
     "nobody is there": (PLAIN, Snapshot((), ()), Decision("none", ("no_warm_pair", "no_replica"))),
     "all were tried": (
-        replace(LOCAL, without=frozenset({"d0", "d1"})),
+        replace(LOCAL, without=frozenset({"p0", "p1", "d0", "d1"})),
         TWO_BY_TWO,
         Decision("none", ("short", "no_replica")),
+    ),
+    "prefill alone": (
+        replace(PLAIN, without=frozenset({"d0", "d1"})),
+        Snapshot((prefill("p0", 3), P1), (D0, D1)),
+        Decision("prefill", ("no_warm_pair", "no_decode_replica"), "p1", None, (prefill("p0", 3), P1)),
+    ),
+    "prefill alone before a last resort": (
+        LOCAL,
+        Snapshot((P0,), (), (D0,)),
+        Decision("prefill", ("short", "no_decode_replica"), "p0", None, (P0,)),
+    ),
+    "prefill alone within its own budget": (
+        LOCAL,
+        Snapshot((replace(P0, local_prefill_tokens=8),), (), max_prefill_alone_tokens=10),
+        Decision("none", ("short", "no_room"), None, None, (replace(P0, local_prefill_tokens=8),)),
+    ),
+    "prefill never alone": (
+        LOCAL,
+        Snapshot((P0,), (), max_prefill_alone_tokens=0),
+        Decision("none", ("short", "no_replica")),
+    ),
+    "one decode replica alone will do": (
+        replace(LOCAL, decode_id="d1"),
+        Snapshot((P0,), (D0,)),
+        Decision("none", ("short", "no_replica")),
+    ),
+    "prefill goes on with the same model": (
+        replace(LOCAL, kv_fit="a"),
+        Snapshot((P0, replace(P1, kv_fit="a")), (replace(D0, kv_fit="b"),)),
+        Decision("prefill", ("short", "no_decode_replica"), "p1", None, (replace(P1, kv_fit="a"),)),
     ),
     "another model only": (
         replace(LOCAL, kv_fit="a"),
@@ -129,7 +159,7 @@ MODES: dict[str, tuple[RequestView, Snapshot, Decision]] = {
     ),
     "last resort": (
         LOCAL,
-        Snapshot((P0,), (), (replace(D0, draining=True), decode("d1", 9))),
+        Snapshot((), (), (replace(D0, draining=True), decode("d1", 9))),
         Decision("local", ("short",), None, "d1", (decode("d1", 9),)),
     ),
     "the very last resort": (
@@ -139,7 +169,7 @@ MODES: dict[str, tuple[RequestView, Snapshot, Decision]] = {
     ),
     "last resorts take no hand-offs": (
         PLAIN,
-        Snapshot((P0,), (), (D0,)),
+        Snapshot((P0,), (), (D0,), max_prefill_alone_tokens=0),
         Decision("local", ("no_warm_pair",), None, "d0", (D0,)),
     ),
 }

@@ -46,11 +46,12 @@ def snapshot_of(rng: random.Random) -> Snapshot:
         tuple(decodes[split:]),
         {pair: rng.randint(1, 9) for pair in pairs},
         rng.randint(1, 6),
+        rng.randint(0, 6),
     )
 
 
 def request_of(rng: random.Random) -> RequestView:
-    modes: tuple[Mode, ...] = ("handoff", "primed", "local")
+    modes: tuple[Mode, ...] = ("handoff", "primed", "local", "prefill")
     return RequestView(
         "completions",
         [[1, 2, 3]],
@@ -92,6 +93,10 @@ def test_only_those_who_may_serve_are_chosen(name: PolicyName) -> None:
             if decision.decode_id not in decode:
                 assert decision.decode_id in {replica.replica_id for replica in snapshot.last_resort}
                 assert not [replica for replica in snapshot.decode if allowed(request, replica)]
+                assert not [replica for replica in snapshot.prefill if may_answer(request, snapshot, replica)]
+        elif decision.mode == "prefill":
+            assert decision.decode_id is None and decision.prefill_id in prefill
+            assert not [replica for replica in snapshot.decode if allowed(request, replica)]
         else:
             assert decision.prefill_id is decision.decode_id is None and decision.refusal
 
@@ -104,13 +109,15 @@ def test_constraints_hold(name: PolicyName) -> None:
         decision = policy.choose(request, snapshot)
         assert decision.mode not in request.ruled_out
         assert not request.without & {decision.prefill_id, decision.decode_id}
-        if decision.decode_id is not None:
-            everyone = (*snapshot.decode, *snapshot.last_resort)
-            chosen = next(replica for replica in everyone if replica.replica_id == decision.decode_id)
+        answering = decision.alone_id or decision.decode_id
+        if answering is not None:
+            everyone = (*snapshot.decode, *snapshot.last_resort, *snapshot.prefill)
+            chosen = next(replica for replica in everyone if replica.replica_id == answering)
             assert allowed(request, chosen)
             taken = chosen.local_prefill_tokens
-            if decision.mode == "local" and request.needs_room and taken:
-                assert taken + request.num_tokens <= snapshot.max_local_prefill_tokens
+            limits = {"local": snapshot.max_local_prefill_tokens, "prefill": snapshot.max_prefill_alone_tokens}
+            if decision.mode in limits and request.needs_room and taken:
+                assert taken + request.num_tokens <= limits[decision.mode]
 
 
 @POLICIES
@@ -120,6 +127,7 @@ def test_nobody_is_refused_while_somebody_may_serve(name: PolicyName) -> None:
     for request, snapshot in CASES:
         decision = policy.choose(request, snapshot)
         everyone = [replica for replica in (*snapshot.decode, *snapshot.last_resort) if allowed(request, replica)]
+        everyone += [replica for replica in snapshot.prefill if may_answer(request, snapshot, replica)]
         if decision.mode == "none" and "local" not in request.ruled_out:
             assert decision.refusal == "no_room" if everyone else decision.refusal in ("no_replica", "other_kv_fit")
 
@@ -137,6 +145,12 @@ def test_decisions_are_values(name: PolicyName) -> None:
             assert is_pair == (decision.mode in ("handoff", "primed"))
 
 
+def may_answer(request: RequestView, snapshot: Snapshot, prefill: ReplicaView) -> bool:
+    """Whether a prefill replica may answer alone, where no decode replica may."""
+    ruled_out = "prefill" in request.ruled_out or request.decode_id is not None
+    return not ruled_out and snapshot.max_prefill_alone_tokens > 0 and allowed(request, prefill)
+
+
 def allowed(request: RequestView, replica: ReplicaView) -> bool:
     return (
         replica.replica_id not in request.without
@@ -147,4 +161,4 @@ def allowed(request: RequestView, replica: ReplicaView) -> bool:
 
 def test_modes_are_words_of_the_request_metric() -> None:
     """The modes are what `x-disagg-prefill`, the metrics and the documents call them."""
-    assert get_args(Mode) == ("handoff", "primed", "local", "none")
+    assert get_args(Mode) == ("handoff", "primed", "local", "prefill", "none")

@@ -289,7 +289,7 @@ async def test_decode_dies_mid_stream(spliced: bool, path: str) -> None:
 
 async def test_decode_answers_5xx() -> None:
     """Another decode replica is asked; when all fail, the engine's own answer is passed on."""
-    async with running_stack(num_decode=2) as stack:
+    async with running_stack(num_decode=2, config=GatewayConfig(prefill_alone_tokens=0)) as stack:
         stack.decode[0].engine.hook = FAIL
         replies = [await stack.complete(PROMPT) for _ in range(3)]
         assert [r.text for r in replies] == [EXPECTED] * 3
@@ -397,8 +397,9 @@ async def test_tokenize_is_tried_a_few_times(caplog: pytest.LogCaptureFixture) -
 
 
 async def test_no_replica_is_told() -> None:
-    """Without a decode replica everything that needs one is 503 with Retry-After, health included."""
-    async with running_stack(num_prefill=1, num_decode=0, config=GatewayConfig(retry_after_s=7)) as stack:
+    """Without a replica that may answer everything that needs one is 503 with Retry-After, health included."""
+    config = GatewayConfig(retry_after_s=7, prefill_alone_tokens=0)
+    async with running_stack(num_prefill=1, num_decode=0, config=config) as stack:
         tokenize = {"model": "tiny", "prompt": "x"}
         replies = [await stack.complete(PROMPT), await stack.chat(stream=True), await stack.complete(PROMPT, n=2)]
         replies += [await stack.call("POST", "/tokenize", tokenize), await stack.call("GET", "/health")]

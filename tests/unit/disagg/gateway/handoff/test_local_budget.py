@@ -92,7 +92,7 @@ async def test_beyond_the_budget_it_is_429(stream: bool) -> None:
 
 async def test_replicas_that_leave_have_the_same_room() -> None:
     """Neither beside one that stays and is full, nor when all leave, do they take more than their share."""
-    config = GatewayConfig(min_handoff_tokens=LOCAL, local_prefill_tokens=NUM_TOKENS + 1)
+    config = GatewayConfig(min_handoff_tokens=LOCAL, local_prefill_tokens=NUM_TOKENS + 1, prefill_alone_tokens=0)
     async with running_stack(num_decode=2, config=config) as stack:
         held = Held(stack)
         running = [asyncio.create_task(stack.complete(PROMPT)) for _ in range(2)]

@@ -262,7 +262,7 @@ async def test_unread_is_the_fault_of_a_prefill_replica_that_is_gone(gone: str, 
 @TRANSPORTS
 async def test_a_request_that_fails_everywhere_says_nothing_of_the_pair(transport: Any, long_rest: None) -> None:
     """Decode answers 5xx to the hand-off, and to the same request without it."""
-    async with running_stack(transport=transport) as stack:
+    async with running_stack(transport=transport, config=GatewayConfig(prefill_alone_tokens=0)) as stack:
         stack.decode[0].engine.hook = respond(500)
         for reply in await complete(stack, 4):
             assert reply.status == 500
@@ -272,7 +272,7 @@ async def test_a_request_that_fails_everywhere_says_nothing_of_the_pair(transpor
 
 async def test_a_primed_request_that_fails_everywhere_says_nothing_of_the_pair(long_rest: None) -> None:
     """Neither its probes nor the request itself go through."""
-    async with running_stack() as stack:
+    async with running_stack(config=GatewayConfig(prefill_alone_tokens=0)) as stack:
 
         async def refuse(*args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("no")

@@ -40,7 +40,7 @@ def counts(members: Membership) -> list[tuple[int, int]]:
 
 
 def chooser(members: Membership) -> Chooser:
-    return Chooser(members, LeastLoaded(), max_local_prefill_tokens=100)
+    return Chooser(members, LeastLoaded(), max_local_prefill_tokens=100, max_prefill_alone_tokens=0)
 
 
 def test_both_legs_are_held_from_the_decision_on(members: Membership) -> None:
@@ -55,7 +55,7 @@ def test_both_legs_are_held_from_the_decision_on(members: Membership) -> None:
 def test_a_leg_that_takes_its_hold_over_outlives_the_call(members: Membership) -> None:
     """An answer holds its decode replica until it is sent, and a prefill leg its own until it is answered."""
     with chooser(members).reserve(PLAIN) as reservation:
-        decode = reservation.take_decode()
+        decode = reservation.take_answering()
         assert reservation.pair is not None and reservation.pair.decode is decode.member
     assert counts(members) == [(0, 0), (1, 0)]
     with decode:
@@ -68,7 +68,7 @@ def test_a_prompt_that_decode_computes_is_held_as_tokens(members: Membership) ->
     """Until it is computed; the leg goes on."""
     with chooser(members).reserve(errand(num_tokens=7)) as reservation:
         assert reservation.decision.mode == "local" and counts(members) == [(0, 0), (1, 7)]
-        seat = reservation.take_decode()
+        seat = reservation.take_answering()
     seat.prompt_computed()
     seat.prompt_computed()
     assert counts(members) == [(0, 0), (1, 0)]

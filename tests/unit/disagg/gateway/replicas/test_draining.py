@@ -98,7 +98,7 @@ def test_an_application_that_ends_accepts_nothing_more() -> None:
     """Its last decode replica says that it drains: what was accepted goes there, nothing new does."""
 
     async def check() -> None:
-        async with running_stack(config=GatewayConfig(watch_interval_s=0.02)) as stack:
+        async with running_stack(config=GatewayConfig(watch_interval_s=0.02, prefill_alone_tokens=0)) as stack:
             asking, go = await _rendering(stack)
             (member,) = stack.gateway.membership.members(DECODE)
             draining = leave(stack, stack.decode[0])

@@ -44,7 +44,7 @@ LIMIT = 100
 @lru_cache(maxsize=1)
 def chooser(members: Membership) -> Chooser:
     """The one of these members, which knows whose turn it is."""
-    return Chooser(members, LeastLoaded(), max_local_prefill_tokens=LIMIT)
+    return Chooser(members, LeastLoaded(), max_local_prefill_tokens=LIMIT, max_prefill_alone_tokens=0)
 
 
 def pick_pair(members: Membership, *, without: Collection[str] = (), decode: Member | None = None) -> Pair | None:
@@ -64,7 +64,7 @@ def has_pair(members: Membership, *, without: Collection[str] = (), decode: Memb
 def pick_decode(members: Membership, *, without: Collection[str] = (), num_tokens: int = 0) -> Member | None:
     """The decode replica of the next request without a hand-off, over at once; None when there is none with room."""
     with chooser(members).reserve(alone(without, num_tokens)) as reservation:
-        return None if reservation.decision.refusal else reservation.decode
+        return None if reservation.decision.refusal else reservation.answering
 
 
 def has_decode(members: Membership, *, without: Collection[str] = ()) -> bool:
@@ -385,10 +385,10 @@ def test_warm_without_anybody_to_be_warm_with(members: Membership) -> None:
     assert not members.is_warm(p0)
 
 
-def test_replicas_that_only_finish_what_they_have(members: Membership) -> None:
+def test_replicas_that_only_finish_what_they_have() -> None:
     """A decode replica that Serve does not list any more takes new requests until it says that it drains."""
+    members = lonely_membership(prefill_alone=False)
     members.replace(DECODE, [info("d0", "7")])
-    members.let_go("1", carrying=False)
     d0 = members.members(DECODE)[0]
     members.replace(DECODE, [])
     assert pick_decode(members) is d0 and not members.roster.finishes_only

@@ -107,15 +107,17 @@ def test_states_of_pools(case: tuple[list[Standing], Standing, int]) -> None:
 
 
 def test_states_of_the_application() -> None:
-    """It is `ok` with a pair, `degraded` with decode alone, and says which pool keeps it from being better."""
+    """It is `ok` with a pair, `degraded` with one pool alone, and says which pool keeps it from being better."""
     well, hangs = Standing("routable"), Standing("quarantined", "hang")
-    assert application(prefill=well, decode=well, any_pair=True, any_decode=True) == Application("ok")
-    alone = application(prefill=hangs, decode=well, any_pair=False, any_decode=True)
+    assert application(prefill=well, decode=well, any_pair=True, any_decode=True, any_prefill=True) == Application("ok")
+    alone = application(prefill=hangs, decode=well, any_pair=False, any_decode=True, any_prefill=True)
     assert alone == Application("degraded", "the prefill pool is quarantined (hang); decode replicas serve alone")
-    cold = application(prefill=well, decode=well, any_pair=False, any_decode=True)
+    cold = application(prefill=well, decode=well, any_pair=False, any_decode=True, any_prefill=True)
     assert (cold.status, cold.reason) == (
         "degraded",
         "no pair of replicas has moved KV yet; decode replicas serve alone",
     )
-    dark = application(prefill=well, decode=hangs, any_pair=False, any_decode=False)
+    dark = application(prefill=well, decode=hangs, any_pair=False, any_decode=False, any_prefill=False)
     assert dark == Application("unavailable", "the decode pool is quarantined (hang)")
+    other = application(prefill=well, decode=hangs, any_pair=False, any_decode=False, any_prefill=True)
+    assert other == Application("degraded", "the decode pool is quarantined (hang); prefill replicas serve alone")

@@ -29,6 +29,7 @@ PROMPT = "a prompt longer than one block of KV, so that it is handed off"
 OK = EngineHealth(probe_s=0.001, num_probes=1)
 HANGS = EngineHealth(state="suspect", reason="hang", since_s=1.0)
 QUICK = GatewayConfig(watch_interval_s=0.02)
+DECODE_ONLY = GatewayConfig(watch_interval_s=0.02, prefill_alone_tokens=0)
 PROBATION = GatewayConfig(watch_interval_s=0.02, probation_s=60)
 
 
@@ -102,7 +103,7 @@ async def test_back_to_ok_its_pairs_are_warmed_first() -> None:
 async def test_silent_process_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that answers nothing twice is out as well; the last decode replica gets more patience, not for ever."""
     monkeypatch.setattr(watch, "_ANSWER_S", 0.1)
-    async with running_stack(num_decode=2, config=QUICK) as stack:
+    async with running_stack(num_decode=2, config=DECODE_ONLY) as stack:
         never = asyncio.Event()
         asked = {"d0": 0, "d1": 0}
         taken_out: dict[str, tuple[int, str]] = {}
@@ -216,12 +217,12 @@ async def test_probation_of_a_decode_replica_does_not_wait_for_prefill() -> None
 
 async def test_last_decode_replica_stays(caplog: pytest.LogCaptureFixture) -> None:
     """A suspect decode replica that nobody can stand in for is kept, said once, until another one is there."""
-    async with running_stack(num_decode=1, config=QUICK) as stack:
+    async with running_stack(num_decode=1, config=DECODE_ONLY) as stack:
         say(stack.decode[0], HANGS)
-        await until(lambda: "last decode replica" in caplog.text)
+        await until(lambda: "nobody else could answer" in caplog.text)
         assert (await stack.complete(PROMPT)).status == 200
         await asyncio.sleep(0.1)
-        assert caplog.text.count("last decode replica") == 1
+        assert caplog.text.count("nobody else could answer") == 1
         await stack.join("decode", "d1")
         await until(lambda: state(stack, "d0").quarantined == "hang")
         assert await decodes(stack) == {"d1"}
