@@ -12,7 +12,8 @@ WORKERS ?= 2
 CODE := $(wildcard disagg pools transport tests benchmarks examples scripts)
 
 .PHONY: help setup install serve test test-unit test-component test-engine test-e2e lint format type bench bench-probes \
-	prove-serve prove-tiers prove-faults prove-house check-upstream lock clean
+	prove-serve prove-tiers prove-faults prove-house prove-use check-upstream \
+	check-gpu-set lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,8 +23,8 @@ setup: ## create .venv from requirements/cpu.lock and write the tiny model; does
 
 install: setup ## the same as setup
 
-serve: setup ## serve 1 prefill and 1 decode replica on this machine (CONFIG=configs/other.yaml for another file)
-	@.venv/bin/disagg serve $(CONFIG)
+serve: setup ## serve 1 prefill and 1 decode replica on this machine (CONFIG=configs/other.yaml, MODEL=id or directory)
+	@.venv/bin/disagg serve $(CONFIG) $(if $(MODEL),--model $(MODEL))
 
 test: test-unit test-component test-engine test-e2e ## all tests that need no GPU
 
@@ -69,10 +70,16 @@ prove-faults: setup ## the same for failures, drains and tenants (LINE=n for one
 prove-house: setup ## the same for the rooms, seams and doors of the code (LINE=n for one)
 	$(PY) -m tests.prove.house $(if $(LINE),--line $(LINE))
 
+prove-use: setup ## the same for what breaks in use (LINE=n for one)
+	$(PY) -m tests.prove.use $(if $(LINE),--line $(LINE))
+
 check-upstream: setup ## what the newest vLLM, Ray, LMCache and NIXL still have of what we borrow (ARGS="--diff vllm==0.33.0")
 	$(PY) scripts/check_upstream.py $(ARGS)
 
-lock: ## resolve requirements/cpu.lock again, from pyproject.toml
+check-gpu-set: setup ## whether all that requirements/gpu.lock installs finds its libraries; needs no GPU, fetches 4 GB once
+	$(PY) scripts/check_gpu_set.py $(ARGS)
+
+lock: ## resolve requirements/cpu.lock and gpu.lock again, from pyproject.toml
 	$(or $(wildcard $(PY)),python3.11) scripts/lock.py
 
 clean: ## remove .venv, .cache and what tools left behind

@@ -34,13 +34,16 @@ EACH = 3
 PAUSE_S = 3.0
 
 
-def mid_stream(num_kills: int = NUM_KILLS, seed: int = 3) -> list[Row]:
+def mid_stream(
+    num_kills: int = NUM_KILLS, *, sizes: tuple[int, int] = (1, 2), line: int = 3, what: str = "", seed: int = 3
+) -> list[Row]:
+    """Decode replicas are killed one after the other, of `sizes` prefill and decode replicas."""
     chosen = reference()
     chooser = random.Random(seed)
     marks: list[float] = []
     hit = 0
     orphans: list[psutil.Process] = []
-    with running(CONFIG, name="prove-faults-decode", change=change(1, 2)) as stack:
+    with running(CONFIG, name="prove-faults-decode", change=change(*sizes)) as stack:
         prefill = {r.incarnation for r in replicas(stack, "prefill")}
         with Load(stack.url, chosen.known) as load:
             load.wait_for(6)
@@ -51,23 +54,24 @@ def mid_stream(num_kills: int = NUM_KILLS, seed: int = 3) -> list[Row]:
                 load.wait_streaming(EACH, victim.replica_id)
                 hit += load.streaming(victim.replica_id)
                 marks.append(kill9(process))
-                wait_replaced(stack, "decode", [victim], size=2)
+                wait_replaced(stack, "decode", [victim], size=sizes[1])
                 wait_warm(stack)
             load.wait_for(6)
         left = gone(orphans)
         same = {r.incarnation for r in replicas(stack, "prefill")} == prefill
         resumes = resumed(stack)
-        books = books_row(3, stack)
+        books = books_row(line, stack)
     bound = PAUSE_S + chosen.recompute_s
+    wanted = EACH * num_kills
     print(f"    worst gap within 10 s of each kill: {', '.join(f'{gap:.1f}' for gap in gaps_after(load, marks))} s")
     print(f"    computing six of them again takes {chosen.recompute_s:.2f} s; the gateway counted {resumes}")
     return [
-        chosen_row(3, chosen),
-        count_row(3, "kills, every second one of the engine core", len(marks), num_kills),
-        Row(3, "streams open on a killed replica", str(hit), f"at least {EACH * num_kills}", hit >= EACH * num_kills),
-        *judged(3, load, marks=marks, max_gap_s=bound),
-        Row(3, "the prefill engine lives on", "yes" if same else "no", "yes", same),
-        count_row(3, "processes of killed replicas that are left", len(left), 0),
+        chosen_row(line, chosen),
+        count_row(line, f"{what}kills, every second one of the engine core", len(marks), num_kills),
+        Row(line, "streams open on a killed replica", str(hit), f"at least {wanted}", hit >= wanted),
+        *judged(line, load, marks=marks, max_gap_s=bound),
+        Row(line, "the prefill engine lives on", "yes" if same else "no", "yes", same),
+        count_row(line, "processes of killed replicas that are left", len(left), 0),
         books,
     ]
 
