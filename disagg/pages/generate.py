@@ -2,7 +2,7 @@
 """Writes the generated pages of docs/: `python -m disagg.pages.generate`; with `--check` it compares.
 
 Names, types, defaults and descriptions have their home on the config models' fields and on the metrics, so the pages
-cannot drift. The page of the metrics is `disagg.pages.metrics`.
+cannot drift. The page of the metrics is `disagg.pages.metrics`, that of the API `disagg.pages.api`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from disagg.config import AppConfig
+from disagg.pages import api as api_page
 from disagg.pages import metrics as metrics_page
 from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS
 
 PAGE = Path("docs/configuration.md")
 METRICS_PAGE = Path("docs/metrics.md")
+API_PAGE = Path("docs/api.md")
 
 _HEAD = """# Configuration
 
@@ -176,7 +178,7 @@ def _one_line(text: str | None) -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated page by its path in the repository."""
-    return {PAGE: page(), METRICS_PAGE: metrics_page.page()}
+    return {PAGE: page(), METRICS_PAGE: metrics_page.page(), API_PAGE: api_page.page()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

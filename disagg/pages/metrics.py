@@ -41,7 +41,7 @@ LOCAL_PREFILL_REASONS: Mapping[str, str] = {
 LABEL_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "disagg_requests": {
         "endpoint": ("chat", "completions", "other"),
-        "mode": ("handoff", "primed", "local", "none"),
+        "mode": ("handoff", "primed", "local", "prefill", "none"),
         "code": (),
     },
     "disagg_local_prefills": {"reason": tuple(LOCAL_PREFILL_REASONS)},
@@ -130,7 +130,8 @@ _ALERTS = """## Worth an alert
 
 | expression | means |
 |---|---|
-| `sum(disagg_replicas{pool="decode",state="routable"}) == 0` | nothing can be served; `/health` is 503 |
+| `sum(disagg_replicas{pool="decode",state="routable"}) == 0` | prefill replicas answer alone; without these nothing \
+is served, and `/health` is 503 |
 | `disagg_warm_pairs == 0` | every prompt is computed by a decode engine |
 | `rate(disagg_local_prefills_total{reason=~"prefill_.*\\|no_warm_pair\\|decode_.*"}[5m])` above a few percent of \
 `rate(disagg_requests_total[5m])` | the prefill pool is lost, too slow, or too small |

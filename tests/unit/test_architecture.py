@@ -14,7 +14,7 @@ import disagg
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("disagg", "pools", "transport")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "configs" / "README.md"])
 LIMITS = {"README.md": 160, "ARCHITECTURE.md": 200}
 
 
@@ -55,7 +55,7 @@ def test_paths_in_the_architecture_lead_somewhere() -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document: Path) -> None:
     """Each relative link names a file, and its fragment a heading of that file."""
     for target, fragment in re.findall(
