@@ -70,13 +70,47 @@ class RoutingConfig(Config):
     """`least_loaded` goes by what this gateway replica has running on each replica, `round_robin` by turns alone."""
 
 
+class CorsConfig(Config):
+    """Which web pages may ask the gateway from a browser."""
+
+    allow_origins: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """Origins of these pages, such as `https://chat.example.com`; `*` for every page. A page needs an API key, too,
+    where clients do."""
+    allow_credentials: bool = False
+    """Whether a browser sends its cookies along. Not with `*`."""
+    max_age_s: NonNegativeInt = 600
+    """Whole seconds for which a browser remembers the answer to its preflight request."""
+
+    @model_validator(mode="after")
+    def _credentials(self) -> Self:
+        if self.allow_credentials and "*" in self.allow_origins:
+            raise refusal(
+                "credentials_for_every_page",
+                "would let every page act as the user of the browser",
+                field="allow_credentials",
+                allowed="false with allow_origins: ['*']",
+                action="name the origins, or remove it",
+            )
+        return self
+
+
 class GatewayConfig(Config):
     """The deployment that clients talk to."""
 
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     """Largest request body in bytes; a longer one is answered 413. 10 MiB is about two million tokens of text."""
+    max_incoming_bytes: PositiveInt = 256 * 1024 * 1024
+    """Bytes of request bodies that one gateway replica has on their way in at the same time; beyond it requests are
+    answered 503 with Retry-After."""
+    max_json_values: PositiveInt = 500_000
+    """Values that one request body may have; more are answered 400. Each token id counts, each part of a chat."""
+    max_chat_parts: PositiveInt = 2048
+    """Messages, content parts and tool calls that one chat may have together; more are answered 400."""
+    max_tools: PositiveInt = 512
+    """Tools that one request may bring; more are answered 400."""
     max_num_requests: PositiveInt = 4096
-    """Requests that one gateway replica carries at the same time; more are answered 503 with Retry-After."""
+    """Requests that one gateway replica carries at the same time, counted from their heads on; more are answered 503
+    with Retry-After."""
     min_handoff_tokens: NonNegativeInt = 1
     """Prompts shorter than this many tokens are prefilled by the decode engine itself. 1 hands every prompt over."""
     prefill_timeout_s: Seconds = 120.0
@@ -95,8 +129,11 @@ class GatewayConfig(Config):
     """Prompt tokens that one decode replica may compute at a time for one gateway replica, counted from sending a
     request without a hand-off to the first byte of its answer. Any prompt fits a replica that computes none. When no
     decode replica has room, the answer is 429 with Retry-After."""
+    prefill_alone_tokens: NonNegativeInt = 131_072
+    """Prompt tokens that one prefill replica may compute at a time, counted in the same way, for requests that it
+    answers alone because no decode replica can. 0 means that prefill replicas never do."""
     max_attempts: PositiveInt = 3
-    """Decode replicas that one request may be lost on, or fail on with a 5xx, before it is given up, so that a request
+    """Replicas that one request may be lost on, or fail on with a 5xx, before it is given up, so that a request
     that breaks engines does not break them all."""
     resume_wait_s: Seconds = 60.0
     """Seconds that a stream whose decode replica was lost waits for another one to go on with it."""
@@ -134,6 +171,8 @@ class GatewayConfig(Config):
     """Which policy chooses replicas."""
     admin: AdminConfig = AdminConfig()
     """Who may read and scale the pools over HTTP."""
+    cors: CorsConfig | None = None
+    """Which web pages may ask the gateway from a browser. Unset means none."""
     api_keys: ApiKeysConfig | None = None
     """Keys that clients send as `Authorization: Bearer`. Without them anyone may send requests, which is refused where
     `http_options.host` is not a loopback address, unless `allow_anonymous` says so."""
@@ -164,6 +203,18 @@ class GatewayConfig(Config):
                 field="hedge_after_s",
                 allowed=f"less than prefill_timeout_s ({self.prefill_timeout_s:g})",
                 action="lower it, or remove it",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bytes(self) -> Self:
+        if self.max_incoming_bytes < 2 * self.max_body_bytes:
+            raise refusal(
+                "no_room_for_a_body",
+                "is too small for one body that is compressed",
+                field="max_incoming_bytes",
+                allowed=f"at least twice max_body_bytes ({self.max_body_bytes})",
+                action="raise it, or lower max_body_bytes",
             )
         return self
 

@@ -11,6 +11,8 @@ from transport.upstream.names import Borrowed, Replacement, has, of
 
 _COMPAT = ("pools.engine._vllm_compat",)
 _ENGINE = ("pools.engine.vllm_engine",)
+_CACHED_TOKENS = ("pools.engine.vllm_cached_tokens", "pools.engine.vllm_engine")
+_MEDIA = ("pools.engine.vllm_media",)
 _TALLY = ("pools.engine.vllm_tally",)
 _KWARGS = ("pools.plan.engine_kwargs",)
 _CACHE_SERVER = ("pools.cache_server.main", "pools.cache_server.steadfast")
@@ -45,6 +47,27 @@ VLLM = (
         has("output_processor"),
     ),
     Borrowed("vllm.v1.engine.output_processor:OutputProcessor.external_req_ids", _ENGINE),
+    *of(
+        "vllm.v1.engine.output_processor:OutputProcessor",
+        _CACHED_TOKENS,
+        has("add_request", takes="request"),
+        has("process_outputs", takes="engine_core_outputs"),
+        has("request_states"),
+    ),
+    *of(
+        "vllm.v1.engine.output_processor:RequestState",
+        _CACHED_TOKENS,
+        has("external_req_id"),
+        has("parent_req"),
+        has("remote_prefill_cached_tokens"),
+    ),
+    *of("vllm.v1.engine:EngineCoreOutput", _CACHED_TOKENS, has("request_id"), has("prefill_stats")),
+    *of(
+        "vllm.v1.metrics.stats:PrefillStats",
+        _CACHED_TOKENS,
+        has("num_cached_tokens"),
+        has("num_local_cached_tokens"),
+    ),
     Borrowed("vllm.v1.engine.core_client:AsyncMPClient.add_request_async", _ENGINE, "self, request"),
     *of(
         "vllm.v1.engine:EngineCoreRequest",
@@ -68,7 +91,11 @@ VLLM = (
     Borrowed("vllm.entrypoints.launchers.app:build_app", _COMPAT, takes="args, supported_tasks, model_config"),
     Borrowed("vllm.entrypoints.launchers.cli_args:FrontendArgs", (*_COMPAT, *_KWARGS)),
     Borrowed("vllm.engine.arg_utils:AsyncEngineArgs", (*_COMPAT, *_KWARGS)),
-    *of("vllm.exceptions:VLLMValidationError", (*_COMPAT, *_ENGINE), has("__init__", takes="message, parameter")),
+    *of(
+        "vllm.exceptions:VLLMValidationError",
+        (*_COMPAT, *_ENGINE, *_MEDIA),
+        has("__init__", takes="message, parameter"),
+    ),
     Borrowed("vllm.v1.engine.exceptions:EngineDeadError", _COMPAT),
     *of(
         "vllm.v1.engine.detokenizer:IncrementalDetokenizer",
@@ -82,6 +109,22 @@ VLLM = (
         has("output_text"),
     ),
     Borrowed("vllm.sampling_params:RequestOutputKind.FINAL_ONLY", _ENGINE),
+    *of(
+        "vllm.connections:HTTPConnection",
+        _MEDIA,
+        has("__init__", "self, *, reuse_client"),
+        has("get_async_client", "self"),
+        has("get_sync_client", "self"),
+        has("_async_client"),
+    ),
+    *of(
+        "vllm.multimodal.media.connector:MediaConnector",
+        _MEDIA,
+        has("__init__", takes="media_io_kwargs, connection, allowed_local_media_path, allowed_media_domains"),
+        has("load_from_url_async", takes="url, media_io"),
+    ),
+    Borrowed("vllm.multimodal.media.connector:MEDIA_CONNECTOR_REGISTRY", _MEDIA),
+    Borrowed("vllm.utils.registry:ExtensionManager.register", _MEDIA, takes="name"),
     *of(
         "vllm.v1.metrics.loggers:StatLoggerBase",
         (*_COMPAT, *_ENGINE),
@@ -162,6 +205,7 @@ UVICORN = (
         has("data_received", "self, data", body="aa0c03304a21"),
         has("on_message_begin", "self"),
         has("on_headers_complete", "self"),
+        has("on_body", "self, body"),
         has("on_message_complete", "self"),
         has("pause_writing", "self"),
         has("resume_writing", "self"),
@@ -182,6 +226,8 @@ UVICORN = (
         has("response_started"),
         has("response_complete"),
         has("chunked_encoding"),
+        has("disconnected"),
+        has("message_event"),
     ),
     *of("uvicorn.protocols.http.flow_control:FlowControl", (*_HTTP, *_SPLICE), has("read_paused"), has("write_paused")),
     Borrowed("uvicorn.protocols.http.auto:AutoHTTPProtocol", _SPLICE),

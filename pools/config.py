@@ -49,6 +49,8 @@ RESERVED_ENGINE_KWARGS: dict[str, str] = {
 
 SHARED_ENGINE_KWARGS: frozenset[str] = frozenset(
     {
+        "allowed_local_media_path",
+        "allowed_media_domains",
         "attention_backend",
         "block_size",
         "chat_template",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from disagg.advice import serve_file
+from disagg.advice.certificates import CERTIFICATE, serves_tls
 from disagg.advice.check_keys import check_keys
 from disagg.advice.exposure import ACTION, ALLOWED, DEFAULT_HOST, strangers_served
 from disagg.advice.fit import check_engine_kwargs, check_machine, check_model
@@ -46,6 +47,8 @@ class CheckReport:
     deployments: tuple[Deployment, ...] = ()
     url: str | None = None
     """Where the application will answer; None when no HTTP proxy runs."""
+    certificate: str | None = None
+    """File of the certificate that it shows there; None without TLS."""
     tiers: tuple[Tier, ...] = ()
     """Where KV is kept beside the engines' own memory."""
     not_checked: str | None = None
@@ -69,18 +72,23 @@ class CheckReport:
             "tiers": [tier.as_dict() for tier in self.tiers],
         }
 
-    def render(self) -> str:
-        """Plain text for a terminal: problems first, then what will run."""
+    def render(self, *, plan: bool | None = None) -> str:
+        """Plain text for a terminal: what will run, then warnings, and errors last, where the eye is.
+
+        Args:
+            plan: whether to show what will run; by default when there is no error.
+        """
         lines = []
-        for problem in self.problems:
+        if self.ok if plan is None else plan:
+            lines += [render(deployment) for deployment in self.deployments]
+            lines += [render_tier(tier) for tier in self.tiers]
+        lines += [f"not checked: {self.not_checked}"] if self.not_checked else []
+        for problem in sorted(self.problems, key=lambda problem: problem.severity == "error"):
             lines.append(f"{problem.severity}: {problem.path + ': ' if problem.path else ''}{problem.message}")
             lines += [f"    allowed: {problem.allowed}"] if problem.allowed else []
             lines += [f"    do: {problem.action}"] if problem.action else []
-        lines += [f"not checked: {self.not_checked}"] if self.not_checked else []
         errors = sum(problem.severity == "error" for problem in self.problems)
         warnings = len(self.problems) - errors
-        lines += [render(deployment) for deployment in self.deployments]
-        lines += [render_tier(tier) for tier in self.tiers]
         lines.append(f"{self.file}: {'ok' if self.ok else 'cannot start'}, {errors} error(s), {warnings} warning(s)")
         return "\n".join(lines)
 
@@ -91,6 +99,7 @@ def check_file(
     base_dir: Path | None = None,
     machine: Machine | None = None,
     single_host: bool = True,
+    update: bool = False,
     require_model: bool = True,
     known_kwargs: Collection[str] | None = None,
     installed: Callable[[str], bool] = is_installed,
@@ -102,6 +111,7 @@ def check_file(
         base_dir: where relative model paths start; the working directory by default, as for `serve run`.
         machine: what the host has; measured when absent.
         single_host: all replicas run on this machine, so its cores and memory bound them.
+        update: the application runs already, so that its own ports are in use.
         require_model: a model directory that does not exist is an error, else a warning.
         known_kwargs: vLLM's argument names; read from the installed vLLM when absent.
         installed: whether a Python module is there; asked only where vLLM itself is installed.
@@ -120,7 +130,7 @@ def check_file(
         return CheckReport(str(path), tuple(problems))
     machine = machine or this_machine()
     url, trouble_with_ports = _check_ports(data, machine)
-    problems += trouble_with_ports
+    problems += () if update else trouble_with_ports
     application = _first_application(data)
     if "args" not in application:
         return CheckReport(str(path), tuple(problems), url=url)
@@ -146,13 +156,24 @@ def check_file(
     sizes = serve_file.num_replicas(application)
     if single_host:
         problems += validate_machine(config, sizes, machine, prefix=prefix)
-        problems += _check_server_ports(config, machine, prefix)
+        problems += () if update else _check_server_ports(config, machine, prefix)
     planned: tuple[Deployment, ...] = ()
     if not any(problem.severity == "error" and "parallel_size" in problem.path for problem in problems):
         planned = deployments(config, serve_file.deployment_overrides(application))
     kept = tiers(config, sizes, _checkpoint(config)) if planned else ()
     without_vllm = known_kwargs is None and config.engine.type == "vllm"
-    return CheckReport(str(path), tuple(problems), config, planned, url, kept, _WITHOUT_VLLM if without_vllm else None)
+    http = data.get("http_options")
+    return CheckReport(
+        str(path),
+        # What the model's arguments get wrong is found once for each pool.
+        tuple(dict.fromkeys(problems)),
+        config,
+        planned,
+        url,
+        http[CERTIFICATE] if isinstance(http, dict) and serves_tls(http) else None,
+        kept,
+        _WITHOUT_VLLM if without_vllm else None,
+    )
 
 
 def parse_args(args: object, *, prefix: str = "args") -> tuple[AppConfig | None, list[Problem]]:
@@ -255,14 +276,16 @@ def _check_ports(data: Mapping[str, Any], machine: Machine) -> tuple[str | None,
             path,
             f"cannot listen on {at}:{number}: {trouble}",
             "a free port",
-            "stop what listens there or set another; if it is this application, update it with `serve deploy`",
+            "stop what listens there or set another; `disagg check --update` if this application runs already",
         )
         for path, at, number in wanted
         if (trouble := machine.port_trouble(at, number))
     ]
-    shown_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    shown_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    shown_host = f"[{shown_host}]" if ":" in shown_host else shown_host
     prefix = _first_application(data).get("route_prefix", "/")
-    return f"http://{shown_host}:{port}{prefix if isinstance(prefix, str) else ''}".rstrip("/"), problems
+    scheme = "https" if serves_tls(http) else "http"
+    return f"{scheme}://{shown_host}:{port}{prefix if isinstance(prefix, str) else ''}".rstrip("/"), problems
 
 
 def _check_strangers(config: AppConfig, data: Mapping[str, Any], prefix: str) -> list[Problem]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from disagg.advice.certificates import check_certificates
 from disagg.advice.problems import Problem, shown, unknown_key
 
 IMPORT_PATH = "disagg.app:build"
@@ -171,7 +172,7 @@ def _check_http(http: Any) -> list[Problem]:
         problems.append(Problem("http_options.port", f"{shown(port)} is not a port", "1 to 65535", "change it"))
     if not isinstance(http.get("host", ""), str):
         problems.append(Problem("http_options.host", f"{shown(http['host'])} is not an address", "a string"))
-    return problems
+    return problems + check_certificates(http)
 
 
 def _check_controller(controller: Any) -> list[Problem]:
@@ -236,7 +237,6 @@ def _check_route_prefix(prefix: Any, path: str) -> list[Problem]:
 def _check_deployments(deployments: list[Any], path: str, *, external: bool) -> list[Problem]:
     problems: list[Problem] = []
     seen: set[str] = set()
-    autoscaled = False
     for index, deployment in enumerate(deployments):
         where = f"{path}.deployments[{index}]"
         if not isinstance(deployment, dict):
@@ -251,10 +251,9 @@ def _check_deployments(deployments: list[Any], path: str, *, external: bool) -> 
         elif name in seen:
             problems.append(Problem(f"{where}.name", f"{name!r} appears twice", "each name once", "merge the entries"))
         seen.add(str(name))
-        autoscaled |= deployment.get("autoscaling_config") is not None or deployment.get("num_replicas") == "auto"
         problems += _check_size(deployment, where, external=external)
         problems += _check_placement(deployment, where)
-    if not external and not autoscaled:
+    if not external:
         problems.append(
             Problem(
                 f"{path}.external_scaler_enabled",
@@ -272,8 +271,18 @@ def _check_size(deployment: Mapping[str, Any], path: str, *, external: bool) -> 
     limits = f"1 to {MAX_NUM_REPLICAS}"
     if size is not None and size != "auto" and not (_is_int(size) and 1 <= size <= MAX_NUM_REPLICAS):
         problems.append(Problem(f"{path}.num_replicas", f"{shown(size)} is not a pool size", limits, "change it"))
-    if external and (autoscaling is not None or size == "auto"):
-        key = "autoscaling_config" if autoscaling is not None else "num_replicas"
+    key = "autoscaling_config" if autoscaling is not None else "num_replicas" if size == "auto" else None
+    if key is not None and deployment.get("name") != "gateway":
+        problems.append(
+            Problem(
+                f"{path}.{key}",
+                "nothing would act on it: no request passes through Serve's handle of a pool, so Serve sees no load",
+                "a whole num_replicas",
+                "set num_replicas here, and scale with `disagg scale` or the SDK",
+            )
+        )
+        return problems
+    if external and key is not None:
         problems.append(
             Problem(
                 f"{path}.{key}",

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 import disagg
@@ -28,6 +29,7 @@ from disagg.gateway.background import Background
 from disagg.gateway.front import openapi
 from disagg.gateway.front.admin_key import AdminKey
 from disagg.gateway.front.api_keys import keys_of
+from disagg.gateway.front.body import Bodies
 from disagg.gateway.front.edge import Edge
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.intake import ClientDisconnect, request_id_of
@@ -39,6 +41,7 @@ from disagg.gateway.handoff.warm import PairWarmer
 from disagg.gateway.ledger.feed import LedgerFeed
 from disagg.gateway.ledger.foreign import foreign_ledger
 from disagg.gateway.ledger.ledger import Ledger
+from disagg.gateway.pauses import watch_pauses
 from disagg.gateway.replicas.choosing import Chooser
 from disagg.gateway.replicas.kv_paths import KvPaths
 from disagg.gateway.replicas.membership import POOLS, Membership
@@ -59,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.5
 _CLOSE_TIMEOUT_S = 10.0
+_EXPOSED_HEADERS = ("x-request-id", "x-disagg-prefill", "x-disagg-decode", "retry-after")
+"""Headers that a page may read of an answer."""
 _LEASE_MARGIN_S = 600.0
 """Longer than any lease."""
 
@@ -77,12 +82,14 @@ class Gateway:
         transport: Transport,
         echo_request_id: bool = True,
         environment: Mapping[str, str] | None = None,
+        engine_arguments: Collection[str] = (),
     ) -> None:
         """Blocks on the files of keys. Raises ConfigError when they cannot be read.
 
         Args:
             echo_request_id: put `x-request-id` on responses; False behind a server that does so itself.
             environment: where API keys are looked for when the configuration names a variable.
+            engine_arguments: those that a config may set; refusals of engines that name one as a flag name the setting.
         """
         self.model_id = model_id
         self.renderer = renderer
@@ -110,6 +117,8 @@ class Gateway:
         )
         self.background = Background()
         self.in_flight = InFlight()
+        self.bodies = Bodies(config)
+        self.metrics.incoming_bytes.set_function(lambda: self.bodies.num_bytes)
         self.clients = ReplicaClients(
             connect_timeout_s=config.connect_timeout_s,
             limits=Limits(
@@ -122,11 +131,13 @@ class Gateway:
         self.membership = Membership(
             lambda info: self.clients.of(info.url, key=info.secret),
             self._members_changed,
+            prefill_alone=config.prefill_alone_tokens > 0,
         )
         self.chooser = Chooser(
             self.membership,
             policy_for(config.routing.policy),
             max_local_prefill_tokens=config.local_prefill_tokens,
+            max_prefill_alone_tokens=config.prefill_alone_tokens,
         )
         transfer = transfer_for(transport)
         self.kv_paths = KvPaths()
@@ -171,10 +182,12 @@ class Gateway:
             metrics=self.metrics,
             config=config,
             echo_request_id=echo_request_id,
+            engine_arguments=engine_arguments,
         )
         self.api = Api(
             model=Model(model_id, int(time.time()), max_model_len),
             config=config,
+            bodies=self.bodies,
             membership=self.membership,
             chooser=self.chooser,
             answering=answering,
@@ -205,6 +218,7 @@ class Gateway:
         self._loops = [
             self.background.forever(self._sweep()),
             self.background.forever(self.feed.sweep()),
+            self.background.forever(watch_pauses(self.metrics)),
         ]
         if self.api_keys is not None:
             self._loops.append(self.background.forever(self.api_keys.watch()))
@@ -278,6 +292,17 @@ def create_app(gateway: Gateway) -> FastAPI:
         retry_after_s=gateway.config.retry_after_s,
         refuse=partial(_answer, gateway),
     )
+    if (cors := gateway.config.cors) is not None:
+        # In front of the edge: a browser sends its preflight request without a key, and reads refusals, too.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors.allow_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            allow_credentials=cors.allow_credentials,
+            expose_headers=_EXPOSED_HEADERS,
+            max_age=cors.max_age_s,
+        )
 
     def key_of(method: str, path: str) -> str | None:
         key = table.key_for(method, path)

@@ -17,9 +17,11 @@ from starlette.responses import JSONResponse, Response
 from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError, ModelNotFoundError
 from disagg.gateway.admin import Admin
-from disagg.gateway.front import openapi
+from disagg.gateway.front import flags, openapi
+from disagg.gateway.front.body import Bodies
 from disagg.gateway.front.edge import Handler, KeyKind, Route, RouteTable
-from disagg.gateway.front.intake import check_fields, parse_json, read_body, request_id_of, take_store, taken_in
+from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.front.intake import Asked, check_fields, check_parts, request_id_of, take_store, taken_in
 from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.replicas.choosing import Chooser
@@ -56,10 +58,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Api:
-    """The handlers of the routes, over the parts of one gateway. No handler checks a key: the edge has done so."""
+    """The handlers of the routes, over the parts of one gateway. No handler checks a key: the edge has done so.
+
+    What their docstrings say stands in the OpenAPI document and in docs/api.md.
+    """
 
     model: Model
     config: GatewayConfig
+    bodies: Bodies
     membership: Membership
     chooser: Chooser
     answering: Answering
@@ -68,59 +74,71 @@ class Api:
     echo_request_id: bool
 
     async def chat_completions(self, request: Request) -> Response:
-        asked = await taken_in(request, "chat", config=self.config, model_id=self.model.id)
-        return self.answering.response(asked)
+        """The answer to a chat, whole or as a stream."""
+        return self.answering.response(await self._taken_in(request, "chat"))
 
     async def completions(self, request: Request) -> Response:
-        asked = await taken_in(request, "completions", config=self.config, model_id=self.model.id)
-        return self.answering.response(asked)
+        """The continuation of one or more prompts, whole or as a stream."""
+        return self.answering.response(await self._taken_in(request, "completions"))
 
     async def tokenize(self, request: Request) -> Response:
+        """The token ids of a prompt or a chat, from one replica."""
         return await self._passed_on(request, "/tokenize")
 
     async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, from one replica."""
         return await self._passed_on(request, "/detokenize")
 
     async def list_models(self) -> Response:
+        """The one model; `max_model_len` is the longest prompt plus answer, in tokens."""
         return JSONResponse({"object": "list", "data": [self.model.card()]})
 
     async def show_model(self, model_id: str) -> Response:
+        """The model of this id."""
         if model_id != self.model.id:
             raise ModelNotFoundError(f"The model {model_id!r} does not exist; this server has {self.model.id!r}.")
         return JSONResponse(self.model.card())
 
     async def health(self) -> Response:
+        """Whether requests are served, and by which pools."""
         status, body = self._health()
         return JSONResponse(body, status)
 
     async def prometheus(self) -> Response:
+        """The metrics of the gateway replica that answers, as Prometheus reads them."""
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def pools(self) -> Response:
+        """Both pools, with the state and the load of every replica."""
         return JSONResponse(await self.admin.pools())
 
     async def handoffs(self, request: Request) -> Response:
+        """The books of hand-offs, and the newest records that pass the filter."""
         return JSONResponse(self.admin.handoffs(request.query_params.multi_items()))
 
     async def handoff(self, handoff_id: str) -> Response:
+        """One record, by the id of its hand-off."""
         return JSONResponse(self.admin.handoff(handoff_id))
 
     async def scale(self, name: str, request: Request) -> Response:
-        body = parse_json(request, await self._body(request))
+        """Takes the new size of a pool, and answers before the pool has it."""
+        _, body = await self.bodies.json_object(request)
         if not body:
             raise InvalidRequestError("num_replicas is missing", param="num_replicas")
         return JSONResponse(await self.admin.scale(name, body), 202)
 
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, max_bytes=self.config.max_body_bytes, timeout_s=self.config.body_timeout_s)
+    async def _taken_in(self, request: Request, endpoint: Endpoint) -> Asked:
+        # A request counts from its head on: a body that takes its time takes memory, too.
+        with self.answering.carried():
+            return await taken_in(request, endpoint, bodies=self.bodies, model_id=self.model.id)
 
     async def _passed_on(self, request: Request, path: str) -> Response:
-        """One decode replica's answer to a route that needs no KV."""
-        raw = await self._body(request)
-        body = parse_json(request, raw)
-        check_fields(body, model_id=self.model.id)
-        _, raw = take_store(body, raw)
+        """One replica's answer to a route that needs no KV."""
         with self.answering.carried():
+            raw, body = await self.bodies.json_object(request)
+            check_fields(body, model_id=self.model.id)
+            check_parts(body, max_parts=self.config.max_chat_parts, max_tools=self.config.max_tools)
+            _, raw = take_store(body, raw)
             return await self._passed(request, path, raw)
 
     async def _passed(self, request: Request, path: str, raw: bytes) -> Response:
@@ -131,10 +149,10 @@ class Api:
                     raise no_replica(reservation.decision.refusal)
                 if len(tried) >= self.config.max_attempts:
                     raise AttemptsExhaustedError(
-                        f"the request was lost on {len(tried)} decode replicas, and no more are tried for it "
+                        f"the request was lost on {len(tried)} replicas, and no more are tried for it "
                         "(gateway.max_attempts)"
                     )
-                member = reservation.decode
+                member = reservation.answering
                 try:
                     answer = await member.client.forward("POST", path, raw, timeout_s=_PASSED_TIMEOUT_S)
                 except ReplicaLostError as exc:
@@ -144,7 +162,10 @@ class Api:
                     tried |= {member.info.replica_id}
                     continue
             headers = {"x-request-id": request_id} if self.echo_request_id else {}
-            return Response(answer.payload, answer.status, headers, media_type="application/json")
+            payload = answer.payload
+            if answer.status >= 400:
+                payload = flags.in_answer(payload, self.answering.engine_arguments)
+            return Response(payload, answer.status, headers, media_type="application/json")
 
     def _health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of `/health`: 200 exactly when a request could be served."""

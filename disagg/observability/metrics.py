@@ -36,7 +36,7 @@ class Metrics:
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "disagg_requests",
-            "Requests answered, by how the prompt got its KV (handoff, primed, local, none) and status code.",
+            "Requests answered, by how the prompt got its KV (handoff, primed, local, prefill, none) and status code.",
             ["endpoint", "mode", "code"],
             registry=registry,
         )
@@ -131,6 +131,23 @@ class Metrics:
         self.breaker_opened = Counter(
             "disagg_pair_breaker_opened",
             "Pairs taken out of routing because hand-offs between them failed while both replicas worked.",
+            registry=registry,
+        )
+        self.loop_pause_seconds = Histogram(
+            "disagg_loop_pause_seconds",
+            "By how much the gateway's event loop was late, looked at twenty times a second. No stream of this gateway "
+            "goes on meanwhile.",
+            buckets=(0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+            registry=registry,
+        )
+        self.loop_longest_pause_seconds = Gauge(
+            "disagg_loop_longest_pause_seconds",
+            "The longest of these since the gateway replica started.",
+            registry=registry,
+        )
+        self.incoming_bytes = Gauge(
+            "disagg_incoming_bytes",
+            "Bytes of request bodies that are on their way in at the moment (gateway.max_incoming_bytes).",
             registry=registry,
         )
         self.shadow_checks = Counter(

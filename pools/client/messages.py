@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
+from pools.client.request_fields import on_both_legs
 from pools.client.routes import CHAT_COMPLETIONS
 from pools.engine.base import EngineStats, KVTransferParams
 from pools.engine.events import Event
@@ -40,6 +41,10 @@ class Probe(msgspec.Struct):
     kv_transfer_params: KVTransferParams | None = None
     cache_salt: str | None = None
     """Whose caches it uses and fills, as in a request."""
+    priority: int = 0
+    """Its place in the engine's queue, as in a request."""
+    session_id: str | None = None
+    """As in a request."""
 
 
 # Answers
@@ -74,6 +79,8 @@ class Probed(msgspec.Struct):
     kv_transfer_params: KVTransferParams | None = None
     """Hand-off parameters, when the probe asked for a remote decode."""
     finish_reason: str | None = None
+    num_cached_before: int = 0
+    """Those of the cached tokens that no KV transfer has brought."""
 
 
 class Events(msgspec.Struct, omit_defaults=True):
@@ -171,11 +178,14 @@ def prefill_body(
     prompt_token_ids: Sequence[int],
     kv_transfer_params: Mapping[str, Any],
     *,
-    cache_salt: str | None,
+    asked: Mapping[str, Any],
 ) -> bytes:
-    """The prefill leg: the same prompt, one token, nothing else of the request.
+    """The prefill leg: the same prompt, one token, and of the request only what `request_fields` says.
 
     Everything that could end it early, repeat it or make it cost more is left out, so that its KV is always offered.
+
+    Args:
+        asked: the client's body.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -184,9 +194,8 @@ def prefill_body(
         "temperature": 0,
         "ignore_eos": True,
         "kv_transfer_params": kv_transfer_params,
+        **on_both_legs(asked),
     }
-    if cache_salt is not None:
-        body["cache_salt"] = cache_salt
     return _encode(body)
 
 
@@ -225,14 +234,25 @@ class PrefillReply:
     """The hand-off parameters it offers; None when there are none, as with legs sent at once."""
     complete: bool = False
     """Whether it ended because its one token was there. What ends otherwise hands nothing over."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the engine or its tiers held before."""
 
 
 class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+class _PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens_details: _PromptTokensDetails | None = None
+
+
 class _Completion(msgspec.Struct):
     choices: list[_Choice] = []
+    usage: _Usage | None = None
     kv_transfer_params: KVTransferParams | None = None
 
 
@@ -249,7 +269,9 @@ def prefill_reply(status: int, payload: bytes) -> PrefillReply:
     except (msgspec.DecodeError, UnicodeDecodeError):
         return PrefillReply(status)
     finish_reason = answer.choices[0].finish_reason if answer.choices else None
-    return PrefillReply(status, offered(answer.kv_transfer_params), finish_reason == "length")
+    details = answer.usage.prompt_tokens_details if answer.usage else None
+    num_cached = (details.cached_tokens if details else None) or 0
+    return PrefillReply(status, offered(answer.kv_transfer_params), finish_reason == "length", num_cached)
 
 
 def offered(params: Any) -> KVTransferParams | None:

@@ -37,6 +37,8 @@ class ProbeResult:
     kv_transfer_params: KVTransferParams | None
     """Hand-off parameters, when the probe asked for a remote decode."""
     finish_reason: str | None
+    num_cached_before: int = 0
+    """Those of the cached tokens that no KV transfer has brought."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,12 @@ class Engine(Protocol):
         kv_transfer_params: KVTransferParams | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
+        session_id: str | None = None,
     ) -> ProbeResult:
         """Run one token through the engine itself. Raises EngineDeadError when the engine is gone.
 
-        The probe uses and fills the caches of `cache_salt`, as a request with that salt does.
+        The probe uses and fills the caches of `cache_salt`, and queues by `priority`, as a request with these does.
         """
         ...
 

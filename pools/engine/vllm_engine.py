@@ -16,6 +16,7 @@ from typing import Any
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
+from pools.engine import vllm_media
 from pools.engine._vllm_compat import (
     AsyncLLM,
     StatLoggerBase,
@@ -28,6 +29,7 @@ from pools.engine._vllm_compat import (
 from pools.engine.base import ASGIApp, EngineStats, KVTransferParams, ProbeResult
 from pools.engine.events import EventLog
 from pools.engine.handoffs import Admissions, ConsumedHandoff, consumed_by
+from pools.engine.vllm_cached_tokens import CachedTokens
 from pools.engine.vllm_tally import Tally
 from pools.errors import EngineDeadError, EngineStartError, HandoffRefusedError
 
@@ -43,6 +45,7 @@ class VllmEngine:
         self._tally = Tally(self._events)
         self._handoffs = Admissions(self._events)
         self._llm: AsyncLLM | None = None
+        self._cached: CachedTokens | None = None
         self._app: ASGIApp | None = None
         self._stopped = False
         self._cleanups: set[asyncio.Task[None]] = set()
@@ -79,8 +82,10 @@ class VllmEngine:
 
     async def start(self) -> None:
         try:
+            vllm_media.install()
             engine_args, namespace = split_args(self._arguments)
             self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger])
+            self._cached = CachedTokens(self._llm.output_processor)
             self._guard_admissions(self._llm)
             self._app = self._handoffs.watch(await vllm_app(self._llm, namespace))
         except Exception as exc:
@@ -180,10 +185,10 @@ class VllmEngine:
         kv_transfer_params: KVTransferParams | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
+        session_id: str | None = None,
     ) -> ProbeResult:
-        if kv_transfer_params:
-            # With this key vLLM reports what the prefill engine had cached, not what arrived here.
-            kv_transfer_params = {k: v for k, v in kv_transfer_params.items() if k != "remote_prefill_cached_tokens"}
+        assert self._cached is not None, "start() has not returned"
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -195,8 +200,12 @@ class VllmEngine:
         if cache_salt is not None:
             prompt["cache_salt"] = cache_salt
         output: Any = None
+        request_id = f"probe-{uuid.uuid4().hex}"
+        self._cached.expect(request_id)
         try:
-            async for latest in self._running().generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
+            async for latest in self._running().generate(
+                prompt, params, request_id, priority=priority, session_id=session_id
+            ):
                 output = latest
         except VllmEngineDeadError as exc:
             raise EngineDeadError("EngineCore died during a probe") from exc
@@ -204,11 +213,14 @@ class VllmEngine:
             if isinstance(exc.__cause__, HandoffRefusedError):
                 raise exc.__cause__ from None
             raise
+        finally:
+            num_cached_before = self._cached.had(request_id)
         assert output is not None, "generate() ended without an output"
         return ProbeResult(
             num_cached_tokens=output.num_cached_tokens or 0,
             kv_transfer_params=output.kv_transfer_params,
             finish_reason=output.outputs[0].finish_reason,
+            num_cached_before=num_cached_before,
         )
 
     def stats(self) -> EngineStats:

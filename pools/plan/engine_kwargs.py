@@ -42,12 +42,20 @@ def field_names(source: str, classes: Iterable[str]) -> set[str]:
     wanted = set(classes)
     return {
         statement.target.id
-        for node in ast.parse(source).body
+        for node in _parsed(source).body
         if isinstance(node, ast.ClassDef) and node.name in wanted
         for statement in node.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
         if not statement.target.id.startswith("_")
     }
+
+
+def _parsed(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SystemError:
+        # Python 3.11.7 and older: garbage that is collected meanwhile may parse, too (python/cpython#106905).
+        return ast.parse(source)
 
 
 def unknown_engine_kwargs(given: Iterable[str], known: Iterable[str]) -> str | None:

@@ -12,9 +12,9 @@ import contextlib
 import itertools
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
 import uvicorn
@@ -25,6 +25,7 @@ from disagg.gateway.app import Gateway, create_app
 from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.front.openapi import Body
 from disagg.gateway.replicas.membership import DECODE, POOLS, PREFILL
+from disagg.gateway.serve_plan import NOTHING_KNOWN, PoolPlan
 from disagg.gateway.stream.splice import SplicingProtocol
 from disagg.routing.views import ReplicaInfo
 from pools.client.replica import ReplicaClient
@@ -115,6 +116,7 @@ class WatchedEngine(FakeEngine):
         self.settled: list[str] = []
         self.probes: list[list[int]] = []
         self.probe_salts: list[str | None] = []
+        self.probe_fields: list[dict[str, Any]] = []
         self.hook: Hook | None = None
 
     @property
@@ -146,9 +148,12 @@ class WatchedEngine(FakeEngine):
         kv_transfer_params: KVTransferParams | None = None,
         *,
         cache_salt: str | None = None,
+        priority: int = 0,
+        session_id: str | None = None,
     ) -> ProbeResult:
         self.probes.append(list(prompt_token_ids))
         self.probe_salts.append(cache_salt)
+        self.probe_fields.append({"priority": priority, "session_id": session_id})
         return await super().probe(prompt_token_ids, kv_transfer_params, cache_salt=cache_salt)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -272,7 +277,7 @@ class StubRenderer:
     def __init__(self) -> None:
         self.before: Callable[[], Awaitable[None]] | None = None
 
-    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any]) -> list[list[int]] | None:
+    async def prompts(self, endpoint: Endpoint, body: Mapping[str, Any], num_bytes: int) -> list[list[int]] | None:
         if self.before is not None:
             await self.before()
         kind: fake_wire.Endpoint = "chat" if endpoint == "chat" else "completion"
@@ -294,10 +299,12 @@ class StubScaler:
 
     def __init__(self) -> None:
         self.sizes: dict[str, int | None] = dict.fromkeys(POOLS)
+        self.pending: dict[str, PoolPlan] = {}
         self.error: DisaggError | None = None
 
-    async def targets(self) -> dict[str, int | None]:
-        return dict(self.sizes)
+    async def plans(self) -> dict[str, PoolPlan]:
+        plans = {name: self.pending.get(name, NOTHING_KNOWN) for name in self.sizes}
+        return {name: replace(plan, target_num_replicas=self.sizes[name]) for name, plan in plans.items()}
 
     async def scale(self, pool: str, num_replicas: int) -> None:
         if self.error is not None:
@@ -498,6 +505,7 @@ async def running_stack(
     transport: str = "nixl",
     lease_s: float = 30.0,
     shared_cache: FakeSharedCache | None = None,
+    engine_arguments: Collection[str] = (),
     **fields: Any,
 ) -> AsyncIterator[Stack]:
     """A gateway with its engines, up and warm.
@@ -508,6 +516,7 @@ async def running_stack(
         transport: how the engines move KV, a key of `TRANSPORTS`.
         lease_s: how long prefill engines hold it, and decode engines wait for it where both legs are sent at once.
         shared_cache: the tier that all engines share.
+        engine_arguments: those that a config may set.
         fields: settings of every fake engine; by default they take no time.
     """
     renderer, scaler = StubRenderer(), StubScaler()
@@ -518,6 +527,7 @@ async def running_stack(
         scaler=scaler,
         max_model_len=MAX_MODEL_LEN,
         transport=TRANSPORTS[transport],
+        engine_arguments=engine_arguments,
     )
     protocol = http or (SplicingProtocol if spliced else HttpToolsProtocol)
     server = QuietServer(

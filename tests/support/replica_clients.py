@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from disagg.gateway.replicas.membership import Member, Membership
@@ -20,9 +21,10 @@ def lonely_member(info: ReplicaInfo) -> Member:
 
 
 def lonely_membership(
-    on_change: Callable[[], None] = lambda: None, *, clock: Callable[[], float] | None = None
+    on_change: Callable[[], None] = lambda: None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    prefill_alone: bool = True,
 ) -> Membership:
     """Arguments are those of `Membership`."""
-    if clock is None:
-        return Membership(lonely_client, on_change)
-    return Membership(lonely_client, on_change, clock=clock)
+    return Membership(lonely_client, on_change, clock=clock, prefill_alone=prefill_alone)

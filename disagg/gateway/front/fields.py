@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from disagg.routing.views import Endpoint as Endpoint
 from pools.client.routes import CHAT_COMPLETIONS, COMPLETIONS
 
@@ -13,3 +16,9 @@ FORBIDDEN_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_hints")
 
 STORE_FIELD = "disagg_store"
 """Body field in which a client says whether the shared cache keeps its prompt's KV: a `Store`. No engine sees it."""
+
+
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether the client of a stream asks for the event that counts its tokens."""
+    options = body.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))

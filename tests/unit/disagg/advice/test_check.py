@@ -133,15 +133,21 @@ BAD: dict[str, Case] = {
     "deployment key": (pool(1, num_replica=2), f"{D}[1].num_replica", "did you mean 'num_replicas'"),
     "no replicas": (pool(1, num_replicas=0), f"{D}[1].num_replicas", "1 to 1024"),
     "replicas as text": (pool(1, num_replicas="two"), f"{D}[1].num_replicas", "not a pool size"),
-    "autoscaling with scaler": (
+    "autoscaling of a pool": (
         pool(1, num_replicas=None, autoscaling_config={"min_replicas": 1}),
         f"{D}[1].autoscaling_config",
+        "nothing would act on it",
+    ),
+    "a pool's size left to Serve": (pool(2, num_replicas="auto"), f"{D}[2].num_replicas", "nothing would act on it"),
+    "autoscaling with scaler": (
+        pool(0, num_replicas=None, autoscaling_config={"min_replicas": 1}),
+        f"{D}[0].autoscaling_config",
         "external_scaler_enabled",
     ),
-    "auto with scaler": (pool(1, num_replicas="auto"), f"{D}[1].num_replicas", "external_scaler_enabled"),
+    "auto with scaler": (pool(0, num_replicas="auto"), f"{D}[0].num_replicas", "external_scaler_enabled"),
     "autoscaling bounds": (
-        pool(1, num_replicas=None, autoscaling_config={"min_replicas": 3, "max_replicas": 2}),
-        f"{D}[1].autoscaling_config",
+        pool(0, num_replicas=None, autoscaling_config={"min_replicas": 3, "max_replicas": 2}),
+        f"{D}[0].autoscaling_config",
         "exceeds max_replicas",
     ),
     "unknown args key": (args(platfrom="cpu"), f"{A}.platfrom", "did you mean 'platform'"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from disagg.gateway.handoff import settling
+from disagg.gateway.handoff import settling, transfer
 
 
 def pytest_asyncio_loop_factories(
@@ -25,4 +25,4 @@ def pytest_asyncio_loop_factories(
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settling does not wait a whole second for an abort that takes microseconds here."""
     monkeypatch.setattr(settling, "_GRACE_S", 0.02)
-    monkeypatch.setattr(settling, "_ANSWER_GRACE_S", 0.02)
+    monkeypatch.setattr(transfer, "_ANSWER_GRACE_S", 0.02)

@@ -32,6 +32,7 @@ REPLACED = (*replaced.REPLACED, *of_pools.REPLACED)
 PUBLIC = {
     *("prometheus_client", "prometheus_client.core", "prometheus_client.registry", "ray", "ray.exceptions"),
     *("ray.serve", "ray.serve.config", "ray.serve.handle", "ray.util.scheduling_strategies", "starlette.exceptions"),
+    "starlette.middleware.cors",
     *("starlette.requests", "starlette.responses", "starlette.types", "torch", "uvicorn", "vllm", "zmq", "zmq.asyncio"),
 }
 """Modules whose names their owners document and keep."""
