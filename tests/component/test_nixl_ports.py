@@ -66,8 +66,14 @@ def agent(name: str, peer: Connection, report: Connection, env: Mapping[str, str
         while not peer.poll(0.01):
             mine.get_new_notifs()
         report.recv()
-        # A peer, or a thread of the agent, may have a few more than before.
-        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= num_descriptors + 10, 20, "descriptors are given back")
+
+        def given_back() -> bool:
+            # The agent gives them back while it is polled, as an engine's worker does at every step.
+            mine.get_new_notifs()
+            # A peer, or a thread of the agent, may have a few more than before.
+            return len(os.listdir("/proc/self/fd")) <= num_descriptors + 10
+
+        wait_until(given_back, 20, "descriptors are given back")
     report.send("done")
     report.recv()
 
