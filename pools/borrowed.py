@@ -15,6 +15,11 @@ _CACHED_TOKENS = ("pools.engine.vllm_cached_tokens", "pools.engine.vllm_engine")
 _MEDIA = ("pools.engine.vllm_media",)
 _TALLY = ("pools.engine.vllm_tally",)
 _KWARGS = ("pools.plan.engine_kwargs",)
+_ARGUMENTS = ("pools.engine.vllm_arguments",)
+_JUDGED_TYPES = ("pools.judge.types",)
+_JUDGED_NAMES = ("pools.judge.names",)
+_JUDGED_TOGETHER = ("pools.judge.together",)
+_JUDGE = ("pools.judge.__main__",)
 _CACHE_SERVER = ("pools.cache_server.main", "pools.cache_server.steadfast")
 _PROBE = ("pools.cache_server.probe",)
 _HTTP = ("transport.bounded_http",)
@@ -89,8 +94,8 @@ VLLM = (
         "engine_client, state, args, supported_tasks",
     ),
     Borrowed("vllm.entrypoints.launchers.app:build_app", _COMPAT, takes="args, supported_tasks, model_config"),
-    Borrowed("vllm.entrypoints.launchers.cli_args:FrontendArgs", (*_COMPAT, *_KWARGS)),
-    Borrowed("vllm.engine.arg_utils:AsyncEngineArgs", (*_COMPAT, *_KWARGS)),
+    Borrowed("vllm.entrypoints.launchers.cli_args:FrontendArgs", (*_ARGUMENTS, *_KWARGS, *_JUDGED_TYPES)),
+    Borrowed("vllm.engine.arg_utils:AsyncEngineArgs", (*_ARGUMENTS, *_KWARGS, *_JUDGED_TYPES)),
     *of(
         "vllm.exceptions:VLLMValidationError",
         (*_COMPAT, *_ENGINE, *_MEDIA),
@@ -196,6 +201,72 @@ RENDERER = (
     ),
 )
 
+ARGUMENTS = (
+    *of(
+        "vllm.config",
+        _ARGUMENTS,
+        has("LoggingConfig"),
+        has("ReasoningConfig"),
+        has("StructuredOutputsConfig"),
+    ),
+    Borrowed("vllm.reasoning:ReasoningParserManager.import_reasoning_parser", _ARGUMENTS, "cls, plugin_path"),
+    Borrowed("vllm.tool_parsers:ToolParserManager.import_tool_parser", _ARGUMENTS, "cls, plugin_path"),
+    # How an argument gets from `EngineArgs` into a config class is read from these.
+    *of(
+        "vllm.engine.arg_utils:EngineArgs",
+        _JUDGED_TYPES,
+        has(
+            "create_engine_config",
+            holds=(
+                "cache_config = CacheConfig(",
+                "scheduler_config = SchedulerConfig(",
+                "parallel_config = ParallelConfig(",
+            ),
+        ),
+    ),
+    *of(
+        "vllm.config",
+        _JUDGED_TYPES,
+        has("VllmConfig"),
+        has("CompilationConfig"),
+        has("KernelConfig"),
+        has("MambaConfig"),
+    ),
+    Borrowed("vllm.config.multimodal:MultiModalConfig", _JUDGED_TYPES),
+    Borrowed("vllm.utils.argparse_utils:human_readable_int_or_auto", _JUDGED_TYPES, "value"),
+    Borrowed("vllm.config.mamba:MambaBackendEnum", _JUDGED_NAMES),
+    Borrowed("vllm.model_executor.layers.quantization:QUANTIZATION_METHODS", _JUDGED_NAMES),
+    Borrowed("vllm.model_executor.model_loader:_LOAD_FORMAT_TO_MODEL_LOADER", _JUDGED_NAMES),
+    Borrowed("vllm.reasoning:ReasoningParserManager.list_registered", _JUDGED_NAMES, "cls"),
+    Borrowed("vllm.renderers.registry:RENDERER_REGISTRY", _JUDGED_NAMES),
+    Borrowed("vllm.renderers.registry:RendererRegistry.renderers", _JUDGED_NAMES),
+    Borrowed("vllm.tool_parsers:ToolParserManager.list_registered", _JUDGED_NAMES, "cls"),
+    Borrowed("vllm.transformers_utils.config:_CONFIG_FORMAT_TO_CONFIG_PARSER", _JUDGED_NAMES),
+    Borrowed("vllm.utils.hashing:get_hash_fn_by_name", _JUDGED_NAMES, "hash_fn_name"),
+    Borrowed("vllm.v1.attention.backends.registry:AttentionBackendEnum", _JUDGED_NAMES),
+    *of(
+        "vllm.engine.arg_utils:EngineArgs",
+        _JUDGED_TOGETHER,
+        has("create_engine_config", takes="usage_context"),
+        has("create_diffusion_config", "self"),
+        has("create_load_config", "self"),
+        has("create_logging_config", "self"),
+        has("create_observability_config", "self"),
+        has("create_structured_outputs_config", "self"),
+        has("create_watermark_config", "self"),
+    ),
+    Borrowed("vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args", _JUDGED_TOGETHER, "args"),
+    Borrowed(
+        "vllm.parser.parser_manager:ParserManager.get_parser",
+        _JUDGED_TOGETHER,
+        takes="tool_parser_name, reasoning_parser_name, enable_auto_tools, model_name, tool_strict_level",
+    ),
+    Borrowed("vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER", _JUDGED_TOGETHER),
+    *of("vllm.platforms", _JUDGE, has("current_platform")),
+    Borrowed("vllm.plugins:load_general_plugins", _JUDGE),
+)
+"""How a replica and the config check make vLLM's arguments, and what the check asks besides."""
+
 UVICORN = (
     *of(
         "uvicorn.protocols.http.httptools_impl:HttpToolsProtocol",
@@ -277,7 +348,7 @@ STARLETTE = (Borrowed("starlette.routing:compile_path", _EDGE, takes="path"),)
 
 PAGES = (Borrowed("prometheus_client.metrics:MetricWrapperBase._labelnames", ("disagg.pages.metrics",)),)
 
-BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *UVICORN, *RAY, *LMCACHE, *STARLETTE, *PAGES)
+BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *ARGUMENTS, *UVICORN, *RAY, *LMCACHE, *STARLETTE, *PAGES)
 """All of it, by package."""
 
 ADD_REQUEST = Replacement(

@@ -2,7 +2,7 @@
 """Settings of the pools: the model, the engine that runs it, and what each pool may change.
 
 `engine_kwargs` is the one open dict. Its keys are vLLM's own argument names and pass through untouched, but
-for the few that the framework sets itself or that both pools must share.
+for those that the framework sets itself, that no client meets, or that both pools must share.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from transport.config import Config, Milliseconds, Name, PositiveInt, Seconds, r
 
 Platform = Literal["cpu", "cuda"]
 
+_MORE_REPLICAS = "remove it; more replicas in deployments[].num_replicas do the same"
+_PLACED = "remove it; Ray places the ranks of an engine"
+_TLS = "remove it; Serve's proxy speaks TLS, with the ssl_* fields of http_options"
+
 RESERVED_ENGINE_KWARGS: dict[str, str] = {
     "model": "set model.source",
     "model_tag": "set model.source",
@@ -27,25 +31,74 @@ RESERVED_ENGINE_KWARGS: dict[str, str] = {
     "host": "remove it; every replica serves on its own private address",
     "port": "remove it; the kernel chooses a free port for every replica",
     "uds": "remove it; every replica serves on its own private address",
+    "grpc_port": "remove it; gateways ask engines over HTTP",
     "root_path": "set route_prefix of the Serve application",
-    "api_key": "remove it; engines are private, clients only meet the gateway",
-    "ssl_keyfile": "remove it; terminate TLS in front of Serve",
-    "ssl_certfile": "remove it; terminate TLS in front of Serve",
-    "ssl_ca_certs": "remove it; terminate TLS in front of Serve",
+    "api_key": "set gateway.api_keys; engines are private, clients only meet the gateway",
+    "allowed_origins": "set gateway.cors.allow_origins; browsers only meet the gateway",
+    "allow_credentials": "set gateway.cors.allow_credentials; browsers only meet the gateway",
+    "allowed_methods": "set gateway.cors, which allows the methods of the gateway's routes",
+    "allowed_headers": "set gateway.cors, which allows every header",
+    "ssl_keyfile": "set http_options.ssl_keyfile; engines are private, clients only meet Serve's proxy",
+    "ssl_certfile": "set http_options.ssl_certfile; engines are private, clients only meet Serve's proxy",
+    "ssl_ca_certs": "set http_options.ssl_ca_certs; engines are private, clients only meet Serve's proxy",
+    "ssl_cert_reqs": _TLS,
+    "ssl_ciphers": _TLS,
+    "enable_ssl_refresh": _TLS,
+    "h11_max_incomplete_event_size": "set gateway.max_header_bytes and gateway.max_body_bytes",
+    "h11_max_header_count": "set gateway.max_header_bytes",
+    "middleware": "remove it; it would see what gateways ask, and no client. Put a proxy in front of Serve",
+    "lora_modules": "remove it; the gateway serves model.id alone, so that no client can ask for an adapter",
+    "tool_server": "remove it; only /v1/responses uses it, which the gateway does not serve",
+    "sse_keep_alive_interval": "remove it; its comments would count as bytes of an answer, and a replica that hangs "
+    "would be noticed too late. Raise the read timeout of the proxy in front of Serve",
+    "cohere_format": "set default_chat_template_kwargs: {cohere_format: ...}, which the gateway renders with, too",
+    "tokens_only": "remove it; the gateway needs the engines' OpenAI routes",
     "distributed_executor_backend": "remove it; it follows from platform and the parallel sizes",
-    "data_parallel_size": "remove it; more replicas in deployments[].num_replicas do the same",
-    "data_parallel_size_local": "remove it; more replicas in deployments[].num_replicas do the same",
-    "data_parallel_rank": "remove it; more replicas in deployments[].num_replicas do the same",
-    "data_parallel_backend": "remove it; more replicas in deployments[].num_replicas do the same",
-    "nnodes": "remove it; Ray places the ranks of an engine",
-    "node_rank": "remove it; Ray places the ranks of an engine",
-    "master_addr": "remove it; Ray places the ranks of an engine",
-    "master_port": "remove it; Ray places the ranks of an engine",
+    "data_parallel_size": _MORE_REPLICAS,
+    "data_parallel_size_local": _MORE_REPLICAS,
+    "data_parallel_rank": _MORE_REPLICAS,
+    "data_parallel_start_rank": _MORE_REPLICAS,
+    "data_parallel_backend": _MORE_REPLICAS,
+    "data_parallel_address": _MORE_REPLICAS,
+    "data_parallel_rpc_port": _MORE_REPLICAS,
+    "data_parallel_external_lb": _MORE_REPLICAS,
+    "data_parallel_hybrid_lb": _MORE_REPLICAS,
+    "data_parallel_multi_port_external_lb": _MORE_REPLICAS,
+    "data_parallel_supervisor_port": _MORE_REPLICAS,
+    "dp_supervisor_probe_interval_s": _MORE_REPLICAS,
+    "dp_supervisor_probe_timeout_s": _MORE_REPLICAS,
+    "dp_supervisor_probe_failure_threshold": _MORE_REPLICAS,
+    "nnodes": _PLACED,
+    "node_rank": _PLACED,
+    "master_addr": _PLACED,
+    "master_port": _PLACED,
+    "device_ids": _PLACED,
     "api_server_count": "remove it; a replica has one API server, more come from deployments[].num_replicas",
     "headless": "remove it; the gateway needs every replica's API server",
     "disable_log_stats": "remove it; `disagg status` and health read these statistics",
 }
-"""Engine arguments that the framework sets itself, with what to do instead."""
+"""Engine arguments that the framework sets itself, or that reach an engine where no client is, with what to do
+instead."""
+
+_NO_ROUTE = "the gateway does not serve the routes that it is for"
+_NO_DOCS = "no client sees an engine's own documents; the gateway's is at /openapi.json"
+_NO_LOG = "a replica's server writes no access log, and nothing below warnings"
+
+WITHOUT_EFFECT: dict[str, str] = {
+    "anthropic_disabled_thinking_effort": _NO_ROUTE,
+    "cohere_is_reasoning_model": _NO_ROUTE,
+    "disable_access_log_for_endpoints": _NO_LOG,
+    "disable_fastapi_docs": _NO_DOCS,
+    "disable_uvicorn_access_log": _NO_LOG,
+    "enable_flash_late_interaction": _NO_ROUTE,
+    "enable_offline_docs": _NO_DOCS,
+    "enable_request_id_headers": "the gateway keeps or makes X-Request-Id itself",
+    "enable_scale_out": _NO_ROUTE,
+    "enable_server_load_tracking": _NO_ROUTE,
+    "enable_tokenizer_info_endpoint": _NO_ROUTE,
+    "uvicorn_log_level": _NO_LOG,
+}
+"""Arguments of vLLM's server that engines take and nobody notices, with the reason. They are warned of."""
 
 SHARED_ENGINE_KWARGS: frozenset[str] = frozenset(
     {
@@ -97,7 +150,7 @@ class ModelConfig(Config):
     directory of whoever starts the application, and becomes absolute before any replica sees it."""
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """vLLM engine and server arguments for both pools, under vLLM's names with underscores, passed through
-    untouched. Arguments that the framework sets itself are refused."""
+    untouched. Arguments that the framework sets itself, or that would reach no client, are refused."""
 
     @field_validator("engine_kwargs")
     @classmethod
@@ -224,7 +277,7 @@ def _refuse_reserved(value: dict[str, Any]) -> dict[str, Any]:
         advice = "; ".join(f"{key}: {RESERVED_ENGINE_KWARGS[key]}" for key in reserved)
         raise PydanticCustomError(
             "reserved_engine_kwarg",
-            "the framework sets {keys} itself ({advice})",
+            "{keys} cannot be set here ({advice})",
             {"keys": ", ".join(reserved), "advice": advice, "keys_list": reserved},
         )
     return value

@@ -22,8 +22,9 @@ class DiskConfig(Config):
 
     path: Name
     """Directory, made when it is missing. A relative one is resolved against the working directory of whoever starts
-    the application. Engines with the same model may share it, over a network file system too. Nothing in it is ever
-    removed: give it a quota or a job that deletes old files."""
+    the application. Engines with the same model may share it, over a network file system too; not with a
+    `prefix_caching_hash_algo` that each process seeds at random (xxhash). Nothing in it is ever removed: give it a
+    quota or a job that deletes old files."""
     n_read_threads: PositiveInt = 4
     """Threads of one engine that read files."""
     n_write_threads: PositiveInt = 4

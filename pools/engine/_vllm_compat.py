@@ -8,17 +8,14 @@ done with them.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from starlette.datastructures import State
-from vllm import AsyncEngineArgs, SamplingParams
+from vllm import SamplingParams
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -27,11 +24,11 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from pools.borrowed import BORROWED
+from pools.engine.vllm_arguments import split_args
 from transport.handoff_params import settle_params
 from transport.upstream.guard import require
 
 __all__ = [
-    "AsyncEngineArgs",
     "AsyncLLM",
     "StatLoggerBase",
     "VLLMValidationError",
@@ -44,20 +41,6 @@ __all__ = [
 ]
 
 require(BORROWED, "pools.engine")
-
-
-def split_args(arguments: Mapping[str, Any]) -> tuple[AsyncEngineArgs, argparse.Namespace]:
-    """vLLM's engine arguments, and the flat namespace its OpenAI app reads.
-
-    Args:
-        arguments: names of `AsyncEngineArgs` and `FrontendArgs`, mixed as on vLLM's command line.
-    Raises:
-        TypeError: for a name that neither knows.
-    """
-    frontend_names = {field.name for field in dataclasses.fields(FrontendArgs)}
-    frontend = FrontendArgs(**{k: v for k, v in arguments.items() if k in frontend_names})
-    engine_args = AsyncEngineArgs(**{k: v for k, v in arguments.items() if k not in frontend_names})
-    return engine_args, argparse.Namespace(**(vars(frontend) | vars(engine_args)))
 
 
 def incremental_detokenizer(
