@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validates a Serve config file without starting anything, and says what it amounts to.
+"""Validates a Serve config file without starting anything of it, and says what it amounts to.
 
 `check_file` lists every problem at once. `validate_app` is the part that needs `args` only, so that the
-application builder refuses the same configs with the same words. Neither imports Ray or vLLM.
+application builder refuses the same configs with the same words. Neither imports Ray or vLLM. Only `check_file` asks
+vLLM's classes about values, in a process that takes seconds: the builder would keep Serve's controller waiting, and an
+engine refuses the same values when it starts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +28,14 @@ from disagg.advice.paths import resolve
 from disagg.advice.problems import Problem, problems_of, shown
 from disagg.advice.resolved import Deployment, deployments, render
 from disagg.advice.resolved_tiers import Tier, render_tier, tiers
+from disagg.advice.values import Ask, ask_vllm, check_values, environment_of, question_of
 from disagg.config import AppConfig
 from pools.plan.checkpoint import Checkpoint, local_directory, read_checkpoint
 from pools.plan.engine_kwargs import known_engine_kwargs
 from transport.errors import ConfigError
 from transport.tiers import ManagedServerConfig
 
-_WITHOUT_VLLM = "names in engine_kwargs, and the packages of the tiers, for vLLM is not installed here"
+_WITHOUT_VLLM = "names and values in engine_kwargs, and the packages of the tiers, for vLLM is not installed here"
 _HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404", "RAY_SERVE_HAPROXY_METRICS_PORT": "9101"}
 
 
@@ -104,8 +107,9 @@ def check_file(
     known_kwargs: Collection[str] | None = None,
     installed: Callable[[str], bool] = is_installed,
     environment: Mapping[str, str] = os.environ,
+    ask: Ask | None = ask_vllm,
 ) -> CheckReport:
-    """Check the Serve config file at `path`. Reads files and tries to bind its HTTP port; starts nothing.
+    """Check the Serve config file at `path`. Reads files, tries to bind its HTTP port, and asks vLLM about values.
 
     Args:
         base_dir: where relative model paths start; the working directory by default, as for `serve run`.
@@ -115,7 +119,10 @@ def check_file(
         require_model: a model directory that does not exist is an error, else a warning.
         known_kwargs: vLLM's argument names; read from the installed vLLM when absent.
         installed: whether a Python module is there; asked only where vLLM itself is installed.
-        environment: the variables in which API keys and the passwords of `password_env` are looked for.
+        environment: the variables in which API keys and the passwords of `password_env` are looked for, beside those
+            of the application's `runtime_env`.
+        ask: asks vLLM about the values of `engine_kwargs`, where it is installed; it takes seconds. None leaves them
+            unjudged, and the report does not speak of them.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -141,6 +148,7 @@ def check_file(
         return CheckReport(str(path), (*problems, *invalid), url=url)
     base_dir = base_dir or Path.cwd()
     config = resolve(config, base_dir)
+    environment = {**environment, **serve_file.application_env(application)}
     if known_kwargs is None:
         known_kwargs = known_engine_kwargs()
     problems += validate_app(
@@ -151,6 +159,10 @@ def check_file(
         installed=installed,
         environment=environment,
     )
+    unjudged: list[str] = []
+    if known_kwargs is not None and ask is not None and config.engine.type == "vllm":
+        wrong_values, unjudged = _ask(config, ask, problems, prefix)
+        problems += wrong_values
     problems += _check_drain(config, data, application)
     problems += _check_strangers(config, data, prefix)
     sizes = serve_file.num_replicas(application)
@@ -161,7 +173,8 @@ def check_file(
     if not any(problem.severity == "error" and "parallel_size" in problem.path for problem in problems):
         planned = deployments(config, serve_file.deployment_overrides(application))
     kept = tiers(config, sizes, _checkpoint(config)) if planned else ()
-    without_vllm = known_kwargs is None and config.engine.type == "vllm"
+    if known_kwargs is None and config.engine.type == "vllm":
+        unjudged.append(_WITHOUT_VLLM)
     http = data.get("http_options")
     return CheckReport(
         str(path),
@@ -172,7 +185,7 @@ def check_file(
         url,
         http[CERTIFICATE] if isinstance(http, dict) and serves_tls(http) else None,
         kept,
-        _WITHOUT_VLLM if without_vllm else None,
+        "; ".join(unjudged) or None,
     )
 
 
@@ -247,6 +260,18 @@ def validate_machine(
         return [*problems, *check_machine(config, sizes, machine, _checkpoint(config), prefix)]
     except ConfigError:  # an impossible parallel size, which `validate_app` reports
         return problems
+
+
+def _ask(config: AppConfig, ask: Ask, known: Sequence[Problem], prefix: str) -> tuple[list[Problem], list[str]]:
+    """What vLLM says of the values that are not known to be wrong, and what it could not be asked."""
+    wrong = {problem.path for problem in known if problem.severity == "error"}
+    question = question_of(config, wrong, prefix)
+    if question is None:
+        return [], []
+    answer = ask(question, environment_of(config))
+    if isinstance(answer, str):
+        return [], [f"values in engine_kwargs: {answer}"]
+    return check_values(config, answer.verdicts, prefix), list(answer.unjudged)
 
 
 def _first_application(data: Mapping[str, Any]) -> Mapping[str, Any]:

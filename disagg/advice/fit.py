@@ -22,7 +22,7 @@ from disagg.advice.fit_tiers import (
 from disagg.advice.machine import Machine
 from disagg.advice.problems import Problem, shown
 from disagg.config import AppConfig
-from pools.config import PoolConfig
+from pools.config import WITHOUT_EFFECT, PoolConfig
 from pools.plan.checkpoint import Checkpoint
 from pools.plan.engine_kwargs import unknown_engine_kwargs
 from pools.plan.launch import merged_engine_kwargs
@@ -37,6 +37,8 @@ EXTRA_RANK_GIB = 0.9
 """What each further worker adds."""
 
 _POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override")
+_NOT_SERVED = {"runner": ("pooling", "draft"), "convert": ("embed", "classify")}
+"""Values with which a vLLM server has other routes than those of the gateway."""
 
 
 def pools_of(config: AppConfig) -> dict[str, PoolConfig]:
@@ -45,7 +47,7 @@ def pools_of(config: AppConfig) -> dict[str, PoolConfig]:
 
 
 def check_engine_kwargs(config: AppConfig, known: Collection[str] | None, prefix: str) -> list[Problem]:
-    """Names that vLLM lacks (`known` None: not checked) and values that vLLM refuses at start."""
+    """Names that vLLM lacks (`known` None: not checked), values that no engine can use, arguments without effect."""
     problems: list[Problem] = []
     places = {"model.engine_kwargs": config.model.engine_kwargs}
     places |= {f"{name}.engine_kwargs": pool.engine_kwargs for name, pool in pools_of(config).items()}
@@ -57,12 +59,23 @@ def check_engine_kwargs(config: AppConfig, known: Collection[str] | None, prefix
                 problems.append(
                     Problem(path, unknown, "arguments of the installed vLLM, with underscores", "rename it")
                 )
-            elif key in _POSITIVE and not _is_count(value):
+            elif key in _POSITIVE and value is not None and not _is_count(value):
                 problems.append(Problem(path, f"{shown(value)} is not possible", "a whole number from 1", "change it"))
             elif key == "gpu_memory_utilization" and not _is_share(value):
                 problems.append(Problem(path, f"{shown(value)} is not possible", "above 0, at most 1", "change it"))
+            elif key == "max_model_len" and value == 0:
+                allowed = "a whole number from 1, or -1 for what fits into memory"
+                problems.append(Problem(path, f"{shown(value)} is not possible", allowed, "change it"))
+            elif value in _NOT_SERVED.get(key, ()):
+                message = f"{value!r} makes no chat and no completions, and the gateway serves nothing else"
+                problems.append(Problem(path, message, "auto", "remove it"))
+            elif key in WITHOUT_EFFECT:
+                message = f"has no effect: {WITHOUT_EFFECT[key]}"
+                problems.append(Problem(path, message, action="remove it", severity="warning"))
         problems += _check_parallel_sizes(kwargs, f"{prefix}.{where}")
-    return problems or _check_pairs(config, prefix)
+    if any(problem.severity == "error" for problem in problems):
+        return problems
+    return problems + _check_pairs(config, prefix)
 
 
 def check_model(config: AppConfig, checkpoint: Checkpoint, prefix: str) -> list[Problem]:
@@ -99,7 +112,7 @@ def check_model(config: AppConfig, checkpoint: Checkpoint, prefix: str) -> list[
             divisors = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
             problems.append(
                 Problem(
-                    _place(config, name, "tensor_parallel_size", prefix),
+                    place_of(config, name, "tensor_parallel_size", prefix),
                     f"{tp} does not divide the model's {heads} attention heads",
                     divisors,
                     "change it",
@@ -121,7 +134,7 @@ def check_machine(
         if tp > 1 and tp * config.cpu.omp_threads > machine.num_cpus:
             problems.append(
                 Problem(
-                    _place(config, name, "tensor_parallel_size", prefix),
+                    place_of(config, name, "tensor_parallel_size", prefix),
                     f"{tp} ranks of {config.cpu.omp_threads} threads need {tp * config.cpu.omp_threads} cores, "
                     f"this machine has {machine.num_cpus}",
                     f"at most {max(1, machine.num_cpus // config.cpu.omp_threads)}",
@@ -175,19 +188,19 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
         kwargs = merged_engine_kwargs(config.model, pool, config.platform)
         tps[name] = parallel_size(kwargs, "tensor_parallel_size")
         if tps[name] > 1:
-            path = _place(config, name, "tensor_parallel_size", prefix)
+            path = place_of(config, name, "tensor_parallel_size", prefix)
             problems += _limit(
                 config, "tensor_parallel", path, "compare answers with one engine's before you rely on it"
             )
         if parallel_size(kwargs, "pipeline_parallel_size") > 1:
             feature: Feature = "prefill_pipeline" if name == "prefill" else "decode_pipeline"
-            path = _place(config, name, "pipeline_parallel_size", prefix)
+            path = place_of(config, name, "pipeline_parallel_size", prefix)
             problems += _limit(config, feature, path, "use tensor_parallel_size")
         tokens, seqs = kwargs.get("max_num_batched_tokens"), kwargs.get("max_num_seqs")
         if tokens is not None and seqs is not None and tokens < seqs:
             problems.append(
                 Problem(
-                    _place(config, name, "max_num_batched_tokens", prefix),
+                    place_of(config, name, "max_num_batched_tokens", prefix),
                     f"{tokens} is less than max_num_seqs ({seqs})",
                     f"{seqs} or more",
                     "raise it, or lower max_num_seqs",
@@ -197,7 +210,7 @@ def _check_pairs(config: AppConfig, prefix: str) -> list[Problem]:
     if high % low:
         problems.append(
             Problem(
-                _place(config, "decode", "tensor_parallel_size", prefix),
+                place_of(config, "decode", "tensor_parallel_size", prefix),
                 f"prefill has {tps['prefill']} and decode {tps['decode']}, so their KV blocks do not line up",
                 "one a multiple of the other",
                 "change one of them",
@@ -233,7 +246,7 @@ def _check_kv_space(
     tokens, key = kv_tokens(config, kwargs, checkpoint)
     if tokens is None or key is None or not _is_count(length) or length <= tokens:
         return []
-    path = f"{prefix}.cpu.kv_cache_gib" if key == "kv_cache_gib" else _place(config, name, key, prefix)
+    path = f"{prefix}.cpu.kv_cache_gib" if key == "kv_cache_gib" else place_of(config, name, key, prefix)
     return [
         Problem(
             path,
@@ -257,7 +270,8 @@ def kv_tokens(
     return config.cpu.kv_cache_gib * GIB * parallel_size(kwargs, "tensor_parallel_size") // per_token, "kv_cache_gib"
 
 
-def _place(config: AppConfig, pool: str, key: str, prefix: str) -> str:
+def place_of(config: AppConfig, pool: str, key: str, prefix: str) -> str:
+    """The path of an argument of one pool's engines: the pool's own, or the model's."""
     own = pools_of(config)[pool].engine_kwargs
     return f"{prefix}.{pool if key in own else 'model'}.engine_kwargs.{key}"
 

@@ -32,6 +32,11 @@ MESSAGE_QUEUE_GIB = 0.25
 BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
 """vLLM's KV block where `block_size` is not set."""
 
+SEEDED_AT_RANDOM = ("xxhash", "xxhash_cbor")
+"""Algorithms of `prefix_caching_hash_algo` that vLLM seeds with random bytes in each process."""
+SEED_VARIABLE = "PYTHONHASHSEED"
+"""With it in the environment vLLM seeds all of them with its value."""
+
 _KV_DTYPE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
 _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 
@@ -107,6 +112,7 @@ def check_tiers(config: AppConfig, environment: Mapping[str, str], prefix: str) 
                 severity="warning",
             )
         )
+    problems += _check_hashes(config, environment, prefix)
     if config.shared_cache is not None:
         problems += _check_ranks(config, prefix)
     refused = _server_problems(config, None, lambda module: True)
@@ -300,6 +306,30 @@ def _check_blocks(config: AppConfig, prefix: str) -> list[Problem]:
         )
         for field, tokens in given.items()
         if tokens is not None and tokens % block
+    ]
+
+
+def _check_hashes(config: AppConfig, environment: Mapping[str, str], prefix: str) -> list[Problem]:
+    """Keys of the disk tier that only the process which wrote them could make again.
+
+    Host memory ends with its process, and LMCache hashes tokens itself (blake3, without a seed).
+
+    Source:
+        vLLM 0.32 `v1/core/kv_cache_utils.py`, `resolve_none_hash_seed`; `v1/kv_offload/tiering/fs/manager.py`.
+    """
+    algorithm = config.model.engine_kwargs.get("prefix_caching_hash_algo")
+    if config.offload is None or config.offload.disk is None or SEED_VARIABLE in environment:
+        return []
+    if algorithm not in SEEDED_AT_RANDOM:
+        return []
+    return [
+        Problem(
+            f"{prefix}.model.engine_kwargs.prefix_caching_hash_algo",
+            f"{algorithm!r} does not go with offload.disk: every process seeds it at random, so that no engine finds "
+            "what another one, or itself before a restart, has stored",
+            "sha256, sha256_cbor",
+            f"remove it, or set {SEED_VARIABLE} to the same value on every node",
+        )
     ]
 
 

@@ -81,7 +81,7 @@ def _directory(path: str, base_dir: Path) -> str:
 
 def _absolute(kwargs: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
     def absolute(value: Any) -> Any:
-        if not isinstance(value, str) or "\n" in value or len(value) > 1024:
+        if not isinstance(value, str) or not value or "\n" in value or len(value) > 1024:
             return value
         path = base_dir / Path(value).expanduser()
         return str(path.absolute()) if path.exists() else value

@@ -7,6 +7,7 @@ Also turns pydantic's errors into that form, so that a user never reads a traceb
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -49,9 +50,16 @@ class Problem:
 def unknown_key(path: str, key: str, known: Iterable[str], *, what: str = "key") -> Problem:
     """Problem for a key (or name) that does not exist, with the nearest that does."""
     known = sorted(known)
-    guess = difflib.get_close_matches(str(key), known, n=1)
-    action = f"did you mean {guess[0]!r}?" if guess else "remove it"
+    guess = nearest(key, known)
+    action = f"did you mean {guess!r}?" if guess is not None else "remove it"
     return Problem(path, f"unknown {what} {str(key)!r}", ", ".join(known), action)
+
+
+def nearest(given: object, known: Iterable[str]) -> str | None:
+    """The known name that is most like what was given, whatever its case; None when none is like it."""
+    spelt = {name.lower(): name for name in known}
+    guess = difflib.get_close_matches(str(given).lower(), spelt, n=1)
+    return spelt[guess[0]] if guess else None
 
 
 def problems_of(exc: ValidationError, root: type[BaseModel], data: object, prefix: str) -> list[Problem]:
@@ -68,7 +76,7 @@ def problems_of(exc: ValidationError, root: type[BaseModel], data: object, prefi
         else:
             ctx = error.get("ctx", {})
             path = join(path, [ctx["field"]]) if ctx.get("field") else path
-            problems.append(_plain(path, error["type"], error["msg"], error["input"], ctx))
+            problems.append(plain(path, error["type"], error["msg"], error["input"], ctx))
     return problems
 
 
@@ -83,7 +91,7 @@ def join(prefix: str, loc: Sequence[int | str]) -> str:
 def _engine_kwarg(path: str, key: str, kind: str) -> Problem:
     if kind == "shared_engine_kwarg":
         return Problem(path, f"{key} must be the same in both pools", action="move it to model.engine_kwargs")
-    message = f"{key} is not an engine argument to set here; the framework sets it"
+    message = f"{key} is not an engine argument to set here"
     if key == "model" and ".model." not in path:
         return Problem(path, "both pools serve the same model", action="remove it and set model.source")
     return Problem(path, message, action=RESERVED_ENGINE_KWARGS[key])
@@ -106,18 +114,34 @@ def _extra(path: str, loc: Sequence[int | str], model: type[BaseModel] | None) -
 
 
 _EXPECTED = {
+    "none": "null",
     "int": "a whole number",
     "float": "a number",
     "string": "a string",
     "bool": "true or false",
     "tuple": "a list",
     "list": "a list",
+    "set": "a list",
     "dict": "a mapping",
+    "dataclass": "a mapping",
     "model": "a mapping",
 }
 
 
-def _plain(path: str, kind: str, message: str, value: object, ctx: Mapping[str, Any]) -> Problem:
+def expected(kind: str) -> str | None:
+    """What pydantic wanted where its error says that the type is wrong; None for an error of another kind."""
+    found = _EXPECTED.get(kind.split("_")[0])
+    return found if kind.split("_")[-1] in {"type", "parsing", "float", "required"} else None
+
+
+def names_in(kind: str, ctx: Mapping[str, Any]) -> list[str]:
+    """The values of a Literal or an Enum that an error of pydantic lists; none for an error of another kind."""
+    listed = str(ctx["expected"]) if kind in ("literal_error", "enum") else ""
+    return [name.strip("'") for name in re.split(", | or ", listed) if name]
+
+
+def plain(path: str, kind: str, message: str, value: object, ctx: Mapping[str, Any]) -> Problem:
+    """One error of pydantic, by its type, in plain words."""
     got = shown(value)
     match kind:
         case "missing":
@@ -135,15 +159,16 @@ def _plain(path: str, kind: str, message: str, value: object, ctx: Mapping[str, 
             return Problem(path, f"{got} is too small", f"more than {ctx['gt']:g}", "raise it")
         case "less_than_equal":
             return Problem(path, f"{got} is too large", f"at most {ctx['le']}", "lower it")
+        case "less_than":
+            return Problem(path, f"{got} is too large", f"less than {ctx['lt']:g}", "lower it")
         case "finite_number":
             return Problem(path, f"{got} is not finite", "a number", "write a number")
         case "string_pattern_mismatch":
             return Problem(path, f"{got} is not possible here", f"text like {ctx['pattern']}", "change it")
         case "string_too_short" | "too_short":
             return Problem(path, "is empty", "at least one entry" if kind == "too_short" else "a non-empty string")
-    expected = _EXPECTED.get(kind.split("_")[0])
-    if expected and kind.split("_")[-1] in {"type", "parsing", "float"}:
-        return Problem(path, f"expected {expected}, not {got}", expected, "change the value")
+    if (wanted := expected(kind)) is not None:
+        return Problem(path, f"expected {wanted}, not {got}", wanted, "change the value")
     return Problem(path, message, ctx.get("allowed"), ctx.get("action"))
 
 

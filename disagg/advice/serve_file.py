@@ -152,6 +152,14 @@ def controller_env(data: Mapping[str, Any]) -> dict[str, str]:
     return {str(key): str(value) for key, value in env.items()} if isinstance(env, dict) else {}
 
 
+def application_env(application: Mapping[str, Any]) -> dict[str, str]:
+    """Environment variables that the file gives to every replica of the application."""
+    env: Any = application
+    for key in ("runtime_env", "env_vars"):
+        env = env.get(key) if isinstance(env, dict) else None
+    return {str(key): str(value) for key, value in env.items()} if isinstance(env, dict) else {}
+
+
 def deployment_overrides(application: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The entries of `deployments` by name."""
     return {

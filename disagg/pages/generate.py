@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from disagg.config import AppConfig
 from disagg.pages import api as api_page
 from disagg.pages import metrics as metrics_page
-from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS
+from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS, WITHOUT_EFFECT
 
 PAGE = Path("docs/configuration.md")
 METRICS_PAGE = Path("docs/metrics.md")
@@ -85,14 +85,24 @@ def _kwargs_section() -> str:
     lines = [
         "## `engine_kwargs`",
         "",
-        "Any argument of vLLM's engine and OpenAI server, with underscores. `disagg check` knows those of the",
-        "installed vLLM. A pool's own `engine_kwargs` win over `model.engine_kwargs`.",
+        "Any argument of vLLM's engine and OpenAI server, with underscores. `disagg check` reads their names from the",
+        "installed vLLM, and has its classes and registries judge the values in a process of its own. Where vLLM is",
+        "not installed, it says that it could not. A pool's own `engine_kwargs` win over `model.engine_kwargs`.",
         "",
-        "Refused, because the framework sets them:",
+        "Values are those of YAML: numbers are written out (`4096`, not `4K` as on vLLM's command line), and what is",
+        "JSON there is a mapping or a list here.",
+        "",
+        "Refused, because the framework sets them, or because no client meets the engine:",
         "",
         "| argument | instead |",
         "|---|---|",
         *(f"| `{name}` | {advice} |" for name, advice in RESERVED_ENGINE_KWARGS.items()),
+        "",
+        "Warned of, because nobody would notice them:",
+        "",
+        "| argument | why |",
+        "|---|---|",
+        *(f"| `{name}` | {reason} |" for name, reason in WITHOUT_EFFECT.items()),
         "",
         "Only in `model.engine_kwargs`, because both pools and the gateway must agree on them: "
         + ", ".join(f"`{name}`" for name in sorted(SHARED_ENGINE_KWARGS))

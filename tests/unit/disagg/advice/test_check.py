@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from disagg.advice.check import CheckReport, check_file, parse_args, validate_ap
 from disagg.advice.machine import Machine
 from disagg.advice.paths import resolve
 from disagg.config import AppConfig
+from pools.plan.verdicts import Answer, Question, Verdict
 
 ROOT = Path(__file__).parents[4]
 KNOWN = ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size"]
 KNOWN += ["block_size", "num_gpu_blocks_override", "gpu_memory_utilization", "dtype", "chat_template"]
 KNOWN += ["enable_auto_tool_choice", "tool_call_parser", "worker_extension_cls"]
 KNOWN += ["enable_prefix_caching", "speculative_config", "enable_expert_parallel", "reasoning_parser"]
+KNOWN += ["prefix_caching_hash_algo", "runner", "uvicorn_log_level"]
 GIB = 1024**3
 MACHINE = Machine(num_cpus=8, memory_bytes=32 * GIB, port_trouble=lambda host, port: None, shm_bytes=16 * GIB)
 LLAMA = {
@@ -67,7 +69,7 @@ def base(tmp_path: Path) -> dict[str, Any]:
 def check(data: Any, tmp_path: Path, machine: Machine = MACHINE, **options: Any) -> CheckReport:
     file = tmp_path / "config.yaml"
     file.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
-    options = {"installed": lambda module: True, "environment": {}, **options}
+    options = {"installed": lambda module: True, "environment": {}, "ask": None, **options}
     return check_file(file, base_dir=tmp_path, machine=machine, known_kwargs=KNOWN, **options)
 
 
@@ -165,6 +167,52 @@ BAD: dict[str, Case] = {
         "both pools",
     ),
     "reserved argument": (args(model__engine_kwargs={"port": 1}), f"{A}.model.engine_kwargs.port", "kernel chooses"),
+    "pages for an engine": (
+        args(decode__engine_kwargs={"allowed_origins": ["*"]}),
+        f"{A}.decode.engine_kwargs.allowed_origins",
+        "set gateway.cors.allow_origins",
+    ),
+    "key for an engine": (
+        args(model__engine_kwargs={"api_key": ["x"]}),
+        f"{A}.model.engine_kwargs.api_key",
+        "set gateway.api_keys",
+    ),
+    "certificate for an engine": (
+        args(model__engine_kwargs={"ssl_certfile": "x.pem"}),
+        f"{A}.model.engine_kwargs.ssl_certfile",
+        "set http_options.ssl_certfile",
+    ),
+    "adapters": (
+        args(model__engine_kwargs={"lora_modules": ["a=b"]}),
+        f"{A}.model.engine_kwargs.lora_modules",
+        "no client can ask for an adapter",
+    ),
+    "engines without chat": (
+        args(decode__engine_kwargs={"runner": "pooling"}),
+        f"{A}.decode.engine_kwargs.runner",
+        "'pooling' makes no chat",
+    ),
+    "no length at all": (
+        args(model__engine_kwargs={"max_model_len": 0}),
+        f"{A}.model.engine_kwargs.max_model_len",
+        "from 1, or -1",
+    ),
+    "random keys on disk": (
+        args(
+            model__engine_kwargs={"prefix_caching_hash_algo": "xxhash", "max_model_len": 4096},
+            offload={"cpu_gib": 1, "disk": {"path": "kv"}},
+        ),
+        f"{A}.model.engine_kwargs.prefix_caching_hash_algo",
+        "'xxhash' does not go with offload.disk",
+    ),
+    "random keys of another kind on disk": (
+        args(
+            model__engine_kwargs={"prefix_caching_hash_algo": "xxhash_cbor", "max_model_len": 4096},
+            offload={"cpu_gib": 1, "disk": {"path": "kv"}},
+        ),
+        f"{A}.model.engine_kwargs.prefix_caching_hash_algo",
+        "allowed: sha256, sha256_cbor",
+    ),
     "unknown argument": (
         args(model__engine_kwargs={"max_modle_len": 1}),
         f"{A}.model.engine_kwargs.max_modle_len",
@@ -506,6 +554,79 @@ def test_tiers_that_fit(change: Callable[[dict[str, Any]], None], base: dict[str
     assert check(base, tmp_path).problems == ()
 
 
+SEEDED = {"model__engine_kwargs": {"prefix_caching_hash_algo": "xxhash", "max_model_len": 4096}}
+ON_DISK = {"offload": {"cpu_gib": 1, "disk": {"path": "kv"}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "environment"),
+    [
+        (args(**SEEDED), {}),
+        (args(**SEEDED, offload={"cpu_gib": 1}), {}),
+        (args(**SEEDED, shared_cache=lmcache()), {}),
+        (args(**SEEDED, **ON_DISK), {"PYTHONHASHSEED": "7"}),
+    ],
+    ids=["no tier", "host memory", "LMCache", "a common seed"],
+)
+def test_random_keys_that_hurt_nobody(
+    change: Callable[[dict[str, Any]], None], environment: dict[str, str], base: dict[str, Any], tmp_path: Path
+) -> None:
+    """Host memory ends with its process, LMCache hashes tokens itself, and a common seed makes keys alike."""
+    change(base)
+    assert check(base, tmp_path, environment=environment).problems == ()
+
+
+def test_a_common_seed_in_the_file(base: dict[str, Any], tmp_path: Path) -> None:
+    """The seed may stand in the application's runtime_env, which reaches every replica."""
+    args(**SEEDED, **ON_DISK)(base)
+    app(runtime_env={"env_vars": {"PYTHONHASHSEED": "7"}})(base)
+    assert check(base, tmp_path).problems == ()
+
+
+def test_values_that_vllm_refuses(base: dict[str, Any], tmp_path: Path) -> None:
+    """vLLM is asked once, about both pools and what is not known to be wrong, and its verdicts are problems."""
+    args(
+        model__engine_kwargs={"max_model_len": 4096, "dtype": "bf16"},
+        decode__engine_kwargs={"max_num_seqs": 0},
+    )(base)
+    asked: list[Question] = []
+
+    def ask(question: Question, env: Mapping[str, str]) -> Answer:
+        asked.append(question)
+        wrong = [Verdict(pool=name, argument="dtype", kind="raised", message="no") for name in question.pools]
+        return Answer(verdicts=tuple(wrong), unjudged=("something, for a reason",))
+
+    report = check(base, tmp_path, ask=ask)
+    (question,) = asked
+    assert [pool.given for pool in question.pools.values()] == [{"max_model_len": 4096, "dtype": "bf16"}] * 2
+    assert [problem.path for problem in report.problems] == [
+        f"{A}.decode.engine_kwargs.max_num_seqs",
+        f"{A}.model.engine_kwargs.dtype",
+    ]
+    assert report.not_checked == "something, for a reason"
+    assert "not checked: something, for a reason" in report.render()
+
+
+def test_a_question_without_an_answer_is_told_of(base: dict[str, Any], tmp_path: Path) -> None:
+    """When vLLM could not be asked, the report says so and is otherwise the same."""
+    report = check(base, tmp_path, ask=lambda question, env: "the process ended with code 1: out of memory")
+    assert report.ok
+    assert report.not_checked == "values in engine_kwargs: the process ended with code 1: out of memory"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [args(engine={"type": "fake"}), args(model__engine_kwargs={})],
+    ids=["a fake engine", "no arguments"],
+)
+def test_when_nobody_is_asked(change: Callable[[dict[str, Any]], None], base: dict[str, Any], tmp_path: Path) -> None:
+    """No process is started for a fake engine, or for a config that gives vLLM no arguments."""
+    change(base)
+    report = check(base, tmp_path, ask=lambda question, env: pytest.fail("vLLM was asked"))
+    assert report.config is not None
+    assert report.not_checked is None
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad(name: str, base: dict[str, Any], tmp_path: Path) -> None:
     """Each mistake is an error at its own path, in words that name what is allowed or what to do."""
@@ -582,6 +703,11 @@ WARNED: dict[str, Case] = {
         args(shared_cache=lmcache({"type": "resp", "host": "h", "password_env": "KV_PASSWORD"})),
         f"{A}.shared_cache.server.l2[0].password_env",
         "KV_PASSWORD is not set",
+    ),
+    "a log that nobody writes": (
+        args(decode__engine_kwargs={"uvicorn_log_level": "debug"}),
+        f"{A}.decode.engine_kwargs.uvicorn_log_level",
+        "has no effect: a replica's server writes no access log",
     ),
 }
 
@@ -788,7 +914,7 @@ def test_not_a_config(text: str, words: str, tmp_path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     """A file that cannot be read is a problem, not a traceback."""
-    (problem,) = check_file(tmp_path / "nope.yaml", machine=MACHINE).problems
+    (problem,) = check_file(tmp_path / "nope.yaml", machine=MACHINE, ask=None).problems
     assert "No such file" in problem.message
 
 
@@ -813,7 +939,7 @@ def test_other_hosts_are_not_judged(base: dict[str, Any], tmp_path: Path) -> Non
     args(cpu={"kv_cache_gib": 200})(base)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(base))
-    report = check_file(file, base_dir=tmp_path, machine=MACHINE, single_host=False, known_kwargs=KNOWN)
+    report = check_file(file, base_dir=tmp_path, machine=MACHINE, single_host=False, known_kwargs=KNOWN, ask=None)
     assert report.ok
 
 
@@ -836,17 +962,25 @@ def test_validate_app_says_the_same(base: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_resolve(tmp_path: Path) -> None:
-    """Local paths become absolute; hub ids and inline templates stay."""
+    """Local paths become absolute; hub ids, inline templates and what is empty stay."""
     (tmp_path / "chat.jinja").write_text("x")
     config = AppConfig.model_validate(
         {
-            "model": {"id": "m", "source": "./m", "engine_kwargs": {"chat_template": "chat.jinja", "dtype": "auto"}},
+            "model": {
+                "id": "m",
+                "source": "./m",
+                "engine_kwargs": {"chat_template": "chat.jinja", "dtype": "auto", "tool_parser_plugin": ""},
+            },
             "gateway": {"admin": {"key_file": "key"}},
         }
     )
     resolved = resolve(config, tmp_path)
     assert resolved.model.source == str(tmp_path / "m")
-    assert resolved.model.engine_kwargs == {"chat_template": str(tmp_path / "chat.jinja"), "dtype": "auto"}
+    assert resolved.model.engine_kwargs == {
+        "chat_template": str(tmp_path / "chat.jinja"),
+        "dtype": "auto",
+        "tool_parser_plugin": "",
+    }
     assert resolved.gateway.admin.key_file == str(tmp_path / "key")
     hub = config.model_copy(update={"model": config.model.model_copy(update={"source": "Qwen/Qwen3-0.6B"})})
     assert resolve(hub, tmp_path).model.source == "Qwen/Qwen3-0.6B"
@@ -862,6 +996,7 @@ def test_shipped_configs(file: Path, tmp_path: Path) -> None:
         require_model=False,
         known_kwargs=[*KNOWN, "enforce_eager"],
         installed=lambda module: True,
+        ask=None,
     )
     assert report.ok, report.render()
     assert report.deployments
