@@ -8,6 +8,7 @@ means is pure; `ask_vllm` is the one function that starts something.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ TIME_LIMIT_S = 120.0
 Ask = Callable[[Question, Mapping[str, str]], Answer | str]
 """Puts a question to vLLM, with the environment of an engine. Text says why there is no answer."""
 
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
 _MODELS = ("tokenizer", "hf_config_path", "spec_model")
 """Arguments that name a directory or something to download."""
 
@@ -137,7 +139,8 @@ def _problem(path: str, value: Any, key: str, verdicts: Sequence[Verdict]) -> Pr
             allowed, action = "what every replica can import", "install it on every node"
             return Problem(path, f"cannot be loaded here: {first.message}", allowed, action, severity="warning")
         case "raised":
-            message = f"vLLM refuses {'these arguments' if first.argument is None else shown(value)}: {first.message}"
+            what = "these arguments" if first.argument is None else shown(value)
+            message = f"vLLM refuses {what}: {_without_flags(first.message)}"
             return Problem(path, message, action="change it" if first.argument else "change one of them")
     names = [name for verdict in verdicts for name in names_in(verdict.kind, verdict.ctx)]
     if names:
@@ -157,6 +160,11 @@ def _choice(path: str, message: str, value: Any, names: Sequence[str]) -> Proble
     guess = nearest(value, names)
     action = f"did you mean {guess!r}?" if guess is not None else "use one of these"
     return Problem(path, message, ", ".join(name for name in names if name), action)
+
+
+def _without_flags(message: str) -> str:
+    """What vLLM says, with names of arguments for flags of its command line."""
+    return _FLAG.sub(lambda flag: flag[1].replace("-", "_"), message.removeprefix("Error: "))
 
 
 def _inside(value: Any, loc: Sequence[int | str]) -> tuple[list[int | str], Any]:

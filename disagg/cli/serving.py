@@ -46,14 +46,17 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    # Without vLLM's opinion first, which takes seconds: a hub that does not answer is told before.
+    report = check_file(args.config, ask=None)
+    if report.ok and report.config is not None and report.config.engine.type == "vllm":
+        extras.require("serve", ("vllm",))
+        if (lost := hub.trouble(report.config.model.source)) is not None:
+            raise ConfigError(f"{lost}; or give the directory of a checkpoint", path="args.model.source")
+        _say("checking the config with vLLM")
     report = check_file(args.config)
     if not report.ok or report.config is None:
         print(report.render(), file=sys.stderr)
         return 1
-    if report.config.engine.type == "vllm":
-        extras.require("serve", ("vllm",))
-        if (lost := hub.trouble(report.config.model.source)) is not None:
-            raise ConfigError(f"{lost}; or give the directory of a checkpoint", path="args.model.source")
     if report.url is None:
         raise ConfigError("nothing would answer HTTP: remove proxy_location: Disabled", path="proxy_location")
     made: list[str] = []

@@ -126,7 +126,7 @@ def test_a_problem_says_what_is_allowed_or_what_to_do() -> None:
         ("max_num_batched_tokens", "8K", "a whole number from 1"),
         ("max_num_queued_tokens", "10k", "write 10000"),
         ("log_level", "debug", "did you mean 'DEBUG'?"),
-        ("enable_log_outputs", True, "requires --enable-log-requests"),
+        ("enable_log_outputs", True, "requires enable_log_requests"),
     ],
 )
 def test_words(argument: str, value: object, words: str) -> None:

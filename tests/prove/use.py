@@ -14,6 +14,7 @@ LINES = {
     4: "tests.prove.use_intake:others_stream_on",
     5: "tests.prove.use_gpu_set:gpu_set_loads",
     6: "tests.prove.use_first_day:first_day",
+    7: "tests.prove.use_values:engine_values",
 }
 
 if __name__ == "__main__":

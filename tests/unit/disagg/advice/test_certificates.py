@@ -86,7 +86,7 @@ def test_the_url_is_one_to_use(http: dict[str, Any], url: str, certificate: Cert
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(data))
     machine = Machine(num_cpus=64, memory_bytes=2**40, port_trouble=lambda host, port: None)
-    report = check_file(file, machine=machine, base_dir=tmp_path)
+    report = check_file(file, machine=machine, base_dir=tmp_path, ask=None)
     assert (report.url, report.certificate) == (url, str(certificate.cert) if tls else None)
     command = curl(url, "tiny", certificate=report.certificate)
     assert (f"--cacert {certificate.cert} " in command) is tls

@@ -96,6 +96,13 @@ def test_each_kind_in_words(value: Any, made: str, verdicts: list[Any], path: st
     assert words in str(found)
 
 
+def test_flags_are_named_as_arguments() -> None:
+    """Nobody starts `vllm serve` here."""
+    said = "Error: --enable-auto-tool-choice requires --tool-call-parser"
+    found = problem({"max_num_seqs": 1}, verdict("max_num_seqs", "raised", said))
+    assert found.message == "vLLM refuses 1: enable_auto_tool_choice requires tool_call_parser"
+
+
 def test_a_module_that_is_not_here_is_a_warning() -> None:
     """A node may have what this machine cannot import."""
     found = problem({"scheduler_cls": "a.B"}, verdict("scheduler_cls", "not_importable", "No module named 'a'"))
