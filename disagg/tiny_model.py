@@ -97,12 +97,29 @@ def write_tiny_model(directory: Path, seed: int = 0) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     sizes = TinyLlama()
-    _write_weights(directory / "model.safetensors", sizes, seed)
+    write_checkpoint(directory, model_config(sizes), tensor_shapes(sizes), sizes.initializer_range, seed)
+
+
+def write_checkpoint(
+    directory: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    initializer_range: float,
+    seed: int = 0,
+) -> None:
+    """Writes a checkpoint of any architecture with random weights and this tokenizer into an existing `directory`.
+
+    Args:
+        config: content of `config.json`, with `VOCAB_SIZE` tokens.
+        shapes: of every tensor, in the order in which they are drawn. Those of one dimension are filled with ones.
+        initializer_range: standard deviation of the others.
+    """
+    _write_weights(directory / "model.safetensors", shapes, initializer_range, seed)
     _write_tokenizer(directory / "tokenizer.json")
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name, content in (
-        ("config.json", model_config(sizes)),
-        ("generation_config.json", _token_ids()),
+        ("config.json", config),
+        ("generation_config.json", token_ids()),
         ("tokenizer_config.json", _tokenizer_config()),
     ):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -129,7 +146,7 @@ def model_config(sizes: TinyLlama) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        **_token_ids(),
+        **token_ids(),
     }
 
 
@@ -163,7 +180,8 @@ def training_text() -> Iterator[str]:
         yield " ".join((stem + ending).capitalize() for stem in _STEMS)
 
 
-def _token_ids() -> dict[str, int]:
+def token_ids() -> dict[str, int]:
+    """The special tokens, in the names of `config.json`."""
     return {
         f"{name}_token_id": SPECIAL_TOKENS.index(token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
     }
@@ -205,7 +223,7 @@ def _write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def _write_weights(path: Path, sizes: TinyLlama, seed: int) -> None:
+def _write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], initializer_range: float, seed: int) -> None:
     """Writes the safetensors format: header length (8 bytes), JSON header padded to 8 bytes, tensors end to end."""
     import numpy
 
@@ -213,10 +231,10 @@ def _write_weights(path: Path, sizes: TinyLlama, seed: int) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     tensors: list[bytes] = []
     offset = 0
-    for name, shape in tensor_shapes(sizes).items():
+    for name, shape in shapes.items():
         values: Any = numpy.ones(shape, dtype=numpy.float32)
         if len(shape) > 1:
-            values = random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(sizes.initializer_range)
+            values = random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(initializer_range)
         bits = values.view(numpy.uint32)
         # bfloat16 is the upper half of a float32, rounded to nearest even.
         tensor = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()

@@ -12,13 +12,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from transport.facts import EngineFacts, Platform
+from transport.kv_layouts import Layouts
 
 Legs = Literal["prefill_first", "both_at_once"]
 """`prefill_first`: the prefill leg's answer says where the KV is, and the gateway puts it into the decode leg.
 `both_at_once`: each engine waits for the other, and the gateway puts into the decode leg what the prefill replica has
 published. The decode engine waits no longer than a lease, and then computes the prompt."""
 
-Feature = Literal["hedging", "prefill_pipeline", "decode_pipeline", "tensor_parallel"]
+Feature = Literal[
+    "hedging",
+    "prefill_pipeline",
+    "prefill_pipeline_sliding_window",
+    "prefill_pipeline_mamba",
+    "decode_pipeline",
+    "tensor_parallel",
+]
+"""`prefill_pipeline_*`: prefill engines in stages whose model has such layers."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,11 @@ class Transport(Protocol):
     @property
     def limits(self) -> Mapping[Feature, Limit]:
         """A feature without an entry has no limit."""
+        ...
+
+    @property
+    def layouts(self) -> Layouts:
+        """What is known of models by how vLLM groups their KV. Each platform has every layout."""
         ...
 
     @property

@@ -3,15 +3,79 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
 
 from transport.facts import EngineFacts
-from transport.tiers import ExternalServerConfig, SharedCacheConfig
+from transport.kv_layouts import NO_ENCODER_DECODER, Known, KvLayout, Layouts, on_both
+from transport.tiers import ExternalServerConfig, SharedCacheConfig, Sink
 
 _MODULE = "transport.in_engine.lmcache.connector"
 _CUDA_TIMEOUTS = 10
 """With an accelerator the server itself copies, and may still run a copy that an engine has given up. So an engine
 waits this many times `mq_timeout_s` before it gives the blocks away. On a CPU the engine copies."""
+
+_REMOVE = "remove shared_cache; offload keeps KV in host memory"
+_ONE_GROUP = "LMCache 0.5.6 takes one group of KV where the engine itself copies it, as on platform cpu"
+_ONE_GROUP_ERROR = "engine-driven transfer does not support multiple KV transfer groups"
+_NO_ENCODER_DECODER = replace(NO_ENCODER_DECODER, error="LMCache cannot serve this model's KV cache groups")
+_REFUSED_ON_CPU: Mapping[KvLayout, Known] = {
+    "full_and_sliding_window": Known(
+        "refused",
+        _ONE_GROUP,
+        "set model.engine_kwargs.disable_hybrid_kv_cache_manager: true, by which vLLM keeps every token in every "
+        f"layer, or {_REMOVE}",
+        _ONE_GROUP_ERROR,
+    ),
+    "mamba": Known("refused", _ONE_GROUP, _REMOVE, _ONE_GROUP_ERROR),
+    "short_conv": Known("refused", _ONE_GROUP, _REMOVE, _ONE_GROUP_ERROR),
+    "cross_attention": _NO_ENCODER_DECODER,
+}
+"""Source: LMCache 0.5.6 `EngineDrivenTransferContext.register`, `validate_kv_cache_groups`."""
+_MLA_IS_NOT_STORED = Known(
+    "refused",
+    "on a CPU without AMX vLLM turns prefix caching off for MLA, and LMCache stores nothing without it",
+    _REMOVE,
+    "lmcache.mp.lazy_offload requires vLLM prefix caching",
+)
+"""Source: vLLM 0.32 `CpuPlatform.check_and_update_config`, LMCache 0.5.6 `LMCacheMPConnector.__init__`."""
+_MLA_IS_NOT_FOUND = Known(
+    "partly",
+    "no engine on a CPU without AMX stores any KV of MLA, so there is nothing to read",
+    _REMOVE,
+)
+_DROPPED = Known(
+    "partly",
+    "vLLM drops what has fallen out of the window, so sinks unused and evicted store nothing of a longer prompt",
+    "set shared_cache.sink: write_through",
+)
+"""Of layers with a window. Source: `transport.in_engine.lmcache.sink.leading_tokens`, and for LMCache's own policy a
+look at an engine."""
+_BLOCKS_OF_STATES = Known(
+    "unseen",
+    action="set shared_cache.server.chunk_tokens to a multiple of the KV block that vLLM's "
+    "log names, and compare answers with and without the cache before you rely on it",
+)
+"""vLLM makes a KV block as large as a state."""
+
+
+def _layouts(sink: Sink) -> Layouts:
+    mla = _MLA_IS_NOT_FOUND if sink == "off" else _MLA_IS_NOT_STORED
+    cpu = {**_REFUSED_ON_CPU, "mla_attention": mla}
+    cuda: dict[KvLayout, Known] = {
+        "mamba": _BLOCKS_OF_STATES,
+        "short_conv": _BLOCKS_OF_STATES,
+        "cross_attention": _NO_ENCODER_DECODER,
+    }
+    if sink in ("unused", "evicted"):
+        cpu["sliding_window"] = _DROPPED
+        cuda["sliding_window"] = cuda["full_and_sliding_window"] = replace(_DROPPED, state="unseen")
+    return on_both(cpu=cpu, cuda=cuda)
+
+
+LAYOUTS: dict[Sink, Layouts] = {sink: _layouts(sink) for sink in get_args(Sink)}
+"""By what prefill engines store."""
 
 
 def lmcache_child(config: SharedCacheConfig, facts: EngineFacts) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from transport.facts import EngineFacts
+from transport.kv_layouts import MLA_ON_CPU, NO_ENCODER_DECODER, Layouts, on_both
 from transport.tiers import OffloadConfig
 
 GIB = 1024**3
@@ -20,6 +21,12 @@ _SPEC_NAMES = {
     ("cpu", True): "HostTieringOffloadingSpec",
 }
 """By platform, and whether there is a disk."""
+
+OFFLOAD_LAYOUTS: Layouts = on_both(
+    cpu={"mla_attention": MLA_ON_CPU, "cross_attention": NO_ENCODER_DECODER},
+    cuda={"cross_attention": NO_ENCODER_DECODER},
+)
+"""With and without a disk."""
 
 
 def offload_child(config: OffloadConfig, facts: EngineFacts) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, TypeGuard
 
+from disagg.advice.fit_layouts import check_layouts
 from disagg.advice.machine import Machine
 from disagg.advice.problems import Problem
 from disagg.config import AppConfig
@@ -130,33 +131,8 @@ def check_tiers(config: AppConfig, environment: Mapping[str, str], prefix: str) 
 
 
 def check_tier_layout(config: AppConfig, checkpoint: Checkpoint, prefix: str) -> list[Problem]:
-    """The model's KV layout against what the tiers can keep, and their sizes against one prompt."""
-    problems: list[Problem] = []
-    if config.shared_cache is not None:
-        reason = None
-        if checkpoint.cross_attention:
-            reason = "an encoder-decoder, and LMCache stores no KV of cross-attention"
-        elif checkpoint.recurrent:
-            reason = "a hybrid whose Mamba or linear-attention layers keep a state, which LMCache's chunks do not fit"
-        if reason:
-            problems.append(
-                Problem(
-                    f"{prefix}.shared_cache",
-                    f"the model is {reason}",
-                    "models that keep keys and values of every token",
-                    "remove shared_cache; offload keeps KV in host memory",
-                )
-            )
-        elif checkpoint.windowed:
-            problems.append(
-                Problem(
-                    f"{prefix}.shared_cache",
-                    "some layers of the model see a sliding window only, which is untested with LMCache",
-                    action="compare answers with and without the tier before you rely on it",
-                    severity="warning",
-                )
-            )
-    return problems + _check_room(config, checkpoint, prefix)
+    """The model's KV layout against the transport and the tiers, and the tiers' sizes against one prompt."""
+    return check_layouts(config, checkpoint, prefix) + _check_room(config, checkpoint, prefix)
 
 
 def memory_demands(config: AppConfig, engines: Mapping[str, int], prefix: str) -> list[Demand]:

@@ -2,7 +2,8 @@
 """Writes the generated pages of docs/: `python -m disagg.pages.generate`; with `--check` it compares.
 
 Names, types, defaults and descriptions have their home on the config models' fields and on the metrics, so the pages
-cannot drift. The page of the metrics is `disagg.pages.metrics`, that of the API `disagg.pages.api`.
+cannot drift. The page of the metrics is `disagg.pages.metrics`, that of the API `disagg.pages.api`, and a section of
+that of the tiers `disagg.pages.layouts`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from disagg.config import AppConfig
 from disagg.pages import api as api_page
+from disagg.pages import layouts as layouts_section
 from disagg.pages import metrics as metrics_page
 from pools.config import RESERVED_ENGINE_KWARGS, SHARED_ENGINE_KWARGS, WITHOUT_EFFECT
 
@@ -187,8 +189,14 @@ def _one_line(text: str | None) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page by its path in the repository."""
-    return {PAGE: page(), METRICS_PAGE: metrics_page.page(), API_PAGE: api_page.page()}
+    """Every generated page by its path in the repository. Reads those of which only a section is generated."""
+    tiers = layouts_section.PAGE
+    return {
+        PAGE: page(),
+        METRICS_PAGE: metrics_page.page(),
+        API_PAGE: api_page.page(),
+        tiers: layouts_section.page(tiers.read_text(encoding="utf-8")),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

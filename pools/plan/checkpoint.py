@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transport.errors import ConfigError
+from transport.kv_layouts import KvLayout
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
@@ -34,6 +35,11 @@ _RECURRENT_KEYS = (
     "conv_L_cache",
 )
 _RECURRENT_MODELS = re.compile(r"mamba|jamba|bamba|rwkv|nemotron_h|falcon_h1|plamo2|minimax_text_01|minimax_m1|lfm2")
+_ALTERNATING_MODELS = re.compile(
+    r"afmoe|cohere2|cwm|dots1|exaone4|exaone_moe|gemma2|gemma3|gemma4|gpt_oss|granite_swa|granitemoe_swa|laguna|mellum"
+    r"|mimo_v2|muse_glimmer|olmo3|vaultgemma"
+)
+"""Models that have full attention in some layers, without saying in which. An older `config.json` lists no layers."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,8 @@ class Checkpoint:
     weight_bytes: int
     """Size of the weight files."""
     has_tokenizer: bool
-    recurrent: bool = False
-    """Some layers keep a state (Mamba, linear attention, short convolution) instead of keys and values per token."""
-    cross_attention: bool = False
-    """An encoder-decoder: the decoder also attends to what the encoder made."""
-    windowed: bool = False
-    """Some layers, not all, see a sliding window only, so vLLM keeps KV in more than one group."""
+    kv_layout: KvLayout = "full_attention"
+    """How vLLM groups the KV with its hybrid KV cache manager on, as far as `config.json` tells."""
 
 
 def local_directory(source: str, base_dir: Path) -> Path | None:
@@ -97,10 +99,44 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         kv_elements_per_token=_kv_elements(text),
         weight_bytes=sum(file.stat().st_size for file in directory.iterdir() if file.suffix in _WEIGHT_SUFFIXES),
         has_tokenizer=any((directory / name).is_file() for name in _TOKENIZER_FILES),
-        recurrent=_is_recurrent(text),
-        cross_attention=bool(config.get("is_encoder_decoder")),
-        windowed=any("sliding" in kind or "chunked" in kind for kind in _layer_types(text)),
+        kv_layout=_kv_layout(config, text),
     )
+
+
+def _kv_layout(config: Mapping[str, Any], text: Mapping[str, Any]) -> KvLayout:
+    """How vLLM groups the KV. Chunked attention (Llama 4) counts as full: vLLM turns its hybrid manager off for it.
+
+    Source:
+        vLLM 0.32 `VllmConfig.__post_init__` (`attention_chunk_size`), `EngineArgs.create_engine_config`
+        (`sliding_window`: that of all layers only where no list of layers names others), `ModelConfig.use_mla`.
+    """
+    if config.get("is_encoder_decoder"):
+        return "cross_attention"
+    if _is_recurrent(text):
+        lightning = any("BailingMoeV2_5" in str(name) for name in config.get("architectures") or ())
+        return "short_conv" if lightning or _number(text, "conv_L_cache") or "conv" in _layer_types(text) else "mamba"
+    # MiniCPM3 keeps keys and values; only its weights are latent.
+    if _number(text, "kv_lora_rank") and text.get("model_type") != "minicpm3":
+        return "mla_attention"
+    if text.get("use_sliding_window") is False or not text.get("sliding_window", True):
+        return "full_attention"
+    kinds = {"sliding" if "sliding" in kind else "full" for kind in _layer_types(text)}
+    if not kinds and "sliding_window" in text:
+        kinds = _kinds_of_windowed(text)
+    if kinds == {"sliding", "full"}:
+        return "full_and_sliding_window"
+    return "sliding_window" if kinds == {"sliding"} else "full_attention"
+
+
+def _kinds_of_windowed(text: Mapping[str, Any]) -> set[str]:
+    """Kinds of layers in a model with a window whose `config.json` lists no layers."""
+    if _ALTERNATING_MODELS.search(str(text.get("model_type", ""))):
+        return {"sliding", "full"}
+    first, layers = _number(text, "max_window_layers"), _number(text, "num_hidden_layers")
+    if first is None or layers is None:
+        return {"sliding"}
+    # Qwen2: the first `max_window_layers` layers have no window.
+    return {"full"} if first >= layers else {"sliding", "full"}
 
 
 def _layer_types(config: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from transport.config import MooncakeConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
 from transport.handoff_params import HANDOFF_ID, REMOTE_PREFILL
+from transport.kv_layouts import NO_ENCODER_DECODER, MLA_ON_CPU, Layouts, on_both
 
 _PIPELINE = Limit("Mooncake hand-off with an engine in pipeline stages is untested", refused=False)
 
@@ -48,6 +49,10 @@ class Mooncake:
         "prefill_pipeline": _PIPELINE,
         "decode_pipeline": _PIPELINE,
     }
+    layouts: ClassVar[Layouts] = on_both(
+        cpu={"mla_attention": MLA_ON_CPU, "cross_attention": NO_ENCODER_DECODER},
+        cuda={"cross_attention": NO_ENCODER_DECODER},
+    )
 
     @property
     def kv_lease_duration_s(self) -> int:

@@ -14,6 +14,10 @@ from transport.config import NixlConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
 from transport.handoff_params import HANDOFF_ID
+from transport.kv_layouts import NO_CONVOLUTION_OVER_NIXL, NO_ENCODER_DECODER, MLA_ON_CPU, Layouts, on_both
+
+_NO_STAGES = Limit("NIXL in pull mode cannot hand their KV off from an engine in pipeline stages", refused=True)
+"""Source: vLLM 0.32 `NixlBaseConnectorWorker.__init__`."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,18 @@ class Nixl:
     packages: ClassVar[Mapping[Platform, str]] = {"cpu": "nixl", "cuda": "nixl"}
     limits: ClassVar[Mapping[Feature, Limit]] = {
         "decode_pipeline": Limit("a NIXL decode engine cannot be split into pipeline stages", refused=True),
-        "prefill_pipeline": Limit(
-            "NIXL hand-off from an engine in pipeline stages is untested, and refused for hybrid models", refused=False
-        ),
+        "prefill_pipeline": Limit("NIXL hand-off from an engine in pipeline stages is untested", refused=False),
+        "prefill_pipeline_sliding_window": _NO_STAGES,
+        "prefill_pipeline_mamba": _NO_STAGES,
     }
+    layouts: ClassVar[Layouts] = on_both(
+        cpu={
+            "mla_attention": MLA_ON_CPU,
+            "short_conv": NO_CONVOLUTION_OVER_NIXL,
+            "cross_attention": NO_ENCODER_DECODER,
+        },
+        cuda={"short_conv": NO_CONVOLUTION_OVER_NIXL, "cross_attention": NO_ENCODER_DECODER},
+    )
 
     @property
     def kv_lease_duration_s(self) -> int:
@@ -65,8 +77,13 @@ class Nixl:
         }
 
     def env(self, facts: EngineFacts) -> dict[str, str]:
-        """Where this engine answers NIXL handshakes."""
+        """Where this engine answers NIXL handshakes, and how it lays out the states of Mamba layers, if it has any.
+
+        Source:
+            vLLM 0.32 `nixl/base_worker.py` asserts this layout. On CPUs alone vLLM chooses it by itself.
+        """
         return {
+            "VLLM_SSM_CONV_STATE_LAYOUT": "DS",
             "VLLM_NIXL_SIDE_CHANNEL_HOST": self._host(facts),
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(facts.listener_port),
         }

@@ -15,6 +15,7 @@ from transport.config import NixlConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
 from transport.handoff_params import HANDOFF_ID, REMOTE_PREFILL
+from transport.kv_layouts import NO_CONVOLUTION_OVER_NIXL, NO_ENCODER_DECODER, MLA_ON_CPU, Layouts, on_both
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,19 @@ class NixlPush:
         ),
         "decode_pipeline": Limit("a NIXL decode engine cannot be split into pipeline stages", refused=True),
         "prefill_pipeline": Limit("NIXL push from an engine in pipeline stages is untested", refused=False),
+        "prefill_pipeline_mamba": Limit(
+            "NIXL in push mode cannot hand their states off from an engine in pipeline stages", refused=True
+        ),
         "tensor_parallel": Limit("NIXL push between engines of several ranks is untested", refused=False),
     }
+    layouts: ClassVar[Layouts] = on_both(
+        cpu={
+            "mla_attention": MLA_ON_CPU,
+            "short_conv": NO_CONVOLUTION_OVER_NIXL,
+            "cross_attention": NO_ENCODER_DECODER,
+        },
+        cuda={"short_conv": NO_CONVOLUTION_OVER_NIXL, "cross_attention": NO_ENCODER_DECODER},
+    )
 
     @property
     def kv_lease_duration_s(self) -> int:
@@ -69,8 +81,15 @@ class NixlPush:
         }
 
     def env(self, facts: EngineFacts) -> dict[str, str]:
-        """Where this engine answers NIXL handshakes, and the question whether a hand-off is still to come."""
+        """Where this engine answers NIXL handshakes, and the question whether a hand-off is still to come.
+
+        Also how it lays out the states of Mamba layers, if it has any.
+
+        Source:
+            vLLM 0.32 `nixl/base_worker.py` asserts this layout. On CPUs alone vLLM chooses it by itself.
+        """
         return {
+            "VLLM_SSM_CONV_STATE_LAYOUT": "DS",
             "VLLM_NIXL_SIDE_CHANNEL_HOST": self._host(facts),
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(facts.listener_port),
         }

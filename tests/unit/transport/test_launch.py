@@ -65,8 +65,10 @@ def test_config_is_json_able() -> None:
 
 @pytest.mark.parametrize(("setting", "host"), [(None, "10.0.0.5"), ("192.168.1.9", "192.168.1.9")])
 def test_side_channel(setting: str | None, host: str) -> None:
-    """The handshake address is the node's unless a setting names another; the port is the replica's."""
+    """The handshake address is the node's unless a setting names another; the port is the replica's. The layout is the
+    one in which vLLM hands states over."""
     assert planned("prefill", side_channel_host=setting).env == {
+        "VLLM_SSM_CONV_STATE_LAYOUT": "DS",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": "4711",
     }

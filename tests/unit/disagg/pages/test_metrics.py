@@ -20,6 +20,7 @@ from disagg.observability.engine_metrics import ENGINE_METRICS, SERVER_METRICS
 from disagg.observability.metrics import AMOUNTS, QUARANTINES, TIERS, Metrics
 from disagg.observability.outcomes import TOTALS
 from disagg.pages import generate as docs
+from disagg.pages import layouts
 from disagg.pages.metrics import LABEL_VALUES, LOCAL_PREFILL_REASONS, MetricInfo, metrics
 from disagg.routing.candidates import NO_WARM_PAIR
 from disagg.routing.views import Mode
@@ -98,6 +99,9 @@ def test_check_says_which_page_is_stale(
 ) -> None:
     """`--check` fails on a missing or edited page, names it, and passes after a run without it."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / layouts.PAGE).parent.mkdir()
+    (tmp_path / layouts.PAGE).write_text(f"# Tiers\n\n{layouts.BEGIN}\n{layouts.END}\n")
+    assert docs.main(["--check"]) == 1
     assert docs.main([]) == 0
     assert docs.main(["--check"]) == 0
     (tmp_path / docs.METRICS_PAGE).write_text("edited")

@@ -58,7 +58,7 @@ def test_kv_size_unknown(extra: dict[str, object], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "recurrent"),
+    ("extra", "has_states"),
     [
         ({}, False),
         ({"layer_types": ["full_attention"] * 4}, False),
@@ -81,28 +81,52 @@ def test_kv_size_unknown(extra: dict[str, object], tmp_path: Path) -> None:
         ({"text_config": {**LLAMA, "layer_types": ["linear_attention"]}}, True),
     ],
 )
-def test_recurrent(extra: dict[str, object], recurrent: bool, tmp_path: Path) -> None:
+def test_states(extra: dict[str, object], has_states: bool, tmp_path: Path) -> None:
     """A list of the layers says whether some keep a state; without one, the names that such models use."""
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **extra}))
     checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint.recurrent is recurrent
-    assert not recurrent or checkpoint.kv_elements_per_token is None
+    assert (checkpoint.kv_layout in ("mamba", "short_conv")) is has_states
+    assert not has_states or checkpoint.kv_elements_per_token is None
+
+
+WINDOW = {"sliding_window": 512}
 
 
 @pytest.mark.parametrize(
-    ("extra", "expected"),
+    ("extra", "layout"),
     [
-        ({}, (False, False)),
-        ({"is_encoder_decoder": True}, (True, False)),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, (False, True)),
-        ({"layer_types": ["chunked_attention", "full_attention"]}, (False, True)),
+        ({}, "full_attention"),
+        ({"layer_types": ["full_attention"] * 4, **WINDOW}, "full_attention"),
+        ({"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 8192}, "full_attention"),
+        ({"layer_types": ["sliding_attention", "full_attention"], **WINDOW}, "full_and_sliding_window"),
+        ({"layer_types": ["sliding_attention"] * 4, **WINDOW}, "sliding_window"),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": None}, "full_attention"),
+        ({"model_type": "mistral", **WINDOW}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": None}, "full_attention"),
+        ({"model_type": "gemma2", **WINDOW}, "full_and_sliding_window"),
+        ({"text_config": {"model_type": "gemma3_text", **WINDOW}}, "full_and_sliding_window"),
+        ({"model_type": "qwen2", "use_sliding_window": False, **WINDOW}, "full_attention"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 4, **WINDOW}, "full_attention"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2, **WINDOW},
+            "full_and_sliding_window",
+        ),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, **WINDOW}, "sliding_window"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "mla_attention"),
+        ({"model_type": "minicpm3", "kv_lora_rank": 256}, "full_attention"),
+        ({"model_type": "kimi_linear", "kv_lora_rank": 512, "linear_attn_config": {"num_heads": 32}}, "mamba"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3}, "short_conv"),
+        (
+            {"architectures": ["BailingMoeV2_5ForCausalLM"], "layer_types": ["linear_attention", "full_attention"]},
+            "short_conv",
+        ),
+        ({"is_encoder_decoder": True}, "cross_attention"),
     ],
 )
-def test_kinds_of_attention(extra: dict[str, object], expected: tuple[bool, bool], tmp_path: Path) -> None:
-    """Cross-attention and layers with a window are told from plain attention."""
+def test_kv_layout(extra: dict[str, object], layout: str, tmp_path: Path) -> None:
+    """Kinds of layers decide; where none are listed, what vLLM makes of the model's window."""
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **extra}))
-    checkpoint = read_checkpoint(tmp_path)
-    assert (checkpoint.cross_attention, checkpoint.windowed) == expected
+    assert read_checkpoint(tmp_path).kv_layout == layout
 
 
 @pytest.mark.parametrize(
