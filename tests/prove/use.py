@@ -15,6 +15,7 @@ LINES = {
     5: "tests.prove.use_gpu_set:gpu_set_loads",
     6: "tests.prove.use_first_day:first_day",
     7: "tests.prove.use_values:engine_values",
+    8: "tests.prove.use_layouts:kv_layouts",
 }
 
 if __name__ == "__main__":

@@ -91,6 +91,20 @@ FAULTS = (
         ("session_id", "cache_salt", "a table of every field of vLLM's requests"),
     ),
     Fault(
+        6,
+        "dtype: bf16",
+        "ok",
+        "refused with its path, what is allowed, and the nearest that exists",
+        (f"{U}/disagg/advice/test_values.py", "tests/component/test_engine_values.py"),
+        (
+            "names of vLLM's registries: parsers, backends, quantizations",
+            "values inside of mappings: speculative_config, compilation_config",
+            "arguments that reach the private engine but no client",
+            "arguments that only work together",
+            "xxhash with what outlives a process",
+        ),
+    ),
+    Fault(
         7,
         "a cold prompt with n: 2",
         "896 cached tokens a choice",
@@ -119,6 +133,21 @@ FAULTS = (
         "every library is in the set, the image or the driver",
         (f"{U}/scripts", f"{U}/test_packaging.py"),
         (),
+    ),
+    Fault(
+        10,
+        "a hybrid model with shared_cache on platform cpu",
+        "a warning, and the engine dies",
+        "refused with what helps; one table for every transport, tier, layout and platform",
+        (f"{U}/disagg/advice/test_fit_layouts.py", f"{U}/transport/test_parts.py", f"{U}/disagg/pages"),
+        (
+            "MLA with a sink that stores",
+            "sliding windows with sinks that act on what is left",
+            "short convolution over NIXL",
+            "encoder-decoders",
+            "a hybrid model without vLLM's hybrid KV cache manager",
+            "prefill in pipeline stages",
+        ),
     ),
     Fault(
         11,
