@@ -128,7 +128,7 @@ Bodies are JSON; `Content-Encoding` may be `gzip` or `deflate`. Of the headers t
 [goes on](security.md#what-a-client-cannot-send-on). `X-Request-Id` names the request in logs, in the ledger and in the
 decode engine when it has at most 128 letters, digits, `.`, `_`, `:` and `-`; else these use an id of the gateway's own.
 Ray Serve reads `x-request-timeout-seconds`: a request that has no answer after so many seconds is ended, with 408 as
-plain text.
+plain text. A stream that has begun then breaks off without a word; `gateway.max_stream_s` ends streams with an event.
 
 ### Refused by the gateway
 
