@@ -19,9 +19,16 @@ def serves_tls(http: Mapping[str, Any]) -> bool:
     return bool(http.get(CERTIFICATE) and http.get(KEY))
 
 
-def check_certificates(http: Mapping[str, Any]) -> list[Problem]:
-    """Problems of the `ssl_*` fields: half a pair, files that are not there, and a key of another certificate."""
+def check_certificates(http: Mapping[str, Any], *, haproxy: bool = False) -> list[Problem]:
+    """Problems of the `ssl_*` fields: half a pair, files that are not there, and a key of another certificate.
+
+    `haproxy`: whether HAProxy answers in place of Serve's own proxy. Serve 2.60 gives it no certificate, but lets
+    gateway replicas speak TLS, so that it reaches none of them.
+    """
     given = {name: http[name] for name in _FILES if http.get(name) is not None}
+    if given and haproxy:
+        message, action = "HAProxy, as Serve runs it, speaks no TLS", "remove it, and end TLS in front of HAProxy"
+        return [Problem(f"http_options.{name}", message, "nothing with HAProxy", action) for name in given]
     problems = [
         Problem(f"http_options.{name}", f"is missing, and {other} is set", "both or none", f"set it, or remove {other}")
         for name, other in ((CERTIFICATE, KEY), (KEY, CERTIFICATE))

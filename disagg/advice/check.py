@@ -290,7 +290,7 @@ def _check_ports(data: Mapping[str, Any], machine: Machine) -> tuple[str | None,
         return None, []
     wanted = [("http_options.port", host, port)]
     env = serve_file.controller_env(data)
-    if env.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    if serve_file.uses_haproxy(data):
         wanted += [
             (f"controller_options.runtime_env.env_vars.{name}", "0.0.0.0", int(value))
             for name, default in _HAPROXY_PORTS.items()
@@ -351,7 +351,7 @@ def _check_drain(config: AppConfig, data: Mapping[str, Any], application: Mappin
             problems.append(Problem(path, message, action="remove it", severity="warning"))
     env = serve_file.controller_env(data)
     hard_stop = env.get("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "120")
-    if env.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" and hard_stop.isdecimal() and int(hard_stop) < limits["decode"]:
+    if serve_file.uses_haproxy(data) and hard_stop.isdecimal() and int(hard_stop) < limits["decode"]:
         path = "controller_options.runtime_env.env_vars.RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
         message = f"HAProxy cuts open streams {hard_stop} s after any change of replicas"
         allowed = f"above decode.drain_timeout_s ({limits['decode']:g})"

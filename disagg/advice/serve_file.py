@@ -110,7 +110,7 @@ def check_serve(data: Any) -> list[Problem]:
     if not isinstance(data, dict):
         return [Problem("", f"expected a mapping with applications, not {shown(data)}", "a Serve config file")]
     problems = _unknown(data, _TOP_KEYS, "")
-    problems += _check_http(data.get("http_options"))
+    problems += _check_http(data.get("http_options"), uses_haproxy(data))
     problems += _check_controller(data.get("controller_options"))
     location = data.get("proxy_location")
     if location is not None and location not in _PROXY_LOCATIONS:
@@ -169,7 +169,12 @@ def deployment_overrides(application: Mapping[str, Any]) -> dict[str, Mapping[st
     }
 
 
-def _check_http(http: Any) -> list[Problem]:
+def uses_haproxy(data: Mapping[str, Any]) -> bool:
+    """Whether Serve runs HAProxy in place of its own proxy."""
+    return controller_env(data).get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def _check_http(http: Any, haproxy: bool) -> list[Problem]:
     if http is None:
         return []
     if not isinstance(http, dict):
@@ -180,7 +185,7 @@ def _check_http(http: Any) -> list[Problem]:
         problems.append(Problem("http_options.port", f"{shown(port)} is not a port", "1 to 65535", "change it"))
     if not isinstance(http.get("host", ""), str):
         problems.append(Problem("http_options.host", f"{shown(http['host'])} is not an address", "a string"))
-    return problems + check_certificates(http)
+    return problems + check_certificates(http, haproxy=haproxy)
 
 
 def _check_controller(controller: Any) -> list[Problem]:

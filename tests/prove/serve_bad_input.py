@@ -23,9 +23,9 @@ MIN_HTTP = 40
 MIN_CONFIG = 20
 MIN_EXAMPLES = 2000
 ANSWER_S = 0.5
-"""Serve's limit of a whole answer, in a header. It cuts a stream off without a word, so here streams have a limit of the
-gateway's, and Serve's is longer."""
+"""Serve's limit of a whole answer, in a header."""
 STREAM_S, LONGER_S = 0.3, 0.9
+"""Serve's limit cuts streams off without a word. So here the gateway has one of its own, and Serve's is longer."""
 
 
 def bad_input() -> list[Row]:

@@ -53,6 +53,23 @@ def test_files_that_cannot_be_read(changes: Mapping[str, Any], path: str, words:
     assert any(problem.path == f"http_options.{path}" and words in problem.message for problem in problems)
 
 
+def test_haproxy_speaks_no_tls(certificate: Certificate) -> None:
+    """Whatever the files are, because the gateways would speak TLS and HAProxy would not."""
+    problems = check_certificates(options(certificate), haproxy=True)
+    assert [problem.path for problem in problems] == ["http_options.ssl_certfile", "http_options.ssl_keyfile"]
+    assert check_certificates({}, haproxy=True) == []
+
+
+def test_haproxy_is_seen_in_the_file(certificate: Certificate, tmp_path: Path) -> None:
+    """By the environment that the file gives to Serve's controller."""
+    file = tmp_path / "haproxy.yaml"
+    config = yaml.safe_load(QUICKSTART.with_name("quickstart-haproxy.yaml").read_text())
+    config["http_options"] = {**config.get("http_options", {}), **options(certificate)}
+    file.write_text(yaml.safe_dump(config))
+    problems = check_file(file, base_dir=tmp_path, machine=None, require_model=False, ask=None).problems
+    assert {"http_options.ssl_certfile", "http_options.ssl_keyfile"} <= {problem.path for problem in problems}
+
+
 def test_pairs_that_do_not_fit(certificate: Certificate, tmp_path: Path) -> None:
     """Another certificate's key, a wrong password or none, and a file that is no certificate."""
     other, locked = self_signed(tmp_path, "other"), self_signed(tmp_path, "locked", password="secret")
