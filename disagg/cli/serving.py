@@ -92,6 +92,9 @@ def _serve(args: argparse.Namespace) -> int:
                 pasted = curl(
                     report.url, report.config.model.id, needs_key=keys is not None, certificate=report.certificate
                 )
+                if not {"RAY_AUTH_MODE", "RAY_ADDRESS"} & os.environ.keys():
+                    # Ray 2.60 then asks for a token of its own, and other shells do not know.
+                    _say("Serve's own commands: RAY_AUTH_MODE=token serve status")
                 print(f"{report.url}\n{pasted}", flush=True)
                 trouble = _until_interrupted(serving, args.verbose, interrupts)
         finally:

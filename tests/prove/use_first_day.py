@@ -140,7 +140,7 @@ class Day:
             rows = self._start_rows(lines)
             models = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]]
             rows.append(self.row("a model in one step", str(models), "['my-model']", models == ["my-model"]))
-            rows += self._ray_commands()
+            rows += self._ray_commands(lines)
             rows += self._beside(file)
             rows += self._requests(url)
             rows += self._scaling(url)
@@ -165,12 +165,16 @@ class Day:
             self.row("503s of a start in the log as `GET /`", str(roots), "0", roots == 0),
         ]
 
-    def _ray_commands(self) -> list[Row]:
-        """Serve's own command line beside a running application, as docs/operations.md has it."""
+    def _ray_commands(self, lines: list[str]) -> list[Row]:
+        """Serve's own command line beside a running application, as `disagg serve` has printed it."""
+        said = any("RAY_AUTH_MODE=token serve status" in line for line in lines)
         found = _run(self.where, "serve", "status", name="serve-status", RAY_AUTH_MODE="token")
         traceback = "Traceback" in found.text
         holds = found.code == 0 and not traceback and "disagg" in found.text
-        return [self.row("serve status", f"exit {found.code}, {len(found.lines)} lines", "no traceback", holds)]
+        return [
+            self.row("how Serve's commands are called", "said" if said else "not said", "said", said),
+            self.row("serve status", f"exit {found.code}, {len(found.lines)} lines", "no traceback", holds),
+        ]
 
     def _beside(self, file: str) -> list[Row]:
         refused = _run(self.where, "disagg", "check", file, name="check-beside")
