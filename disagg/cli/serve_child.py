@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.serve import scripts
 
 from pools.borrowed import BORROWED, SERVE_SHUTDOWN
-from pools.replica.serve_details import details, end, without_place
+from pools.replica.serve_details import details, end, to_come, without_place
 from transport.upstream.guard import require
 from transport.upstream.replacing import replace
 
@@ -49,6 +49,9 @@ def drain(timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None
             # Serve would wait for these as long as for a drain, and tells nothing of them once they are to go.
             unplaced = without_place(details(name))
             serve.delete(name, _blocking=False)
+            # Before they are to go it would start others in their place.
+            while to_come(details(name)) and clock() < deadline:
+                time.sleep(_LOOK_S)
             end(unplaced)
         while serve.status().applications and clock() < deadline:
             time.sleep(_LOOK_S)

@@ -49,6 +49,11 @@ def without_place(deployments: Mapping[str, Any], *, stopping: bool = False) -> 
     ]
 
 
+def to_come(deployments: Mapping[str, Any]) -> bool:
+    """Whether Serve still wants a replica that Ray has not placed. Pure."""
+    return set(without_place(deployments)) > set(without_place(deployments, stopping=True))
+
+
 def end(actor_names: Sequence[str]) -> int:
     """Kill actors of Serve's. Returns how many were there. Blocks briefly."""
     ended = 0

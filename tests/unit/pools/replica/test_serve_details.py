@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pools.replica.serve_details import without_place
+from pools.replica.serve_details import to_come, without_place
 
 
 def replica(name: str, state: str, **fields: Any) -> dict[str, Any]:
@@ -22,3 +22,11 @@ def test_replicas_without_a_place() -> None:
     found = {"decode": {"replicas": replicas}, "prefill": {"replicas": []}}
     assert without_place(found) == ["waits", "goes"]
     assert without_place(found, stopping=True) == ["goes"]
+
+
+def test_replicas_that_are_still_wanted() -> None:
+    """One without a place that is not to stop: Serve would start another one if it ended."""
+    waits, goes, starts = replica("w", "STARTING"), replica("g", "STOPPING"), replica("s", "STARTING", node_id="n")
+    assert to_come({"decode": {"replicas": [waits, goes]}})
+    assert not to_come({"decode": {"replicas": [goes, starts]}})
+    assert not to_come({})
