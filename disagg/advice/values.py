@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from pools.plan.verdicts import Answer, PoolArguments, Question, Verdict
 
 TIME_LIMIT_S = 120.0
 """What the process may take. With everything in the page cache it takes eleven seconds of a slow core."""
+
+_LOOK_S = 0.2
 
 Ask = Callable[[Question, Mapping[str, str]], Answer | str]
 """Puts a question to vLLM, with the environment of an engine. Text says why there is no answer."""
@@ -75,11 +78,13 @@ def ask_vllm(
     *,
     time_limit_s: float = TIME_LIMIT_S,
     command: Sequence[str] = (sys.executable, "-m", "pools.judge"),
+    given_up: Callable[[], bool] | None = None,
 ) -> Answer | str:
     """The answer of a process that imports vLLM, or why there is none. Blocks for seconds; downloads nothing.
 
     Args:
         command: the process; the name of the file for its answer is added.
+        given_up: asked several times a second; True ends the process.
     """
     with tempfile.TemporaryDirectory(prefix="disagg-check-") as directory:
         file = Path(directory) / "answer.json"
@@ -92,11 +97,13 @@ def ask_vllm(
             start_new_session=True,  # vLLM may start a process that looks at the model's class
         )
         try:
-            _, said = process.communicate(question.model_dump_json().encode(), timeout=time_limit_s)
+            said = _communicate(process, question.model_dump_json().encode(), time_limit_s, given_up)
         except subprocess.TimeoutExpired:
             return f"the process that asks vLLM took longer than {time_limit_s:g} s"
         finally:
             _end(process)
+        if said is None:
+            return "nobody waits for it any more"
         if process.returncode:
             last = said.decode(errors="replace").strip().rpartition("\n")[2]
             return f"the process that asks vLLM ended with code {process.returncode}: {last[:300]}"
@@ -104,6 +111,27 @@ def ask_vllm(
             return Answer.model_validate_json(file.read_bytes())
         except (OSError, ValidationError) as exc:
             return f"the process that asks vLLM gave no answer: {str(exc).splitlines()[0]}"
+
+
+def _communicate(
+    process: subprocess.Popen[bytes], question: bytes, time_limit_s: float, given_up: Callable[[], bool] | None
+) -> bytes | None:
+    """What it wrote to stderr; None when it was given up.
+
+    Raises:
+        TimeoutExpired: it took longer.
+    """
+    if given_up is None:
+        return process.communicate(question, timeout=time_limit_s)[1]
+    deadline, rest = time.monotonic() + time_limit_s, question
+    while not given_up():
+        try:
+            return process.communicate(rest or None, timeout=_LOOK_S)[1]
+        except subprocess.TimeoutExpired:
+            rest = b""  # it is on its way
+            if time.monotonic() > deadline:
+                raise
+    return None
 
 
 def check_values(config: AppConfig, verdicts: Iterable[Verdict], prefix: str) -> list[Problem]:

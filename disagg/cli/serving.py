@@ -22,6 +22,7 @@ import httpx
 from disagg.advice.check import check_file
 from disagg.cli import extras, hub, other_model
 from disagg.cli.connection import find_key
+from disagg.cli.second_opinion import SecondOpinion
 from disagg.cli.starting import Starting
 from disagg.cli.supervise import ServeRun, reason
 from disagg.config import FileKeysConfig
@@ -46,17 +47,15 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    # Without vLLM's opinion first, which takes seconds: a hub that does not answer is told before.
+    # What vLLM thinks of values is asked when a replica has not started.
     report = check_file(args.config, ask=None)
-    if report.ok and report.config is not None and report.config.engine.type == "vllm":
-        extras.require("serve", ("vllm",))
-        if (lost := hub.trouble(report.config.model.source)) is not None:
-            raise ConfigError(f"{lost}; or give the directory of a checkpoint", path="args.model.source")
-        _say("checking the config with vLLM")
-    report = check_file(args.config)
     if not report.ok or report.config is None:
         print(report.render(), file=sys.stderr)
         return 1
+    if report.config.engine.type == "vllm":
+        extras.require("serve", ("vllm",))
+        if (lost := hub.trouble(report.config.model.source)) is not None:
+            raise ConfigError(f"{lost}; or give the directory of a checkpoint", path="args.model.source")
     if report.url is None:
         raise ConfigError("nothing would answer HTTP: remove proxy_location: Disabled", path="proxy_location")
     made: list[str] = []
@@ -83,9 +82,10 @@ def _serve(args: argparse.Namespace) -> int:
         started = time.monotonic()
         trouble: str | None = None
         served = False
+        opinion = SecondOpinion(args.config)
         try:
             key = find_key(Path(file), {}) if file else None
-            trouble = _until_ready(serving, args, report.url, key, sizes, interrupts)
+            trouble = _until_ready(serving, args, report.url, key, sizes, interrupts, opinion)
             if trouble is None and not interrupts:
                 served = True
                 _say(f"ready after {time.monotonic() - started:.0f} s; Ctrl-C stops it")
@@ -100,6 +100,7 @@ def _serve(args: argparse.Namespace) -> int:
         finally:
             before, stopping = len(interrupts), time.monotonic()
             _say("stopping" if trouble is None else f"{trouble}; stopping")
+            opinion.end()
             # Who never served has nothing to drain, but engines that may not yet hear of their end.
             patience_s = drain_s + _END_S if served else _END_S
             left = serving.stop(patience_s=patience_s, hurry=lambda: len(interrupts) > before, say=_say)
@@ -160,6 +161,7 @@ def _until_ready(
     key: str | None,
     sizes: Mapping[str, int | str],
     interrupts: list[int],
+    opinion: SecondOpinion,
 ) -> str | None:
     """Blocks until requests are answered (None), an interrupt came (None) or it is hopeless (the reason)."""
     started = time.monotonic()
@@ -171,7 +173,9 @@ def _until_ready(
     with Client(url, key, timeout_s=2.0, transport=httpx.HTTPTransport(verify=False)) as client:
         while not interrupts:
             _follow(serving, tail, verbose=args.verbose, starting=starting)
-            hopeless = starting.hopeless
+            if starting.last is not None:
+                opinion.ask()
+            hopeless = opinion.found() or starting.hopeless
             elapsed = time.monotonic() - started
             if (code := serving.exit_code()) is not None:
                 hopeless = f"serve run ended with code {code}"

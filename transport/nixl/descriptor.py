@@ -14,7 +14,7 @@ from transport.config import NixlConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
 from transport.handoff_params import HANDOFF_ID
-from transport.kv_layouts import NO_CONVOLUTION_OVER_NIXL, NO_ENCODER_DECODER, MLA_ON_CPU, Layouts, on_both
+from transport.kv_layouts import MLA_ON_CPU, NO_CONVOLUTION_OVER_NIXL, NO_ENCODER_DECODER, Layouts, on_both
 
 _NO_STAGES = Limit("NIXL in pull mode cannot hand their KV off from an engine in pipeline stages", refused=True)
 """Source: vLLM 0.32 `NixlBaseConnectorWorker.__init__`."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -190,3 +191,16 @@ def test_an_answer_comes_back_whole() -> None:
     answer = Answer(verdicts=(verdict("seed", "int_parsing", loc=("a", 1), ctx_key=1),), unjudged=("this",))
     script = "print('noise');" + ANSWERS.format(text=answer.model_dump_json())
     assert ask_vllm(QUESTION, {}, command=(sys.executable, "-c", script)) == answer
+
+
+def test_whoever_gives_up_waits_for_nothing() -> None:
+    """A process that would go on for a minute ends at once; one that answers before is heard as ever."""
+    slow = (sys.executable, "-c", "import time; time.sleep(60)")
+    began = time.monotonic()
+    assert ask_vllm(QUESTION, {}, command=slow, given_up=lambda: time.monotonic() - began > 0.3) == (
+        "nobody waits for it any more"
+    )
+    assert time.monotonic() - began < 10
+    answer = Answer(verdicts=(), unjudged=())
+    script = "import time; time.sleep(0.5);" + ANSWERS.format(text=answer.model_dump_json())
+    assert ask_vllm(QUESTION, {}, command=(sys.executable, "-c", script), given_up=lambda: False) == answer
