@@ -10,8 +10,8 @@ engine refuses the same values when it starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,8 @@ class CheckReport:
     """Where KV is kept beside the engines' own memory."""
     not_checked: str | None = None
     """What could not be checked here and why, in words."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the file gives to every replica."""
 
     @property
     def ok(self) -> bool:
@@ -161,7 +163,7 @@ def check_file(
     )
     unjudged: list[str] = []
     if known_kwargs is not None and ask is not None and config.engine.type == "vllm":
-        wrong_values, unjudged = _ask(config, ask, problems, prefix)
+        wrong_values, unjudged = _ask(config, ask, problems, prefix, serve_file.application_env(application))
         problems += wrong_values
     problems += _check_drain(config, data, application)
     problems += _check_strangers(config, data, prefix)
@@ -186,6 +188,7 @@ def check_file(
         http[CERTIFICATE] if isinstance(http, dict) and serves_tls(http) else None,
         kept,
         "; ".join(unjudged) or None,
+        serve_file.application_env(application),
     )
 
 
@@ -193,10 +196,22 @@ def parse_args(args: object, *, prefix: str = "args") -> tuple[AppConfig | None,
     """`args` as an AppConfig, or None and everything that is wrong with it."""
     if not isinstance(args, dict):
         return None, [Problem(prefix, f"expected a mapping, not {shown(args)}", ", ".join(AppConfig.model_fields))]
+    if binary := list(_binary(args, prefix)):
+        return None, [Problem(path, "is binary data (!!binary)", "text", "change it") for path in binary]
     try:
         return AppConfig.model_validate(args), []
     except ValidationError as exc:
         return None, problems_of(exc, AppConfig, args, prefix)
+
+
+def _binary(value: object, path: str) -> Iterator[str]:
+    """Paths of what YAML makes bytes of. No setting takes them, and JSON cannot hold them."""
+    if isinstance(value, bytes):
+        yield path
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from [path] if isinstance(key, bytes) else _binary(inner, f"{path}.{key}")
+    for index, inner in enumerate(value) if isinstance(value, list) else ():
+        yield from _binary(inner, f"{path}[{index}]")
 
 
 def validate_app(
@@ -236,7 +251,7 @@ def validate_app(
         problems.append(Problem(f"{prefix}.model.source", str(exc), "a model directory", action, severity))
         return problems
     if not any(problem.severity == "error" for problem in wrong_kwargs):
-        problems += check_model(config, checkpoint, prefix)
+        problems += check_model(config, checkpoint, prefix, environment)
         problems += check_tier_layout(config, checkpoint, prefix)
     return problems
 
@@ -262,13 +277,18 @@ def validate_machine(
         return problems
 
 
-def _ask(config: AppConfig, ask: Ask, known: Sequence[Problem], prefix: str) -> tuple[list[Problem], list[str]]:
-    """What vLLM says of the values that are not known to be wrong, and what it could not be asked."""
+def _ask(
+    config: AppConfig, ask: Ask, known: Sequence[Problem], prefix: str, environment: Mapping[str, str]
+) -> tuple[list[Problem], list[str]]:
+    """What vLLM says of the values that are not known to be wrong, and what it could not be asked.
+
+    `environment`: variables that the file gives to every replica.
+    """
     wrong = {problem.path for problem in known if problem.severity == "error"}
     question = question_of(config, wrong, prefix)
     if question is None:
         return [], []
-    answer = ask(question, environment_of(config))
+    answer = ask(question, {**environment, **environment_of(config)})
     if isinstance(answer, str):
         return [], [f"values in engine_kwargs: {answer}"]
     return check_values(config, answer.verdicts, prefix), list(answer.unjudged)
@@ -373,6 +393,9 @@ def _check_key_file(config: AppConfig, prefix: str) -> list[Problem]:
         return [Problem(path, message, action="write a random key into that file", severity="warning")]
     if not key:
         return [Problem(path, f"{key_file!r} is empty", "one line with a key", "write a random key into that file")]
+    if not (key.isascii() and key.isprintable()):
+        message = f"{key_file!r} holds more than one line of printable ASCII"
+        return [Problem(path, message, "one line with a key", "write a random key into that file")]
     return []
 
 

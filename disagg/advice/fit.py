@@ -37,6 +37,9 @@ EXTRA_RANK_GIB = 0.9
 """What each further worker adds."""
 
 _POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override")
+_LOADED_FROM_FILES = ("auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "mistral")
+"""Values of `load_format` with which the weights are files of the model's directory."""
+_ANY_LENGTH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _NOT_SERVED = {"runner": ("pooling", "draft"), "convert": ("embed", "classify")}
 """Values with which a vLLM server has other routes than those of the gateway."""
 
@@ -78,8 +81,10 @@ def check_engine_kwargs(config: AppConfig, known: Collection[str] | None, prefix
     return problems + _check_pairs(config, prefix)
 
 
-def check_model(config: AppConfig, checkpoint: Checkpoint, prefix: str) -> list[Problem]:
-    """The model's own shape against the arguments of either pool."""
+def check_model(
+    config: AppConfig, checkpoint: Checkpoint, prefix: str, environment: Mapping[str, str]
+) -> list[Problem]:
+    """The model's own shape against the arguments of either pool, whose engines have these variables."""
     problems: list[Problem] = []
     if not checkpoint.has_tokenizer and "tokenizer" not in config.model.engine_kwargs:
         problems.append(
@@ -90,18 +95,20 @@ def check_model(config: AppConfig, checkpoint: Checkpoint, prefix: str) -> list[
                 "add the tokenizer's files, or set model.engine_kwargs.tokenizer",
             )
         )
-    if not checkpoint.weight_bytes and config.model.engine_kwargs.get("load_format") != "dummy":
+    if not checkpoint.weight_bytes and config.model.engine_kwargs.get("load_format", "auto") in _LOADED_FROM_FILES:
         problems.append(
             Problem(f"{prefix}.model.source", "the directory has no weights", "*.safetensors", "complete the download")
         )
     length, limit = config.model.engine_kwargs.get("max_model_len"), checkpoint.max_position_embeddings
-    if _is_count(length) and limit and length > limit:
+    # With overrides the model may be made for more, which vLLM itself judges.
+    bounded = not config.model.engine_kwargs.get("hf_overrides") and not _allows_any_length(environment)
+    if _is_count(length) and limit and length > limit and bounded:
         problems.append(
             Problem(
                 f"{prefix}.model.engine_kwargs.max_model_len",
                 f"{length} is longer than the model was made for",
                 f"at most {limit} (max_position_embeddings)",
-                "lower it",
+                f"lower it, or set the variable {_ANY_LENGTH} to 1 for the engines",
             )
         )
     heads = checkpoint.num_attention_heads
@@ -120,6 +127,11 @@ def check_model(config: AppConfig, checkpoint: Checkpoint, prefix: str) -> list[
             )
         problems += _check_kv_space(config, name, kwargs, checkpoint, prefix)
     return problems
+
+
+def _allows_any_length(environment: Mapping[str, str]) -> bool:
+    """Source: vLLM 0.32 `envs.py`."""
+    return environment.get(_ANY_LENGTH, "0").strip().lower() in ("1", "true")
 
 
 def check_machine(

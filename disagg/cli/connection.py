@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from disagg.errors import ConfigError
 from disagg.sdk.client import DEFAULT_URL, Client
 
 DEFAULT_KEY_FILE = Path(".cache/admin-key")
+_YEAR_S = 366 * 86_400.0
 KEY_VARIABLE = "DISAGG_API_KEY"
 
 
@@ -31,8 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="certificates (PEM) to trust, e.g. a self-signed one (default: $SSL_CERT_FILE, else the well-known ones)",
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=30.0, metavar="S", help="seconds one HTTP call may take (default: 30)"
+        "--timeout-s", type=seconds, default=30.0, metavar="S", help="seconds one HTTP call may take (default: 30)"
     )
+
+
+def seconds(text: str) -> float:
+    """A time from the command line. Raises ArgumentTypeError unless it is above 0, and at most a year."""
+    if (value := seconds_or_none(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def seconds_or_none(text: str) -> float:
+    """The same, or 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= _YEAR_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
+
+
+def count(text: str) -> int:
+    """A number from the command line. Raises ArgumentTypeError unless it is at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
 
 
 def client(args: argparse.Namespace) -> Client:
@@ -58,4 +85,6 @@ def find_key(file: Path | None, environ: Mapping[str, str], *, default: Path = D
         raise ConfigError(f"cannot read the admin key from {str(file)!r}: {reason}", path="api_key_file") from exc
     if not key:
         raise ConfigError(f"the file {str(file)!r} holds no key", path="api_key_file")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the file {str(file)!r} holds more than one line of printable ASCII", path="api_key_file")
     return key

@@ -48,7 +48,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--replica", metavar="ID", help="only those of this replica, on either side")
     parser.add_argument("--request-id", metavar="ID", help="only those of this request")
     parser.add_argument("--tenant", metavar="NAME", help="only those of requests with an API key of this tenant")
-    parser.add_argument("--since-s", type=float, metavar="S", help="only those produced in the last S seconds")
+    parser.add_argument(
+        "--since-s", type=connection.seconds, metavar="S", help="only those produced in the last S seconds"
+    )
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="rows to print at most (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

@@ -17,35 +17,56 @@ PATIENCE_S = 8.0
 """Seconds for the hub's answer. The lookup of its name counts."""
 
 
-def trouble(source: str, environment: Mapping[str, str] = os.environ, *, patience_s: float = PATIENCE_S) -> str | None:
+def trouble(
+    source: str,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    revision: str = "main",
+    token: str | None = None,
+    patience_s: float = PATIENCE_S,
+) -> str | None:
     """Why the model cannot be had, in words; None when it can. Blocks for `patience_s` seconds at most.
 
     A model that is on this machine, as a directory or in the hub's cache, is not asked for.
+
+    Args:
+        environment: the variables of the engines, which download it.
+        revision: what of it they ask for.
+        token: what they show, where the config says so.
     """
     if local_directory(source, Path.cwd()) is not None or environment.get("VLLM_USE_MODELSCOPE", "") in ("1", "True"):
         return None
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(source, "config.json"), str):
+    cache = environment.get("HF_HUB_CACHE") or _below(environment.get("HF_HOME")) or constants.HF_HUB_CACHE
+    if isinstance(try_to_load_from_cache(source, "config.json", cache_dir=cache, revision=revision), str):
         return None
     endpoint = environment.get("HF_ENDPOINT") or constants.ENDPOINT
-    if constants.is_offline_mode():
+    if constants.is_offline_mode() or environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return f"the model {source!r} is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask {endpoint}"
     found: list[str | None] = []
     # In a thread of its own, because the lookup of a name knows no time limit.
-    asking = threading.Thread(target=lambda: found.append(_asked(source, endpoint, patience_s)), daemon=True)
+    token = token or environment.get("HF_TOKEN") or None
+    url = f"{endpoint}/{source}/resolve/{revision}/config.json"
+    asking = threading.Thread(
+        target=lambda: found.append(_asked(source, endpoint, url, token, patience_s)), daemon=True
+    )
     asking.start()
     asking.join(patience_s)
     return found[0] if found else f"the hub {endpoint} did not answer within {patience_s:g} s"
 
 
-def _asked(source: str, endpoint: str, patience_s: float) -> str | None:
+def _below(home: str | None) -> str | None:
+    """The cache in the folder that HF_HOME names. Source: huggingface_hub 2.4 `constants.py`."""
+    return str(Path(home).expanduser() / "hub") if home else None
+
+
+def _asked(source: str, endpoint: str, url: str, token: str | None, patience_s: float) -> str | None:
     """Ask once, for a file that nearly every model has. The hub's own client asks five times."""
     import httpx
     from huggingface_hub import get_token
 
-    token = get_token()
-    url = f"{endpoint}/{source}/resolve/main/config.json"
+    token = token or get_token()
     try:
         answer = httpx.head(
             url,
@@ -53,7 +74,9 @@ def _asked(source: str, endpoint: str, patience_s: float) -> str | None:
             timeout=patience_s,
             follow_redirects=True,
         )
-    except (httpx.HTTPError, OSError) as exc:
+    except ImportError:
+        return f"a proxy variable names a SOCKS proxy for {endpoint}, which needs the package socksio"
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
         return f"cannot reach the hub {endpoint} for the model {source!r}: {exc}"
     # Source: huggingface_hub 2.4 `hf_raise_for_status`.
     code = answer.headers.get("X-Error-Code", "")

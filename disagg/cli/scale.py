@@ -30,7 +30,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--wait", action=argparse.BooleanOptionalAction, default=True, help="wait until it is done (default)"
     )
     parser.add_argument(
-        "--wait-s", type=float, default=300.0, metavar="S", help="seconds to wait at most (default: 300)"
+        "--wait-s",
+        type=connection.seconds_or_none,
+        default=300.0,
+        metavar="S",
+        help="seconds to wait at most (default: 300)",
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.set_defaults(run=run)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from disagg.cli import extras
+from disagg.cli import connection, extras
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,21 +35,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--verbose", action="store_true", help="show that output here too")
     parser.add_argument(
         "--start-timeout-s",
-        type=float,
+        type=connection.seconds,
         default=1800.0,
         metavar="S",
         help="give up when no request is answered after this many seconds (default: 1800)",
     )
     parser.add_argument(
         "--max-start-failures",
-        type=int,
+        type=connection.count,
         default=3,
         metavar="N",
         help="give up when so many replicas have failed to start (default: 3)",
     )
     parser.add_argument(
         "--drain-s",
-        type=float,
+        type=connection.seconds_or_none,
         metavar="S",
         help="seconds that running requests get after Ctrl-C (default: the longest drain_timeout_s of the config)",
     )

@@ -54,7 +54,15 @@ def _serve(args: argparse.Namespace) -> int:
         return 1
     if report.config.engine.type == "vllm":
         extras.require("serve", ("vllm",))
-        if (lost := hub.trouble(report.config.model.source)) is not None:
+        kwargs = report.config.model.engine_kwargs
+        token = kwargs.get("hf_token")
+        lost = hub.trouble(
+            report.config.model.source,
+            {**os.environ, **report.environment},
+            revision=str(kwargs.get("revision") or "main"),
+            token=token if isinstance(token, str) else None,
+        )
+        if lost is not None:
             raise ConfigError(f"{lost}; or give the directory of a checkpoint", path="args.model.source")
     if report.url is None:
         raise ConfigError("nothing would answer HTTP: remove proxy_location: Disabled", path="proxy_location")
@@ -95,7 +103,7 @@ def _serve(args: argparse.Namespace) -> int:
                 if not {"RAY_AUTH_MODE", "RAY_ADDRESS"} & os.environ.keys():
                     # Ray 2.60 then asks for a token of its own, and other shells do not know.
                     _say("Serve's own commands: RAY_AUTH_MODE=token serve status")
-                print(f"{report.url}\n{pasted}", flush=True)
+                _print(f"{report.url}\n{pasted}")
                 trouble = _until_interrupted(serving, args.verbose, interrupts)
         finally:
             before, stopping = len(interrupts), time.monotonic()
@@ -186,7 +194,7 @@ def _until_ready(
                 if starting.told:
                     return hopeless
                 if not args.verbose:
-                    print("\n".join(list(tail)[-_TAIL:]), file=sys.stderr)
+                    _say("\n".join(list(tail)[-_TAIL:]))
                 why = reason(list(tail))
                 return f"{hopeless}: {why}" if why else hopeless
             if time.monotonic() - asked_at >= _ASK_EVERY_S:
@@ -198,8 +206,11 @@ def _until_ready(
                         return None
                     # A replica that has just failed is about to give its place back.
                     for pool in client.pools() if key and starting.last is None else ():
+                        if not pool.num_unplaced:
+                            continue
                         # Serve itself warns of it after half a minute.
-                        if pool.num_unplaced and (words := starting.once(f"{pool.name}: {', '.join(pending(pool))}")):
+                        starting.no_room(pool.name)
+                        if words := starting.once(f"{pool.name}: {', '.join(pending(pool))}"):
                             _say(words)
                 except ClientError:
                     pass  # nobody answers yet, or not just now: what was last heard stands
@@ -218,7 +229,7 @@ def _until_interrupted(serving: ServeRun, verbose: bool, interrupts: list[int]) 
         _follow(serving, tail, verbose=verbose)
         if (code := serving.exit_code()) is not None:
             if not verbose:
-                print("\n".join(tail), file=sys.stderr)
+                _say("\n".join(tail))
             return f"serve run ended with code {code}"
         serving.sample()
         time.sleep(0.2)
@@ -230,7 +241,7 @@ def _follow(serving: ServeRun, tail: deque[str], *, verbose: bool, starting: Sta
     for line in serving.new_lines():
         tail.append(line)
         if verbose:
-            print(line, flush=True)
+            _print(line)
         if starting is not None and (words := starting.feed(line)) is not None:
             _say(words)
 
@@ -239,7 +250,10 @@ def _follow(serving: ServeRun, tail: deque[str], *, verbose: bool, starting: Sta
 def _interrupts() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and SIGHUP instead of acting on them."""
     seen: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # `nohup` means that the end of a terminal is none of the server's business.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda got, _frame: seen.append(got)) for number in numbers}
     try:
         yield seen
@@ -249,4 +263,16 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """For a person, to stderr. Whoever reads it may leave: what runs is served, and ended, all the same."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # a terminal or a pipe that is gone
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # as long as the process
+
+
+def _print(text: str) -> None:
+    """The same for stdout."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -11,8 +11,10 @@ from pools.replica.start_failure import StartFailure
 from pools.replica.unplaced import Unplaced
 
 _MEMORY = ("killed due to memory pressure (OOM)", "killed due to the node running low on memory")
+_OWN_RAY = "Started a local Ray instance"
 _PATIENCE = 2
-"""How often Serve may warn that a pool cannot be placed, every 30 s, before that counts as for ever."""
+"""How often Serve may warn of replicas without a place, every 30 s, before that counts as for ever: where too little is
+free, in a cluster of this machine alone. Slow processes come, and other clusters may grow."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Starting:
     """Whether it has said why the start goes wrong, so that nobody has to read the log."""
     _failures: int = 0
     _unplaced: Counter[str] = field(default_factory=Counter)
+    _no_room: set[str] = field(default_factory=set)
+    _own_ray: bool = False
     _told: set[str] = field(default_factory=set)
 
     def feed(self, line: str) -> str | None:
@@ -35,7 +39,9 @@ class Starting:
         if (failure := StartFailure.in_line(line)) is not None:
             return self._failed(failure)
         if (unplaced := Unplaced.in_line(line)) is not None:
-            return self._cannot_be_placed(unplaced)
+            return self._without_place(unplaced)
+        if _OWN_RAY in line:
+            self._own_ray = True
         if any(mark in line for mark in _MEMORY):
             return self.once("Ray has ended a process because this machine runs out of memory")
         if is_fatal(line) and self.hopeless is None:
@@ -52,11 +58,16 @@ class Starting:
             self.hopeless = f"{number} replicas did not start, the last one of {failure.pool}: {failure.reason}"
         return f"{failure.pool} replica {failure.replica_id} did not start ({number}): {failure.reason}"
 
-    def _cannot_be_placed(self, unplaced: Unplaced) -> str | None:
+    def no_room(self, pool: str) -> None:
+        """The gateway says that the cluster has too little free for a replica of this pool."""
+        self._no_room.add(pool)
+
+    def _without_place(self, unplaced: Unplaced) -> str | None:
         self.told = True
         self._unplaced[unplaced.pool] += 1
         words = str(unplaced)
-        if self._unplaced[unplaced.pool] >= _PATIENCE and self.hopeless is None:
+        for_ever = self._own_ray and (unplaced.lacks or unplaced.pool in self._no_room)
+        if for_ever and self._unplaced[unplaced.pool] >= _PATIENCE and self.hopeless is None:
             self.hopeless = words
         return self.once(words)
 

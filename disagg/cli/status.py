@@ -27,7 +27,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch one line a snapshot")
     parser.add_argument("--watch", action="store_true", help="print again every few seconds until Ctrl-C")
     parser.add_argument(
-        "--interval-s", type=float, default=2.0, metavar="S", help="seconds between two prints of --watch (default: 2)"
+        "--interval-s",
+        type=connection.seconds,
+        default=2.0,
+        metavar="S",
+        help="seconds between two prints of --watch (default: 2)",
     )
     parser.set_defaults(run=run)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from disagg.cli import processes
+from disagg.errors import ConfigError
 from pools.process.shared_files import mapped_by
 
 _NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -59,14 +60,18 @@ class ServeRun:
         ignores the interrupt that stops it.
         """
         processes.adopt_orphans()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
         def end_with_parent() -> None:
             if libc is not None:
                 libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
 
-        with self._own_log() as output:
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            own_log = self._own_log()
+        except OSError as exc:
+            raise ConfigError(f"cannot write the log {str(self.log)!r}: {exc.strerror}", path="--log-file") from exc
+        with own_log as output:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "disagg.cli.serve_child", str(self._config), f"{self._drain_s:g}"],
                 stdin=subprocess.DEVNULL,

@@ -42,8 +42,8 @@ from transport.upstream.guard import require
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
-_LOOKS = 20
-"""Serve takes some of its own rounds to mark replicas that are to go."""
+_LOOKS = 60
+"""Serve takes some of its own rounds to mark replicas that are to go, the more the more there are."""
 
 
 @serve.ingress()
@@ -113,18 +113,21 @@ class ServeScaler:
     def __init__(self, app_name: str) -> None:
         self._app_name = app_name
         self._ending: asyncio.Task[None] | None = None
+        self._looks_left = 0
 
     async def plans(self) -> dict[str, PoolPlan]:
         return await asyncio.to_thread(self._plans)
 
     async def scale(self, pool: str, num_replicas: int) -> None:
         await asyncio.to_thread(self._scale, pool, num_replicas)
+        self._looks_left = _LOOKS
         if self._ending is None or self._ending.done():
             self._ending = asyncio.create_task(self._end_unplaced())
 
     async def _end_unplaced(self) -> None:
         """Look for a while after a change of size for replicas that stop before they ever had a place."""
-        for _ in range(_LOOKS):
+        while self._looks_left > 0:
+            self._looks_left -= 1
             await asyncio.sleep(_LOOK_S)
             try:
                 await asyncio.to_thread(lambda: end(without_place(details(self._app_name), stopping=True)))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pools.replica.unplaced import Unplaced, lacking
+from pools.replica.unplaced import Unplaced
 
 _STARTING = ("STARTING", "RECOVERING", "UPDATING")
 _NOT_STARTED = re.compile(r"EngineStartError: \w+ replica \S+ did not start: (.+)")
@@ -44,9 +44,11 @@ def plan_of(deployment: Mapping[str, Any], free: Mapping[str, float]) -> PoolPla
     """
     states = [(_name(replica["state"]), replica.get("node_id") is not None) for replica in deployment["replicas"]]
     num_coming = sum(state in _STARTING for state, _ in states)
-    reason = _unplaced(deployment, free)
-    # Without a reason, those that have no place yet are about to get one.
-    num_unplaced = sum(state in _STARTING and not placed for state, placed in states) if reason else 0
+    unplaced = _unplaced(deployment, free)
+    num_without = sum(state in _STARTING and not placed for state, placed in states)
+    # While there is room, those that have no place yet may be about to get one.
+    num_unplaced = num_without if unplaced is not None and unplaced.lacks else 0
+    reason = unplaced.why if unplaced is not None and num_without else None
     num_starting = num_coming - num_unplaced
     # Serve keeps its last message for as long as the deployment is well.
     is_whole = _name(deployment["status"]) == "HEALTHY" and not num_coming
@@ -55,7 +57,7 @@ def plan_of(deployment: Mapping[str, Any], free: Mapping[str, float]) -> PoolPla
         num_starting=num_starting,
         num_unplaced=num_unplaced,
         num_stopping=sum(state == "STOPPING" for state, _ in states),
-        pending_reason=None if is_whole else _failure(deployment) or (reason if num_unplaced else None),
+        pending_reason=None if is_whole else _failure(deployment) or reason,
     )
 
 
@@ -65,13 +67,14 @@ def _failure(deployment: Mapping[str, Any]) -> str | None:
     return None if failed is None else f"the last one did not start: {failed[1]}"
 
 
-def _unplaced(deployment: Mapping[str, Any], free: Mapping[str, float]) -> str | None:
-    """Why no node takes one replica more; None when one may."""
+def _unplaced(deployment: Mapping[str, Any], free: Mapping[str, float]) -> Unplaced | None:
+    """What one replica more needs, where the cluster has too little of it or Serve has looked in vain for a while."""
     required = {name: float(amount) for name, amount in (deployment.get("required_resources") or {}).items()}
-    if lacking(required, free):
-        return Unplaced.of(required, free).why
     told = Unplaced.in_line(str(deployment.get("message") or "").replace("\n", " "))
-    return None if told is None else told.why
+    wanted = Unplaced(required, {}).beside(free)
+    if wanted.lacks or told is None:
+        return wanted if wanted.lacks else None
+    return told.beside(free)
 
 
 def _name(state: object) -> str:

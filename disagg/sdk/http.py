@@ -106,6 +106,10 @@ def base_url(url: str) -> str:
         raise ValueError(f"base_url {url!r} is not an address; use one like http://127.0.0.1:8000") from exc
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"base_url {url!r} must start with http:// or https://, like http://127.0.0.1:8000")
+    if parsed.userinfo:
+        raise ValueError(
+            f"base_url names a user of {parsed.host}, and the admin key goes in its place; leave what is before @ out"
+        )
     return str(parsed).rstrip("/")
 
 

@@ -125,13 +125,18 @@ def _attention_backends() -> Collection[str]:
     return {"AUTO", *AttentionBackendEnum.__members__}
 
 
+_TAKEN_OVER = ("auto-round",)
+"""Methods that a checkpoint may name and another one takes over, before vLLM looks at what the user said.
+
+Source: vLLM 0.32 `INCConfig.override_quantization_method`.
+"""
 _REGISTRIES = {
     "attention_backend": _Registry("attention backend", _attention_backends, str.upper),
     "config_format": _Registry("config format", lambda: {"auto", *_CONFIG_FORMAT_TO_CONFIG_PARSER}),
     "load_format": _Registry("load format", _load_formats, str.lower),
     "mamba_backend": _Registry("Mamba backend", lambda: MambaBackendEnum.__members__.keys(), str.upper),
     "mm_encoder_attn_backend": _Registry("attention backend", _attention_backends, str.upper),
-    "quantization": _Registry("quantization method", lambda: QUANTIZATION_METHODS, str.lower),
+    "quantization": _Registry("quantization method", lambda: {*QUANTIZATION_METHODS, *_TAKEN_OVER}, str.lower),
     "reasoning_parser": _Registry("reasoning parser", lambda: {"", *ReasoningParserManager.list_registered()}),
     "tokenizer_mode": _Registry("tokenizer mode", lambda: {"auto", *RENDERER_REGISTRY.renderers}, str.lower),
     "tool_call_parser": _Registry("tool-call parser", ToolParserManager.list_registered),

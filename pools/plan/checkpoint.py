@@ -18,6 +18,8 @@ from transport.kv_layouts import KvLayout
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+_TEXT_PARTS = ("text_config", "language_config", "llm_config")
+"""Where models with other media keep what their language model is: most of them, DeepSeek-VL2, Nemotron Nano VL."""
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 _RECURRENT_LAYER = re.compile(r"mamba|linear|conv|recurrent|ssm|delta|rwkv|hybrid", re.IGNORECASE)
 _RECURRENT_KEYS = (
@@ -80,6 +82,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         raise ConfigError(f"{str(directory)!r} is not a directory")
     path = directory / "config.json"
     if not path.is_file():
+        if (directory / "params.json").is_file():  # in Mistral's own format, of which vLLM makes the other one
+            return Checkpoint(None, None, None, None, *_files(directory))
         raise ConfigError(f"{str(directory)!r} has no config.json, so it is no model checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -87,20 +91,33 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         raise ConfigError(f"{str(path)!r} is not valid JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise ConfigError(f"{str(path)!r} does not hold a JSON object")
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    text = next((config[key] for key in _TEXT_PARTS if isinstance(config.get(key), dict)), config)
     heads = _number(text, "num_attention_heads")
+    weight_bytes, has_tokenizer = _files(directory)
     scaled = any(
         isinstance(text.get(key), dict) and "factor" in text[key] for key in ("rope_scaling", "rope_parameters")
     )
     return Checkpoint(
         num_attention_heads=heads,
         num_key_value_heads=_number(text, "num_key_value_heads") or heads,
-        max_position_embeddings=None if scaled else _number(text, "max_position_embeddings"),
+        max_position_embeddings=None if scaled else _longest(text),
         kv_elements_per_token=_kv_elements(text),
-        weight_bytes=sum(file.stat().st_size for file in directory.iterdir() if file.suffix in _WEIGHT_SUFFIXES),
-        has_tokenizer=any((directory / name).is_file() for name in _TOKENIZER_FILES),
+        weight_bytes=weight_bytes,
+        has_tokenizer=has_tokenizer,
         kv_layout=_kv_layout(config, text),
     )
+
+
+def _files(directory: Path) -> tuple[int, bool]:
+    """Bytes of weights, and whether there is a tokenizer."""
+    weight_bytes = sum(file.stat().st_size for file in directory.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    return weight_bytes, any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _longest(text: Mapping[str, Any]) -> int | None:
+    """Tokens that the model was made for. Source: vLLM 0.32 `_get_and_verify_max_len`."""
+    positions = _number(text, "max_position_embeddings")
+    return None if positions is None else max(positions, _number(text, "model_max_length") or 0)
 
 
 def _kv_layout(config: Mapping[str, Any], text: Mapping[str, Any]) -> KvLayout:
@@ -112,9 +129,12 @@ def _kv_layout(config: Mapping[str, Any], text: Mapping[str, Any]) -> KvLayout:
     """
     if config.get("is_encoder_decoder"):
         return "cross_attention"
+    if any("BailingMoeV2_5" in str(name) for name in config.get("architectures") or ()):
+        return "short_conv"  # lightning attention in most layers, which only the group size tells
     if _is_recurrent(text):
-        lightning = any("BailingMoeV2_5" in str(name) for name in config.get("architectures") or ())
-        return "short_conv" if lightning or _number(text, "conv_L_cache") or "conv" in _layer_types(text) else "mamba"
+        return "short_conv" if _number(text, "conv_L_cache") or "conv" in _layer_types(text) else "mamba"
+    if text.get("compress_ratios") and _number(text, "sliding_window"):
+        return "full_and_sliding_window"  # DeepSeek V4: latents in one group, windows in others
     # MiniCPM3 keeps keys and values; only its weights are latent.
     if _number(text, "kv_lora_rank") and text.get("model_type") != "minicpm3":
         return "mla_attention"

@@ -13,8 +13,8 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,14 +66,14 @@ class _Replica:
         self._incarnation = uuid.uuid4().hex
         self._host = ray.util.get_node_ip_address()
         self._stopping = False
-        self._engine_key = make_key(self._spec.engine_key_file)
         self._cache_server: NodeCacheServer | None = None
         self._lmcache_http_url: str | None = None
         self._transport = describe(self._spec.transport)
         started = time.monotonic()
         requests = OpenRequests()
         with self._told_failures():
-            async with asyncio.timeout(self._spec.pool.startup_timeout_s):
+            self._engine_key = make_key(self._spec.engine_key_file)
+            async with self._in_time():
                 with kept_log_targets():
                     self._facts = self._make_facts(await self._lmcache_url())
                     self._engine = self._make_engine()
@@ -81,16 +81,16 @@ class _Replica:
                 self._watchdog = self._make_watchdog(requests)
                 await self._watchdog.first_answer()
                 await asyncio.to_thread(self._shared_files.started)
-        self._server = EngineServer(
-            self._engine,
-            role=self.role,
-            host=self._host,
-            incarnation=self._incarnation,
-            health=self._watchdog.health,
-            requests=requests,
-            key=self._engine_key,
-        )
-        url = await self._server.start()
+            self._server = EngineServer(
+                self._engine,
+                role=self.role,
+                host=self._host,
+                incarnation=self._incarnation,
+                health=self._watchdog.health,
+                requests=requests,
+                key=self._engine_key,
+            )
+            url = await self._server.start()
         self._watch = asyncio.create_task(self._exit_with_engine())
         self._watchdog.start()
         logger.info(
@@ -105,11 +105,21 @@ class _Replica:
             os.environ[ROOT_CAUSE_VARIABLE] = str(notes)
             try:
                 yield
-            except TimeoutError as exc:
-                late = EngineStartError(f"not ready after {self._spec.pool.startup_timeout_s:g} s (startup_timeout_s)")
-                raise not_started(self.role, self._replica_id, late) from exc
             except Exception as exc:
                 raise not_started(self.role, self._replica_id, exc, notes) from exc
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raises EngineStartError after `startup_timeout_s`."""
+        limit_s = self._spec.pool.startup_timeout_s
+        limit = asyncio.timeout(limit_s)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():  # another one's
+                raise
+            raise EngineStartError(f"not ready after {limit_s:g} s (startup_timeout_s)") from None
 
     async def _lmcache_url(self) -> str | None:
         """Wait for the LMCache server to answer, and return its URL; None without a shared tier.

@@ -41,6 +41,7 @@ MODEL_OF: dict[KvLayout, str] = {
 }
 PROMPTS = (prompt(1, 608), [*prompt(1, 608), *prompt(7, 192)], prompt(2, 640), prompt(3, 1008))
 """Six windows long and more, in whole blocks of MLA's 16 tokens. The second goes on where the first ends."""
+WITHOUT_SHARED = (PROMPTS[0], *PROMPTS[2:])
 FILLED = prompt(4, 639)
 """With one token more it fills its last block."""
 OTHERS = tuple(prompt(seed, 600) for seed in range(100, 118))
@@ -164,6 +165,12 @@ def answers_depend_on_kv(one: Running) -> bool:
     return one.alone([*prompt(50, 600), *TAIL]) != one.alone([*prompt(52, 600), *TAIL])
 
 
+def prompts_of(one: Running) -> tuple[list[int], ...]:
+    """`PROMPTS`; with MLA none that goes on where another one ends: vLLM's CPU build computes what follows kept latents
+    otherwise than a whole prompt, and the answers of one engine alone are of whole prompts."""
+    return WITHOUT_SHARED if one.model == MODEL_OF["mla_attention"] else PROMPTS
+
+
 def hand_over(prefill: Running, decode: Running, transport: TransportConfig) -> Outcome:
     """Hand `PROMPTS` and `FILLED` over, each with the first token of its answer at its end.
 
@@ -172,7 +179,7 @@ def hand_over(prefill: Running, decode: Running, transport: TransportConfig) -> 
     """
     moves = describe(transport)
     num_wrong = num_computed = num_came = 0
-    for tokens in (*PROMPTS, FILLED):
+    for tokens in (*prompts_of(decode), FILLED):
         first, *expected = decode.alone(tokens, 17)
         whole, handoff_id = [*tokens, first], f"layout-{uuid.uuid4().hex[:12]}"
         given = {**offer_params(handoff_id), **moves.prefill_params(handoff_id)}
@@ -196,7 +203,7 @@ def keep_and_load(keeps: Running, loads: Running, keep: Callable[[Running], None
     """
     num_asked = 1 if loads.model == MODEL_OF["mla_attention"] else 0
     asked = []
-    for tokens in PROMPTS:
+    for tokens in prompts_of(loads):
         answer = keeps.alone(tokens, 16 + num_asked)
         asked.append(([*tokens, *answer[:num_asked]], answer[num_asked:]))
     keep(keeps)
@@ -211,7 +218,7 @@ def keep_and_load(keeps: Running, loads: Running, keep: Callable[[Running], None
 
 def answer_all(one: Running) -> None:
     """Answer `PROMPTS`, then so much else that what is stored with a later step is stored."""
-    for tokens in PROMPTS:
+    for tokens in prompts_of(one):
         one.engine.tokens(tokens)
     for number in range(10):
         one.engine.tokens(prompt(60 + number, 20), max_tokens=2)
@@ -230,7 +237,7 @@ def push_out(one: Running) -> None:
 
 def leave(one: Running) -> None:
     """Prefill legs of `PROMPTS` for clients that leave: nobody reads their KV."""
-    for number, tokens in enumerate(PROMPTS):
+    for number, tokens in enumerate(prompts_of(one)):
         handoff_id = f"left-{number}-{uuid.uuid4().hex[:8]}"
         one.engine.prefill(list(tokens), handoff_id)
         one.engine.settle(handoff_id)

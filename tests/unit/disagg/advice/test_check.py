@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,11 @@ BAD: dict[str, Case] = {
         args(decode__engine_kwargs={"dtype": "half"}),
         f"{A}.decode.engine_kwargs.dtype",
         "both pools",
+    ),
+    "binary data": (
+        args(model__engine_kwargs={"dtype": [{"x": b"\x00\xff"}]}),
+        f"{A}.model.engine_kwargs.dtype[0].x",
+        "binary data",
     ),
     "reserved argument": (args(model__engine_kwargs={"port": 1}), f"{A}.model.engine_kwargs.port", "kernel chooses"),
     "pages for an engine": (
@@ -605,6 +611,44 @@ def test_values_that_vllm_refuses(base: dict[str, Any], tmp_path: Path) -> None:
     ]
     assert report.not_checked == "something, for a reason"
     assert "not checked: something, for a reason" in report.render()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        args(model__engine_kwargs={"max_model_len": 2_000_000, "hf_overrides": {"max_position_embeddings": 4_000_000}}),
+        lambda data: (
+            args(model__engine_kwargs={"max_model_len": 2_000_000})(data),
+            app(runtime_env={"env_vars": {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}})(data),
+        ),
+        args(model__engine_kwargs={"max_model_len": 4096, "load_format": "tensorizer"}),
+    ],
+    ids=["overrides", "a variable of the engines", "weights elsewhere"],
+)
+def test_what_vllm_takes_is_not_refused(
+    change: Callable[[dict[str, Any]], None], base: dict[str, Any], tmp_path: Path
+) -> None:
+    """A length beyond the model's own, and weights that are no files of its directory."""
+    change(base)
+    if "load_format" in base["applications"][0]["args"]["model"]["engine_kwargs"]:
+        for file in (tmp_path / "model").glob("*.safetensors"):
+            file.unlink()
+    report = check(base, tmp_path, machine=replace(MACHINE, memory_bytes=900 * GIB))
+    assert [p.text() for p in report.problems if p.path.endswith(("max_model_len", "source"))] == []
+
+
+def test_variables_of_the_application_reach_the_judge(base: dict[str, Any], tmp_path: Path) -> None:
+    """Engines have them, too; and the report has them for whoever starts it."""
+    asked: list[Mapping[str, str]] = []
+
+    def ask(question: Question, env: Mapping[str, str]) -> str:
+        asked.append(env)
+        return "no"
+
+    app(runtime_env={"env_vars": {"VLLM_SOMETHING": "1"}})(base)
+    report = check(base, tmp_path, ask=ask)
+    assert [env["VLLM_SOMETHING"] for env in asked] == ["1"]
+    assert report.environment == {"VLLM_SOMETHING": "1"}
 
 
 def test_a_question_without_an_answer_is_told_of(base: dict[str, Any], tmp_path: Path) -> None:

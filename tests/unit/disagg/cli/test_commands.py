@@ -175,7 +175,19 @@ def test_refusal_is_one_line(answer: dict[str, Any], capsys: pytest.CaptureFixtu
     assert "external_scaler_enabled: true" in captured.err
 
 
-@pytest.mark.parametrize("argv", [[], ["nothing"], ["scale", "decode", "0"], ["scale", "decode", "x"], ["check"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["scale", "decode", "0"],
+        ["scale", "decode", "x"],
+        ["check"],
+        *(["status", "--timeout-s", text] for text in ("-1", "0", "nan", "1e12", "soon")),
+        ["serve", "x.yaml", "--drain-s", "-1"],
+        ["serve", "x.yaml", "--max-start-failures", "0"],
+    ],
+)
 def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong usage is exit code 2."""
     with pytest.raises(SystemExit) as caught:
@@ -221,6 +233,18 @@ def test_bad_key_files(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ConfigError, match="holds no key"):
         connection.find_key(tmp_path / "empty", {})
+    for text in ("# of the operator\nsecret\n", "schlüssel"):
+        (tmp_path / "odd").write_text(text)
+        with pytest.raises(ConfigError, match="more than one line of printable ASCII"):
+            connection.find_key(tmp_path / "odd", {})
+
+
+def test_a_password_in_the_address(capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused, because the key goes in its place; and not repeated."""
+    assert main(["status", "--url", "http://operator:secret@127.0.0.1:8000"]) == 1
+    told = capsys.readouterr().err
+    assert "names a user of 127.0.0.1" in told
+    assert "secret" not in told
 
 
 @pytest.mark.parametrize(

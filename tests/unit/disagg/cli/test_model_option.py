@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import huggingface_hub.constants
 import pytest
 import yaml
@@ -79,6 +80,40 @@ def test_what_the_hub_says(source: str, words: str | None, hub_url: str) -> None
     """In one line that says what to do."""
     told = hub.trouble(source, {"HF_ENDPOINT": hub_url})
     assert told is None if words is None else words in (told or "")
+
+
+def test_what_engines_would_ask_for(hub_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The revision, the token and the variables of the config, whose cache may have it."""
+    asked: list[tuple[str, str | None]] = []
+
+    def head(url: str, *, headers: dict[str, str], **_: object) -> httpx.Response:
+        asked.append((url, headers.get("authorization")))
+        return httpx.Response(200)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(httpx, "head", head)
+        assert hub.trouble("a/b", {"HF_ENDPOINT": "http://h", "HF_TOKEN": "t"}, revision="v1") is None
+        assert hub.trouble("a/b", {"HF_ENDPOINT": "http://h", "HF_TOKEN": "t"}, token="own") is None
+    assert asked == [
+        ("http://h/a/b/resolve/v1/config.json", "Bearer t"),
+        ("http://h/a/b/resolve/main/config.json", "Bearer own"),
+    ]
+    kept = tmp_path / "home" / "hub" / "models--a--b" / "snapshots" / ("c" * 40)
+    kept.mkdir(parents=True)
+    (kept / "config.json").write_text("{}")
+    there = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:1"}
+    assert hub.trouble("a/b", there, revision="c" * 40) is None
+    assert "HF_HUB_OFFLINE forbids" in (hub.trouble("a/b", there, revision="d" * 40) or "")
+
+
+@pytest.mark.parametrize(("proxy", "words"), [("socks5://127.0.0.1:9", "socksio"), ("foo://x", "cannot reach the hub")])
+def test_proxies_that_cannot_be_used(proxy: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One line, whatever the library raises."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert words in (hub.trouble("a/b", {"HF_ENDPOINT": "http://hub.test"}, patience_s=2) or "")
 
 
 def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

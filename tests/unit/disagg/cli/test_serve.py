@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ import pytest
 from disagg.cli import serving
 from disagg.cli.main import main
 from disagg.cli.processes import Process, belonging_to, process_table, remove_shared
-from disagg.cli.supervise import child_env, is_fatal, reason
+from disagg.cli.supervise import ServeRun, child_env, is_fatal, reason
+from disagg.errors import ConfigError
 from disagg.key_lines import parse
 from pools.process.shared_files import mapped_by
+from tests.support.stack import wait_until
 
 LOG = """\
 (ServeController pid=9) INFO 2026-11-21 22:57:48 controller 9 -- Adding 1 replica to Deployment(name='prefill').
@@ -64,6 +69,45 @@ def test_curl_survives_the_shell() -> None:
 def test_progress() -> None:
     """Ready and wanted replicas of both pools."""
     assert serving.progress({"prefill": 1}, {"prefill": 2, "gateway": 1}) == "prefill 1/2 ready, decode 0 ready"
+
+
+class Gone(io.StringIO):
+    """A terminal or a pipe whose other end is closed."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_nobody_reads_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said to nobody ends nothing: the run has still to be stopped."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Gone())
+        patch.setattr(sys, "stdout", Gone())
+        serving._say("stopping")
+        serving._print("http://127.0.0.1:8000")
+        serving._say("and so on")
+        sys.stderr.close()
+        sys.stdout.close()
+
+
+@pytest.mark.parametrize(("before", "seen"), [(signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])])
+def test_the_end_of_a_terminal(before: signal.Handlers, seen: list[int]) -> None:
+    """Ends the run, but not one that `nohup` has started."""
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with serving._interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            wait_until(lambda: interrupts == seen, 5, "it is heard")
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    """Told with the option's name; nothing has started."""
+    for file in (Path("/dev/null"), Path("/dev/null/x"), tmp_path):
+        with pytest.raises(ConfigError, match="cannot write the log"):
+            ServeRun(tmp_path / "none.yaml", file, drain_s=1).start()
 
 
 def test_reads_the_log() -> None:

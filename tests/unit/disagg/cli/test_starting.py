@@ -14,12 +14,16 @@ from pools.errors import EngineStartError
 from pools.replica.start_failure import StartFailure, root_cause
 
 PREFIX = "\x1b[36m(ServeReplica:disagg:prefill pid=7)\x1b[0m ERROR 2026-11-29 01:00:00,000 disagg_prefill abc -- "
+OWN_RAY = "2026-11-29 01:00:00,000\tINFO worker.py:2038 -- Started a local Ray instance."
 UNPLACED = (
     "(ServeController pid=7) WARNING -- Deployment 'decode' in application 'disagg' has 3 replicas that have taken "
     "more than 30s to be scheduled. This may be due to waiting for the cluster to auto-scale or for a runtime "
-    'environment to be installed. Resources required for each replica: [{"CPU": 8.0}], total resources available: '
-    '{"CPU": 2.0}. Use `ray status` for more details.'
+    "environment to be installed. Resources required for each replica: {required}, total resources available: "
+    "{free}. Use `ray status` for more details."
 )
+TOO_LARGE = UNPLACED.replace("{required}", '{"CPU": 8.0}').replace("{free}", '{"CPU": 2.0}')
+FITS = UNPLACED.replace("{required}", '{"CPU": 0.5}').replace("{free}", '{"CPU": 14.0}')
+BUNDLES = UNPLACED.replace("{required}", '[{"CPU": 4.0}, {"CPU": 4.0, "GPU": 1}]').replace("{free}", "{}")
 
 
 def failed(pool: str = "prefill", reason: str = "ValueError: no") -> str:
@@ -47,12 +51,41 @@ def test_other_lines_say_nothing() -> None:
 def test_what_cannot_be_placed() -> None:
     """Told once, and given up when Serve says so again."""
     starting = Starting(max_failures=3)
-    said = starting.feed(UNPLACED)
-    assert said is not None
-    assert said.startswith('3 replica(s) of decode cannot be placed: each needs [{"CPU": 8.0}], free')
+    starting.feed(OWN_RAY)
+    said = starting.feed(TOO_LARGE)
+    assert said == "3 replica(s) of decode cannot be placed: each needs 8 CPU, free in the cluster is 2 CPU"
     assert starting.hopeless is None
-    assert starting.feed(UNPLACED) is None
+    assert starting.feed(TOO_LARGE) is None
     assert starting.hopeless == said
+
+
+@pytest.mark.parametrize("line", [FITS, BUNDLES])
+def test_what_may_find_a_place_is_waited_for(line: str) -> None:
+    """Serve says the same of processes that start slowly; of placement groups it does not say what is free."""
+    starting = Starting(max_failures=3)
+    starting.feed(OWN_RAY)
+    assert "have no place yet: each needs" in (starting.feed(line) or "")
+    for _ in range(9):
+        starting.feed(line)
+    assert starting.hopeless is None
+
+
+def test_the_gateway_knows_what_is_free() -> None:
+    """Of placement groups, too: with its word the second warning ends the start."""
+    starting = Starting(max_failures=3)
+    starting.feed(OWN_RAY)
+    starting.feed(BUNDLES)
+    starting.no_room("decode")
+    starting.feed(BUNDLES)
+    assert starting.hopeless == "3 replica(s) of decode have no place yet: each needs 8 CPU, 1 GPU"
+
+
+def test_another_cluster_may_grow() -> None:
+    """Ray that ran before may be one that adds nodes, in minutes."""
+    starting = Starting(max_failures=3)
+    for _ in range(9):
+        starting.feed(TOO_LARGE)
+    assert starting.hopeless is None and starting.told
 
 
 def test_memory_and_what_serve_gives_up() -> None:

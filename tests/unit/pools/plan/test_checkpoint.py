@@ -117,9 +117,12 @@ WINDOW = {"sliding_window": 512}
         ({"model_type": "kimi_linear", "kv_lora_rank": 512, "linear_attn_config": {"num_heads": 32}}, "mamba"),
         ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3}, "short_conv"),
         (
-            {"architectures": ["BailingMoeV2_5ForCausalLM"], "layer_types": ["linear_attention", "full_attention"]},
+            {"architectures": ["BailingMoeV2_5ForCausalLM"], "layer_group_size": 5, "kv_lora_rank": 512},
             "short_conv",
         ),
+        ({"model_type": "deepseek_v4", "compress_ratios": [4, 128], "sliding_window": 128}, "full_and_sliding_window"),
+        ({"language_config": {"kv_lora_rank": 512}}, "mla_attention"),
+        ({"llm_config": {"hybrid_override_pattern": "M-M*"}}, "mamba"),
         ({"is_encoder_decoder": True}, "cross_attention"),
     ],
 )
@@ -138,3 +141,19 @@ def test_unreadable(content: str | None, words: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=words):
         read_checkpoint(tmp_path)
+
+
+def test_mistrals_own_format(tmp_path: Path) -> None:
+    """Its shape is not read, but it is a checkpoint, with weights and a tokenizer."""
+    for name in ("params.json", "tekken.json", "consolidated.safetensors"):
+        (tmp_path / name).write_text("{}")
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.num_attention_heads, checkpoint.weight_bytes, checkpoint.has_tokenizer) == (None, 2, True)
+
+
+def test_lengths_beyond_the_positions(tmp_path: Path) -> None:
+    """vLLM takes what `model_max_length` says where that is more."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({**LLAMA, "max_position_embeddings": 4096, "model_max_length": 16384})
+    )
+    assert read_checkpoint(tmp_path).max_position_embeddings == 16384
