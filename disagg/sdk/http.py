@@ -158,7 +158,8 @@ def _translate(exc: Exception, *, url: str, timeout_s: float) -> ClientError:
     if "CERTIFICATE_VERIFY_FAILED" in str(exc):
         why = str(exc).rpartition("certificate verify failed: ")[2].partition(" (_ssl")[0]
         message = (
-            f"the certificate of {url} is not trusted: {why}; name who signed it, or itself, with --ca-file (ca_file)"
+            f"the certificate of {url} is not trusted: {why}; with --ca-file (ca_file) name who signed it, or a "
+            "self-signed one itself"
         )
         return APIConnectionError(message, url=url)
     if any(word in str(exc) for word in ("WRONG_VERSION_NUMBER", "record layer failure")):
