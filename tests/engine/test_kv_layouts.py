@@ -29,8 +29,6 @@ from transport.parts import PARTS
 from transport.tiers import OffloadConfig, Sink
 
 NIXL = TRANSPORTS["nixl"]
-STORED = ("sliding_window",)
-"""Layouts of which a prefill engine of a pair stores in the shared tier. Full attention has tests of its own."""
 
 
 def state(part: str, layout: KvLayout) -> State:
@@ -51,15 +49,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.parametrize("layout", ["full_and_sliding_window", "sliding_window", "mla_attention", "mamba"])
-def test_a_pair_answers_as_one_engine(layout: KvLayout, models: Path, server: Server) -> None:
-    """Prompts much longer than a window are handed over by NIXL, come back from host memory on the decode engine, and
-    from the shared tier on the prefill engine where it takes the layout; the tokens are those of one engine."""
-    stored = state("shared_cache (sink: write_through)", layout) == "works"
-    assert stored == (layout in STORED)
-    cache: tuple[Sink, Server] | None = ("write_through", server) if stored else None
+@pytest.mark.parametrize("layout", ["full_and_sliding_window", "mla_attention", "mamba"])
+def test_a_pair_answers_as_one_engine(layout: KvLayout, models: Path) -> None:
+    """Prompts much longer than a window are handed over by NIXL, and come back from host memory on the decode engine;
+    the tokens are those of one engine."""
     tier = OffloadConfig(cpu_gib=0.25)
-    with pair(MODEL_OF[layout], NIXL, models, decode_offload=tier, prefill_cache=cache) as (prefill, decode):
+    with pair(MODEL_OF[layout], NIXL, models, decode_offload=tier) as (prefill, decode):
         assert answers_depend_on_kv(decode)
         handed = hand_over(prefill, decode, NIXL)
         print(f"handed over: {handed}")
@@ -69,10 +64,6 @@ def test_a_pair_answers_as_one_engine(layout: KvLayout, models: Path, server: Se
         print(f"from host memory: {loaded}")
         assert loaded.num_wrong == 0 and loaded.num_came > loaded.num_computed
         assert state("offload", layout) == "works"
-        if cache:
-            loaded = keep_and_load(prefill, prefill, answer_all)
-            print(f"from the shared tier: {loaded}")
-            assert loaded.num_wrong == 0 and loaded.num_came > loaded.num_computed
 
 
 @pytest.mark.parametrize(

@@ -135,12 +135,11 @@ def pair(
     models: Path,
     *,
     decode_offload: OffloadConfig | None = None,
-    prefill_cache: tuple[Sink, Server] | None = None,
     engine_kwargs: Mapping[str, Any] | None = None,
 ) -> AbstractContextManager[list[Running]]:
     """A prefill and a decode engine, started side by side."""
     return side_by_side(
-        running(model, "prefill", transport, models, cache=prefill_cache, engine_kwargs=engine_kwargs),
+        running(model, "prefill", transport, models, engine_kwargs=engine_kwargs),
         running(model, "decode", transport, models, offload=decode_offload, engine_kwargs=engine_kwargs),
     )
 
