@@ -32,6 +32,7 @@ TIME_LIMIT_S = 120.0
 """What the process may take. With everything in the page cache it takes eleven seconds of a slow core."""
 
 _LOOK_S = 0.2
+_LAST = 19
 
 Ask = Callable[[Question, Mapping[str, str]], Answer | str]
 """Puts a question to vLLM, with the environment of an engine. Text says why there is no answer."""
@@ -84,7 +85,7 @@ def ask_vllm(
 
     Args:
         command: the process; the name of the file for its answer is added.
-        given_up: asked several times a second; True ends the process.
+        given_up: asked several times a second; True ends the process, which then works behind all others.
     """
     with tempfile.TemporaryDirectory(prefix="disagg-check-") as directory:
         file = Path(directory) / "answer.json"
@@ -97,6 +98,8 @@ def ask_vllm(
             start_new_session=True,  # vLLM may start a process that looks at the model's class
         )
         try:
+            if given_up is not None:
+                os.setpriority(os.PRIO_PROCESS, process.pid, _LAST)
             said = _communicate(process, question.model_dump_json().encode(), time_limit_s, given_up)
         except subprocess.TimeoutExpired:
             return f"the process that asks vLLM took longer than {time_limit_s:g} s"
