@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 
@@ -34,6 +35,8 @@ _TAIL = 25
 _ASK_EVERY_S = 1.0
 """Between two questions whether it is ready. Each goes through proxy and gateway, and takes time from engines that
 start on the same cores."""
+_NO_REPLICAS = 503
+"""Source: Ray Serve 2.60 `ProxyRouter.ready_for_traffic`, which `/-/healthz` tells."""
 _END_S = 30.0
 """What Serve may take to end once its applications are drained."""
 
@@ -178,7 +181,8 @@ def _until_ready(
     shown, shown_at, asked_at = "", 0.0, 0.0
     ready: Mapping[str, int] = {}
     # Its own server, whoever its certificate is for, and through nobody's proxy.
-    with Client(url, key, timeout_s=2.0, transport=httpx.HTTPTransport(verify=False)) as client:
+    transport = httpx.HTTPTransport(verify=False)
+    with Client(url, key, timeout_s=2.0, transport=transport) as client, httpx.Client(transport=transport) as http:
         while not interrupts:
             _follow(serving, tail, verbose=args.verbose, starting=starting)
             if starting.last is not None:
@@ -200,12 +204,12 @@ def _until_ready(
             if time.monotonic() - asked_at >= _ASK_EVERY_S:
                 asked_at = time.monotonic()
                 try:
-                    health = client.health()
-                    ready = health.pools
-                    if health.ok:
+                    health = client.health() if _is_routed(http, url) else None
+                    if health is not None and health.ok:
                         return None
+                    ready = most_ready(ready, health.pools, starting) if health is not None else ready
                     # A replica that has just failed is about to give its place back.
-                    for pool in client.pools() if key and starting.last is None else ():
+                    for pool in client.pools() if health is not None and key and starting.last is None else ():
                         if not pool.num_unplaced:
                             continue
                         # Serve itself warns of it after half a minute.
@@ -221,6 +225,22 @@ def _until_ready(
             serving.sample()
             time.sleep(0.1)
     return None
+
+
+def _is_routed(http: httpx.Client, url: str) -> bool:
+    """Whether Serve's proxy has a gateway. Before, it keeps questions, and the first gateway logs them as `GET /`."""
+    try:
+        return http.get(urljoin(url, "/-/healthz"), timeout=2.0).status_code != _NO_REPLICAS
+    except httpx.HTTPError:
+        return False
+
+
+def most_ready(before: Mapping[str, int], now: Mapping[str, int], starting: Starting) -> Mapping[str, int]:
+    """What to show as ready. A replica that is up may be too busy for a moment to be routed to, while others start; it
+    counts until one has failed. Pure."""
+    if starting.last is not None:
+        return now
+    return {name: max(number, before.get(name, 0)) for name, number in now.items()}
 
 
 def _until_interrupted(serving: ServeRun, verbose: bool, interrupts: list[int]) -> str | None:

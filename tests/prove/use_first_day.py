@@ -136,7 +136,8 @@ class Day:
         file, port = self.config("mine")
         url = f"http://127.0.0.1:{port}"
         before = shared_files()
-        with self._served(["disagg", "serve", file, "--model", str(own)], "serve", url) as lines:
+        command = ["disagg", "serve", file, "--model", str(own)]
+        with self._served(command, "serve", url, said="ready after") as lines:
             rows = self._start_rows(lines)
             models = [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]]
             rows.append(self.row("a model in one step", str(models), "['my-model']", models == ["my-model"]))
@@ -276,8 +277,8 @@ class Day:
         ]
 
     @contextlib.contextmanager
-    def _served(self, command: list[str], name: str, url: str) -> Iterator[list[str]]:
-        """Lines that the command prints, once requests are answered."""
+    def _served(self, command: list[str], name: str, url: str, said: str | None = None) -> Iterator[list[str]]:
+        """Lines that the command prints, once requests are answered, or once it has `said` so."""
         environment = {**clean_env(), "PATH": f"{self.where / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         process = subprocess.Popen(
             command,
@@ -300,6 +301,8 @@ class Day:
         def ready() -> bool:
             if process.poll() is not None:
                 raise RuntimeError(f"{command} ended:\n" + "\n".join(lines[-20:]))
+            if said is not None:
+                return any(line.startswith(said) for line in lines)
             with contextlib.suppress(httpx.HTTPError, ValueError):
                 return bool(httpx.get(f"{url}/health", verify=False, timeout=5).json().get("status") == "ok")
             return False

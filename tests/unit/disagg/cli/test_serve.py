@@ -19,10 +19,12 @@ import pytest
 from disagg.cli import serving
 from disagg.cli.main import main
 from disagg.cli.processes import Process, belonging_to, process_table, remove_shared
+from disagg.cli.starting import Starting
 from disagg.cli.supervise import ServeRun, child_env, is_fatal, reason
 from disagg.errors import ConfigError
 from disagg.key_lines import parse
 from pools.process.shared_files import mapped_by
+from pools.replica.start_failure import StartFailure
 from tests.support.stack import wait_until
 
 LOG = """\
@@ -108,6 +110,15 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     for file in (Path("/dev/null"), Path("/dev/null/x"), tmp_path):
         with pytest.raises(ConfigError, match="cannot write the log"):
             ServeRun(tmp_path / "none.yaml", file, drain_s=1).start()
+
+
+def test_progress_goes_on() -> None:
+    """A replica that is up and too busy for a moment still counts; once one has failed, only what is there does."""
+    starting = Starting(max_failures=3)
+    before = serving.most_ready({}, {"prefill": 0, "decode": 1}, starting)
+    assert serving.most_ready(before, {"prefill": 1, "decode": 0}, starting) == {"prefill": 1, "decode": 1}
+    starting.feed(StartFailure("decode", "abc", "it died").line())
+    assert serving.most_ready(before, {"prefill": 1, "decode": 0}, starting) == {"prefill": 1, "decode": 0}
 
 
 def test_reads_the_log() -> None:
