@@ -8,6 +8,7 @@ gateway goes through that loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -33,12 +34,24 @@ MAX_DEPTH = 100
 encoded again for the legs, parsed by the engine, and validated there. The strictest, pydantic's, takes 200."""
 MAX_CONTAINERS = 65_536
 """Objects and lists of one body. Each costs the collector of every process that parses the body."""
+MAX_KEYS = 40_000
+"""Keys of all objects of one body. The parser makes a text of each, and looks for a place for it in its object."""
+MAX_FRACTIONS = 16_384
+"""Numbers of one body that have a fraction or an exponent, which cost ten times as much as whole ones."""
+LONG_NUMBER = 20
+"""Digits from which on a number is long: it fits into no machine word, and costs the square of its length."""
+MAX_LONG_DIGITS = 262_144
+"""Digits of all long numbers of one body."""
 _PIECE_BYTES = 65_536
 """Bytes that are looked at before the event loop runs."""
 _ENCODINGS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 """Content encodings, and what zlib calls their format."""
 
-_decode_json = msgspec.json.Decoder().decode
+_DIGITS = b"0123456789"
+_DIGITS_ALIKE = bytes.maketrans(_DIGITS, b"0" * len(_DIGITS))
+_LONG_RUN = b"0" * LONG_NUMBER
+_FEW = 16
+"""A piece in which one byte of so many is a digit, or less, is not searched for long numbers."""
 
 # Possessive quantifiers: a body without an end quote costs one pass, not one from every quote.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -71,7 +84,11 @@ class Bodies:
             raw = await uncompressed(request, raw, max_bytes=self.config.max_body_bytes, count=count)
             check_whole(request, raw)
             await check_shape(raw, max_values=self.config.max_json_values)
-            return raw, parse_object(raw)
+            body = parse_object(raw)
+            if len(raw) > _PIECE_BYTES:
+                # The checks of what it says take their time, too.
+                await asyncio.sleep(0)
+            return raw, body
 
     @contextmanager
     def _counted(self) -> Iterator[_Count]:
@@ -152,9 +169,14 @@ async def uncompressed(request: Request, raw: bytes, *, max_bytes: int, count: _
         return raw
     unpacking = zlib.decompressobj(_ENCODINGS[encoding])
     pieces: list[bytes] = []
-    size, left = 0, raw
+    size = position = 0
+    left = b""
     try:
-        while left and not unpacking.eof:
+        # The input comes in pieces, too: a stream of empty blocks is long and has no output.
+        while not unpacking.eof and (left or position < len(raw)):
+            if not left:
+                left = raw[position : position + _PIECE_BYTES]
+                position += len(left)
             piece = unpacking.decompress(left, _PIECE_BYTES)
             left = unpacking.unconsumed_tail
             size += len(piece)
@@ -166,7 +188,7 @@ async def uncompressed(request: Request, raw: bytes, *, max_bytes: int, count: _
         pieces.append(unpacking.flush())
     except zlib.error as exc:
         raise InvalidRequestError(f"the request body is not {encoding}, as content-encoding says: {exc}") from exc
-    if not unpacking.eof or unpacking.unused_data:
+    if not unpacking.eof or unpacking.unused_data or position < len(raw):
         raise InvalidRequestError(f"the request body is not one whole {encoding} stream")
     return b"".join(pieces)
 
@@ -192,41 +214,81 @@ def check_whole(request: Request, raw: bytes) -> None:
     raise InvalidRequestError(f"{what}{hint}")
 
 
-async def check_shape(raw: bytes, *, max_values: int) -> None:
-    """Raises InvalidRequestError for a body that has too many values, or is nested too deep."""
-    num_containers = num_commas = 0
-    for start in range(0, len(raw), _PIECE_BYTES):
-        piece = memoryview(raw)[start : start + _PIECE_BYTES].tobytes() if len(raw) > _PIECE_BYTES else raw
+async def check_shape(raw: bytes, *, max_values: int, what: str = "the request body") -> None:
+    """Raises InvalidRequestError for a JSON text that is nested too deep, or has too much of what is slow to read.
+
+    Args:
+        what: names the text in errors.
+    """
+    num_containers = num_commas = num_long_digits = 0
+    large = len(raw) > _PIECE_BYTES
+    for piece in _pieces(raw):
         num_containers += piece.count(b"{") + piece.count(b"[")
         num_commas += piece.count(b",")
-        if len(raw) > _PIECE_BYTES:
+        if large:
+            num_long_digits += long_digits(piece)
             await asyncio.sleep(0)
-    # At most as many, because these bytes also stand in strings.
-    if num_containers > MAX_DEPTH or num_commas >= max_values:
-        await _check_exactly(raw, max_values)
+    # At most as many, because these bytes also stand in strings. Every key follows a comma or opens an object.
+    many_keys = num_commas + num_containers > MAX_KEYS and await _most_keys(raw) > MAX_KEYS
+    if num_containers > MAX_DEPTH or num_commas >= max_values or num_long_digits > MAX_LONG_DIGITS or many_keys:
+        await _check_exactly(raw, max_values, what)
 
 
-async def _check_exactly(raw: bytes, max_values: int) -> None:
+def _pieces(raw: bytes) -> Iterator[bytes]:
+    if len(raw) <= _PIECE_BYTES:
+        yield raw
+        return
+    for start in range(0, len(raw), _PIECE_BYTES):
+        yield raw[start : start + _PIECE_BYTES]
+
+
+async def _most_keys(raw: bytes) -> int:
+    """How many keys there are at most: each has two quotes and a colon."""
+    num_colons = num_quotes = 0
+    for piece in _pieces(raw):
+        num_colons += piece.count(b":")
+        num_quotes += piece.count(b'"')
+        await asyncio.sleep(0)
+    return min(num_colons, num_quotes // 2)
+
+
+def long_digits(piece: bytes) -> int:
+    """About how many digits stand in runs of `LONG_NUMBER` and more; 0 where few bytes are digits."""
+    sample = piece[::LONG_NUMBER]
+    if len(sample) - len(sample.translate(None, _DIGITS)) <= len(sample) // _FEW:
+        return 0
+    return LONG_NUMBER * piece.translate(_DIGITS_ALIKE).count(_LONG_RUN)
+
+
+async def _check_exactly(raw: bytes, max_values: int, what: str) -> None:
     brackets: list[bytes] = []
-    num_containers = num_values = 0
+    num_open = num_closed = num_commas = num_keys = num_long_digits = 0
     for piece in outside_strings(raw):
         found = piece.translate(None, _OTHERS)
-        num_containers += found.count(b"{") + found.count(b"[")
-        num_values += piece.count(b",")
-        if num_values >= max_values:
+        opened = found.count(b"{") + found.count(b"[")
+        num_open += opened
+        num_closed += len(found) - opened
+        num_commas += piece.count(b",")
+        num_keys += piece.count(b":")
+        num_long_digits += long_digits(piece)
+        if num_commas >= max_values:
             raise InvalidRequestError(
-                f"the request body has more than {max_values} values, the limit of this server "
-                "(gateway.max_json_values)"
+                f"{what} has more than {max_values} values, the limit of this server (gateway.max_json_values)"
             )
-        if num_containers > MAX_CONTAINERS:
-            raise InvalidRequestError(
-                f"the request body has more than {MAX_CONTAINERS} objects and lists, the limit of this server"
-            )
+        for number, limit, of in (
+            (num_open, MAX_CONTAINERS, "objects and lists"),
+            (num_keys, MAX_KEYS, "keys of objects"),
+            (num_long_digits, MAX_LONG_DIGITS, f"digits in numbers of {LONG_NUMBER} digits and more"),
+        ):
+            if number > limit:
+                raise InvalidRequestError(f"{what} has more than {limit} {of}, the limit of this server")
+        if num_closed > num_open:
+            raise InvalidRequestError(f"{what} is not valid JSON: it closes more objects and lists than it opens")
         brackets.append(found)
         await asyncio.sleep(0)
     depth = max(accumulate(map(_STEP.__getitem__, b"".join(brackets))), default=0)
     if depth > MAX_DEPTH:
-        raise InvalidRequestError(f"the request body is nested {depth} levels deep; this server takes {MAX_DEPTH}")
+        raise InvalidRequestError(f"{what} is nested {depth} levels deep; this server takes {MAX_DEPTH}")
 
 
 def outside_strings(raw: bytes) -> Iterator[bytes]:
@@ -250,10 +312,33 @@ def outside_strings(raw: bytes) -> Iterator[bytes]:
             position = stop + in_string
 
 
+class _Fractions:
+    """Reads the numbers of one body that are not whole.
+
+    msgspec 0.22 takes ten times as long as Python for numbers near the smallest one.
+    """
+
+    def __init__(self) -> None:
+        self._num = 0
+
+    def __call__(self, text: str) -> float:
+        """Raises InvalidRequestError for one too many, and for one that is too large."""
+        self._num += 1
+        if self._num > MAX_FRACTIONS:
+            raise InvalidRequestError(
+                f"the request body has more than {MAX_FRACTIONS} numbers with a fraction or an exponent, the limit of "
+                "this server"
+            )
+        number = float(text)
+        if math.isinf(number):
+            raise InvalidRequestError(f"the request body is not valid JSON: the number {text[:40]} is out of range")
+        return number
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Raises InvalidRequestError."""
     try:
-        body = _decode_json(raw)
+        body = msgspec.json.Decoder(float_hook=_Fractions()).decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidRequestError(f"the request body is not valid JSON: {exc}") from exc
     if not isinstance(body, dict):

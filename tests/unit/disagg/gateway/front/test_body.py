@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
+import random
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +26,19 @@ from disagg.errors import (
     UnsupportedMediaTypeError,
 )
 from disagg.gateway.front import body as module
-from disagg.gateway.front.body import MAX_CONTAINERS, MAX_DEPTH, Bodies, check_shape, outside_strings
+from disagg.gateway.front.body import (
+    LONG_NUMBER,
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    MAX_FRACTIONS,
+    MAX_KEYS,
+    MAX_LONG_DIGITS,
+    Bodies,
+    check_shape,
+    long_digits,
+    outside_strings,
+    parse_object,
+)
 from pools.errors import PoolOverloadedError
 
 WAITS = b" "
@@ -183,6 +197,34 @@ async def test_bad_compression() -> None:
         await reads.json_object(request({"content-encoding": "gzip"}, [gzip.compress(b" " * 2**16)]))
 
 
+@pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16, 2**16 + 1, 2**18])
+async def test_compressed_input_comes_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zlib gets a bounded piece at a time: blocks without output cost time, too. What follows the stream is found."""
+    inputs: list[int] = []
+
+    class Unpacking:
+        def __init__(self, wbits: int) -> None:
+            self.real = zlib_decompressobj(wbits)
+
+        def decompress(self, data: bytes, max_length: int) -> bytes:
+            inputs.append(len(data))
+            return self.real.decompress(data, max_length)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+    zlib_decompressobj = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", Unpacking)
+    given = json.dumps({"a": random.Random(size).randbytes(size).hex()}).encode()
+    packed = zlib.compress(given, 0)
+    headers = {"content-encoding": "deflate"}
+    assert (await large().json_object(request(headers, [packed])))[0] == given
+    assert max(inputs) <= 2**16
+    for rest in (b"x", b"x" * 2**16, packed):
+        with pytest.raises(InvalidRequestError, match="one whole deflate stream"):
+            await large().json_object(request(headers, [packed + rest]))
+
+
 async def test_a_body_that_a_server_in_front_lost() -> None:
     """An empty or cut body is called so, and a client that offers to upgrade hears what to change."""
     with pytest.raises(InvalidRequestError, match=r"^the request body is empty$"):
@@ -219,6 +261,57 @@ async def test_number_of_values() -> None:
     with pytest.raises(InvalidRequestError, match=f"more than {MAX_CONTAINERS} objects"):
         await check_shape(b'{"a":[' + b"[]," * MAX_CONTAINERS + b"1]}", max_values=10**6)
     await check_shape(json.dumps({"prompt": "{a, b}" * 20_000}).encode(), max_values=1000)
+
+
+async def test_number_of_keys() -> None:
+    """Keys of all objects count together, repeated ones, too; colons in text count for nothing."""
+    few, many = (
+        b"{" + b",".join(b'"%d":[{"a":1}]' % i for i in range(number // 2)) + b"}"
+        for number in (MAX_KEYS, MAX_KEYS + 2)
+    )
+    await check_shape(few, max_values=10**6)
+    with pytest.raises(InvalidRequestError, match=f"more than {MAX_KEYS} keys"):
+        await check_shape(many, max_values=10**6)
+    await check_shape(json.dumps({"prompt": "a: b, " * (MAX_KEYS + 1)}).encode(), max_values=10**6)
+
+
+@pytest.mark.parametrize("length", [LONG_NUMBER, 4300])
+async def test_long_numbers(length: int) -> None:
+    """Their digits have a limit; shorter numbers have none, and digits in text count for nothing."""
+    number = b"7" * length
+    fits = MAX_LONG_DIGITS // length * 9 // 10
+    await check_shape(b"[" + b",".join([number] * fits) + b"]", max_values=10**6)
+    with pytest.raises(InvalidRequestError, match=f"more than {MAX_LONG_DIGITS} digits in numbers of {LONG_NUMBER}"):
+        await check_shape(b"[" + b",".join([number] * (fits * 2)) + b"]", max_values=10**6)
+    await check_shape(b'["' + number * (fits * 2) + b'"]', max_values=10**6)
+    await check_shape(b"[" + b",".join([b"7" * 19] * 40_000) + b"]", max_values=10**6)
+
+
+def test_digits_of_long_numbers() -> None:
+    """They are counted in whole numbers of that length, where there are more than a few digits."""
+    assert long_digits(b"12345678901234567890," * 100) == 100 * LONG_NUMBER
+    assert long_digits(b"1234567890123456789," * 100) == 0
+    assert long_digits(b"x" * 100_000 + b"1" * 1000) == 0
+    assert long_digits(b"") == 0
+
+
+def test_fractions() -> None:
+    """They are read as Python reads them, up to a number of them; what no number can hold is refused."""
+    given = b'{"a":[0.1,-0.0,5e-324,1E5,1.7976931348623157e308,9007199254740993.0000001]}'
+    read = parse_object(given)["a"]
+    assert read == json.loads(given)["a"] and math.copysign(1, read[1]) == -1
+    assert len(parse_object(b'{"a":[' + b"5e-324," * (MAX_FRACTIONS - 1) + b"1.5,1]}")["a"]) == MAX_FRACTIONS + 1
+    with pytest.raises(InvalidRequestError, match=f"more than {MAX_FRACTIONS} numbers with a fraction"):
+        parse_object(b'{"a":[' + b"5e-324," * MAX_FRACTIONS + b"1.5]}")
+    with pytest.raises(InvalidRequestError, match="-1e999 is out of range"):
+        parse_object(b'{"a":-1e999}')
+
+
+async def test_brackets_that_close_nothing() -> None:
+    """Are no JSON, which is found before they are counted one by one."""
+    for raw in (b"[" * 101 + b"]" * 10_000_000, b"]" * 200 + b"[" * 101):
+        with pytest.raises(InvalidRequestError, match="closes more objects and lists than it opens"):
+            await check_shape(raw, max_values=1000)
 
 
 VALUES = strategies.recursive(
