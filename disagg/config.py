@@ -100,14 +100,18 @@ class GatewayConfig(Config):
     max_body_bytes: PositiveInt = 10 * 1024 * 1024
     """Largest request body in bytes; a longer one is answered 413. 10 MiB is about two million tokens of text."""
     max_incoming_bytes: PositiveInt = 256 * 1024 * 1024
-    """Bytes of request bodies that one gateway replica has on their way in at the same time; beyond it requests are
-    answered 503 with Retry-After."""
+    """Bytes of request bodies that one gateway replica has on their way in at the same time, until they have become
+    tokens and are sent on; beyond it requests are answered 503 with Retry-After."""
     max_json_values: PositiveInt = 500_000
     """Values that one request body may have; more are answered 400. Each token id counts, each part of a chat."""
     max_chat_parts: PositiveInt = 2048
     """Messages, content parts and tool calls that one chat may have together; more are answered 400."""
     max_tools: PositiveInt = 512
     """Tools that one request may bring; more are answered 400."""
+    max_field_entries: PositiveInt = 2048
+    """Entries that any other list or object of a request may have, `stop`, `logit_bias` and `bad_words` among them,
+    with those of the lists and objects right in it; more are answered 400. Lists of token ids have no such limit, but
+    for `stop_token_ids` and `logprob_token_ids`."""
     max_num_requests: PositiveInt = 4096
     """Requests that one gateway replica carries at the same time, counted from their heads on; more are answered 503
     with Retry-After."""

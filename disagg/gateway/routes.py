@@ -21,7 +21,7 @@ from disagg.gateway.front import flags, openapi
 from disagg.gateway.front.body import Bodies
 from disagg.gateway.front.edge import Handler, KeyKind, Route, RouteTable
 from disagg.gateway.front.fields import Endpoint
-from disagg.gateway.front.intake import Asked, check_fields, check_parts, request_id_of, take_store, taken_in
+from disagg.gateway.front.intake import Asked, check_body, request_id_of, take_store, taken_in
 from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.replicas.choosing import Chooser
@@ -136,8 +136,7 @@ class Api:
         """One replica's answer to a route that needs no KV."""
         with self.answering.carried():
             raw, body = await self.bodies.json_object(request)
-            check_fields(body, model_id=self.model.id)
-            check_parts(body, max_parts=self.config.max_chat_parts, max_tools=self.config.max_tools)
+            await check_body(body, self.config, model_id=self.model.id)
             _, raw = take_store(body, raw)
             return await self._passed(request, path, raw)
 

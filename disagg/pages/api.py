@@ -31,8 +31,12 @@ from disagg.errors import (
     UnsupportedMediaTypeError,
 )
 from disagg.gateway.front.body import (
+    LONG_NUMBER,
     MAX_CONTAINERS,
     MAX_DEPTH,
+    MAX_FRACTIONS,
+    MAX_KEYS,
+    MAX_LONG_DIGITS,
     check_content_type,
     check_whole,
     parse_object,
@@ -40,7 +44,7 @@ from disagg.gateway.front.body import (
 from disagg.gateway.front.edge import KeyKind, Route
 from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD
 from disagg.gateway.front.flags import with_settings
-from disagg.gateway.front.intake import check_fields, check_parts, check_prompts, take_store
+from disagg.gateway.front.intake import check_fields, check_kinds, check_lists, check_parts, check_prompts, take_store
 from disagg.gateway.front.responses import error_body, shape_of
 from disagg.gateway.front.tenants import FIELD as SALT_FIELD
 from disagg.gateway.front.tenants import Tenant, check_media_ids, salted
@@ -214,7 +218,7 @@ replica comes to which answer.
 
 ## Limits
 
-All are settings of [`gateway`](configuration.md#argsgateway), but for one line of fixed numbers.
+All are settings of [`gateway`](configuration.md#argsgateway), but for lines of fixed numbers.
 """
 
 _ADMIN = """## Admin API
@@ -284,11 +288,24 @@ _TOOLS = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-
 LIMITS: Sequence[tuple[str | None, str, type[DisaggError]]] = (
     ("max_header_bytes", "bytes of all headers together", HeadersTooLargeError),
     ("max_body_bytes", "bytes of a body, uncompressed", BodyTooLargeError),
-    ("max_incoming_bytes", "bytes of all bodies on their way in at one gateway replica", PoolOverloadedError),
+    ("max_incoming_bytes", "bytes of all bodies at one gateway replica that are not sent on yet", PoolOverloadedError),
     ("max_json_values", "values of a body: each token id, each part of a chat", InvalidRequestError),
     (None, f"{MAX_CONTAINERS:,} objects and lists of a body, and {MAX_DEPTH} levels of them", InvalidRequestError),
+    (None, f"{MAX_KEYS:,} keys of all objects of a body", InvalidRequestError),
+    (
+        None,
+        f"{MAX_FRACTIONS:,} numbers of a body with a fraction or an exponent, and {MAX_LONG_DIGITS:,} digits in "
+        f"numbers of {LONG_NUMBER} digits and more",
+        InvalidRequestError,
+    ),
     ("max_chat_parts", "messages, content parts and tool calls of a chat", InvalidRequestError),
     ("max_tools", "tools of a request", InvalidRequestError),
+    (
+        "max_field_entries",
+        "entries of any other list or object, with those of the lists and objects right in it; token ids are free in "
+        "`prompt`, `tokens` and `allowed_token_ids`",
+        InvalidRequestError,
+    ),
     ("max_prompts", "prompts of a request", InvalidRequestError),
     ("max_prompt_tokens", "tokens of a prompt; unset, what the model takes, which the engine says", ContextLengthError),
     ("body_timeout_s", "seconds to send the body", RequestTimeoutError),
@@ -367,6 +384,12 @@ def refusals() -> list[tuple[str, DisaggError]]:
         ("a `model` that is no text", lambda: check_fields({"model": 1}, model_id=MODEL)),
         ("another model", lambda: check_fields({"model": "other"}, model_id=MODEL)),
         ("too many prompts", lambda: check_prompts({"prompt": [""] * (limits.max_prompts + 1)}, limits.max_prompts)),
+        ("a message that is no object", lambda: check_kinds({"messages": ["a"]})),
+        ("a list that mixes kinds of prompts", lambda: check_prompts({"prompt": [1, "a"]}, limits.max_prompts)),
+        (
+            "too many entries of another list or object",
+            lambda: check_lists({"stop": ["a"] * (limits.max_field_entries + 1)}, limits.max_field_entries),
+        ),
         (
             "a chat of too many parts",
             lambda: check_parts(

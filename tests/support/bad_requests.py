@@ -186,7 +186,9 @@ def _generation(model: str) -> list[BadRequest]:
         bad("empty token prompt", {"prompt": [[]]}),
         bad("negative token id", {"prompt": [-1]}),
         bad("fractional token id", {"prompt": [1.5]}),
-        bad("mixed prompt list", {"prompt": ["a", 1]}),
+        bad("mixed prompt list", {"prompt": ["a", 1]}, param="prompt"),
+        bad("text among token ids", {"prompt": [7] * 1000 + ["x"]}, param="prompt"),
+        bad("text among allowed token ids", {"allowed_token_ids": [7, "x"]}, param="allowed_token_ids"),
         bad("huge token id", {"prompt": [10**9]}, **real),
         bad("prompt longer than the context", {"prompt": [5] * 300_000}),
         bad("more tokens than the context", {"max_tokens": 10**7}),
@@ -239,6 +241,8 @@ def _chats(model: str) -> list[BadRequest]:
     good = _good_chat(model)
     real = {"needs_real_engine": True}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    deep = {"name": "f", "arguments": '{"a": ' + "[" * 1000 + "]" * 1000 + "}"}
+    called = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": deep}]}
 
     def bad(name: str, fields: dict[str, Any], **more: Any) -> BadRequest:
         return _post(name, CHAT, good | fields, **more)
@@ -252,11 +256,14 @@ def _chats(model: str) -> list[BadRequest]:
         bad("text as messages", {"messages": "hi"}),
         bad("object as messages", {"messages": {"role": "user"}}),
         bad("empty messages", {"messages": []}),
-        bad("number as message", {"messages": [5]}),
-        bad("empty message", {"messages": [{}]}),
-        bad("message without role", {"messages": [{"content": "x"}]}),
-        bad("number as role", {"messages": [{"role": 5, "content": "x"}]}),
-        bad("number as content", user(5)),
+        bad("number as message", {"messages": [5]}, param="messages"),
+        bad("empty message", {"messages": [{}]}, param="messages[0].role"),
+        bad("message without role", {"messages": [{"content": "x"}]}, param="messages[0].role"),
+        bad("number as role", {"messages": [{"role": 5, "content": "x"}]}, param="messages[0].role"),
+        bad("number as content", user(5), param="messages[0].content"),
+        bad("number as content part", user([5]), param="messages[0].content"),
+        bad("arguments of a tool call nested 1,000 deep", {"messages": [*good["messages"], called]}),
+        bad("5,000 stops", {"stop": ["a"] * 5000}, param="stop"),
         bad("unknown content part", user([{"type": "bogus"}]), **real),
         bad("image for a text model", user([{"type": "image_url", "image_url": {"url": "data:,"}}]), **real),
         bad("chat longer than the context", user("word " * 100_000)),

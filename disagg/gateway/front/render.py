@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
+from disagg.errors import InvalidRequestError
 from disagg.gateway.front.aside import Aside
 from disagg.gateway.front.fields import Endpoint
 from disagg.gateway.front.openapi import REFERENCE, Body
@@ -38,6 +39,9 @@ class Renderer(Protocol):
 
         Args:
             num_bytes: size of the body as JSON. Large bodies are rendered aside of the caller's event loop.
+
+        Raises:
+            InvalidRequestError: the request is nested deeper than its reader can go.
         """
         ...
 
@@ -135,6 +139,9 @@ class VllmRenderer:
                 inputs = rendered[1] if isinstance(rendered, tuple) else rendered
             else:
                 inputs = await self._online.render_completion(request, skip_mm_cache=True)
+        except RecursionError as exc:
+            # An engine would fail, and so would the next one.
+            raise InvalidRequestError("the request is nested too deep for this server") from exc
         except Exception as exc:
             # A request that vLLM's code refuses here is refused by the engine with the same words, in its own shape.
             logger.debug("not rendered: %s", exc)

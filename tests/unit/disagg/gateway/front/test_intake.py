@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from starlette.requests import Request
 
+from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError, ModelNotFoundError
 from disagg.gateway.front.fields import FORBIDDEN_FIELDS
 from disagg.gateway.front.intake import (
+    check_body,
     check_fields,
+    check_kinds,
+    check_lists,
     check_parts,
     check_prompts,
     forwarded_headers,
+    json_texts,
     request_id_of,
     take_store,
 )
@@ -97,6 +103,126 @@ def test_too_many_prompts(prompt: Any) -> None:
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [7, 7, "x"],
+        ["x", 7],
+        [7, [7]],
+        [7, None],
+        [7, 1.5],
+        [7, -1],
+        [7, 2**32],
+        [None],
+        [{}],
+        [[7], ["x"]],
+        [["x", "y"]],
+        [[7, "x"]],
+        [[[7]]],
+        [7] * 1000 + ["x"],
+    ],
+    ids=repr,
+)
+def test_prompts_of_a_kind(prompt: list[Any]) -> None:
+    """A list of prompts is texts, ids, or lists of ids; one thing of another kind among them is refused."""
+    with pytest.raises(InvalidRequestError, match="prompt must be a text, a list of texts") as caught:
+        check_prompts({"prompt": prompt}, 8)
+    assert caught.value.param == "prompt"
+
+
+def test_lists_of_token_ids_are_free() -> None:
+    """Where token ids belong there may be any number of them, and nothing else."""
+    ids = [0, 2**32 - 1] * 500
+    check_lists({"prompt": ids, "tokens": ids, "allowed_token_ids": ids}, 4)
+    for name in ("tokens", "allowed_token_ids"):
+        for other in ("7", -1, 1.0, None, [7]):
+            with pytest.raises(InvalidRequestError, match=f"{name} must be a list of token ids") as caught:
+                check_lists({name: [*ids, other]}, 4)
+            assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", ["a"] * 4),
+        ("bad_words", ["a"] * 4),
+        ("stop_token_ids", [7] * 4),
+        ("logit_bias", {str(i): 1 for i in range(4)}),
+        ("vllm_xargs", {"a": ["b", "c"], "d": 1}),
+        ("structured_outputs", {"choice": ["a", "b", "c"]}),
+        ("documents", [{"text": "a"}, {"text": "b"}]),
+        ("tokens", {str(i): 1 for i in range(4)}),
+        ("unknown", [[1], [2]]),
+    ],
+)
+def test_entries_of_other_lists_and_objects(field: str, value: Any) -> None:
+    """As many as the limit pass; one more is refused, in the field itself or right in what it holds."""
+    check_lists({field: value, "messages": [{}] * 9, "tools": [{}] * 9, "user": "a" * 9}, 4)
+    with pytest.raises(InvalidRequestError, match=f"{field} has more than 3 .*gateway.max_field_entries") as caught:
+        check_lists({field: value}, 3)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [{}, 5]}, "messages"),
+        ({"messages": [None]}, "messages"),
+        ({"messages": [{"role": "user"}, {"role": 5}]}, "messages[1].role"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["a", {}, 5]}]}, "messages[0].content"),
+        ({"messages": [{"tool_calls": [{}, "a"]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"tools": [[]]}]}, "messages[0].tools"),
+        ({"tools": [{}, "f"]}, "tools"),
+        ({"functions": [1]}, "functions"),
+    ],
+    ids=repr,
+)
+def test_lists_of_a_chat_hold_objects(body: dict[str, Any], param: str) -> None:
+    """Anything else among them is named, before vLLM holds each entry against all of its shapes."""
+    with pytest.raises(InvalidRequestError, match=f"^{re.escape(param)} must be a ") as caught:
+        check_kinds(body)
+    assert caught.value.param == param
+
+
+def test_what_vllm_has_to_judge_of_a_chat() -> None:
+    """Objects of any keys, texts among parts, and fields that are no lists."""
+    message = {"role": "user", "content": ["a", {"type": "unknown"}, {}], "tool_calls": None, "tools": 5}
+    check_kinds({"messages": [message, {"role": "x", "content": None}], "tools": [{}], "functions": "f"})
+    check_kinds({"messages": "a", "tools": 5})
+
+
+def test_texts_that_are_parsed_as_json() -> None:
+    """Arguments of tool calls, and what an answer has to look like where it is text."""
+    called = {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}, {"function": {"name": "f"}}, 1]}
+    body = {"messages": [called, {}, None], "structured_outputs": {"json": "[]", "structural_tag": {}, "regex": "["}}
+    assert list(json_texts(body)) == ["{}", "[]"]
+    for other in ({}, {"messages": "a", "structured_outputs": "b"}, {"messages": [{"tool_calls": {}}]}):
+        assert list(json_texts(other)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[" * 1000 + "]" * 1000, "nested 1000 levels deep"),
+        ("[" + "1," * 600_000 + "1]", "more than 500000 values"),
+        ("]" * 1000 + "[" * 101, "closes more"),
+    ],
+    ids=["deep", "many", "no JSON"],
+)
+async def test_json_in_texts_has_the_bounds_of_a_body(text: str, fault: str) -> None:
+    """vLLM's parser ends in a RecursionError, which would cost one replica after the other."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
+    chat = {"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]}
+    for body in (chat, {"model": "m", "prompt": "a", "structured_outputs": {"json": text}}):
+        with pytest.raises(InvalidRequestError, match=f"JSON text in the request body .*{fault}"):
+            await check_body(body, GatewayConfig(), model_id="m")
+    call["function"] = {"name": "f", "arguments": '{"a": "' + "[" * 1000 + '"}'}
+    await check_body(chat, GatewayConfig(), model_id="m")
+
+
 def message(num_parts: int = 0, num_calls: int = 0) -> dict[str, Any]:
     part, call = {"type": "text", "text": "a"}, {"id": "c", "type": "function", "function": {"name": "f"}}
     return {"role": "user", "content": [part] * num_parts or "a", "tool_calls": [call] * num_calls}
@@ -109,6 +235,7 @@ def message(num_parts: int = 0, num_calls: int = 0) -> dict[str, Any]:
         [message(7)],
         [message(0, 7)],
         [message(2), message(0, 2), message(), message()],
+        [{"role": "developer", "content": "a", "tools": [{}] * 7}],
         ["no message", None, 1, {}, {"content": 5}, {"content": "text of many characters"}],
         "no list",
         None,
@@ -119,7 +246,7 @@ def test_as_many_parts(messages: Any) -> None:
     check_parts({"messages": messages, "tools": [1, 2], "functions": "none"}, max_parts=8, max_tools=2)
 
 
-@pytest.mark.parametrize("messages", [[message()] * 9, [message(8)], [message(0, 8)], [message(4), message(0, 3)]])
+@pytest.mark.parametrize("messages", [[message()] * 9, [message(8)], [message(0, 8)], [{"tools": [{}] * 8}]])
 def test_too_many_parts(messages: Any) -> None:
     """One more is refused, before anything validates them."""
     with pytest.raises(InvalidRequestError, match="more than 8 .*gateway.max_chat_parts") as caught:
