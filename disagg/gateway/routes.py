@@ -21,7 +21,8 @@ from disagg.gateway.front import flags, openapi
 from disagg.gateway.front.body import Bodies
 from disagg.gateway.front.edge import Handler, KeyKind, Route, RouteTable
 from disagg.gateway.front.fields import Endpoint
-from disagg.gateway.front.intake import Asked, check_body, request_id_of, take_store, taken_in
+from disagg.gateway.front.intake import Asked, ClientDisconnect, check_body, request_id_of, take_store, taken_in
+from disagg.gateway.front.leaving import unless_left
 from disagg.gateway.handoff.local_prefill import no_replica
 from disagg.gateway.ledger import query as ledger_query
 from disagg.gateway.replicas.choosing import Chooser
@@ -138,7 +139,11 @@ class Api:
             raw, body = await self.bodies.json_object(request)
             await check_body(body, self.config, model_id=self.model.id)
             _, raw = take_store(body, raw)
-            return await self._passed(request, path, raw)
+            try:
+                return await unless_left(request.receive, self._passed(request, path, raw))
+            except ClientDisconnect:
+                self.metrics.disconnects.labels("decode").inc()
+                return Response(status_code=499)
 
     async def _passed(self, request: Request, path: str, raw: bytes) -> Response:
         request_id, tried = request_id_of(request), frozenset[str]()

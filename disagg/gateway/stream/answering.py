@@ -24,6 +24,7 @@ from disagg.gateway.front import flags
 from disagg.gateway.front.fields import wants_usage
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.intake import Asked
+from disagg.gateway.front.leaving import disconnected
 from disagg.gateway.front.render import Renderer
 from disagg.gateway.front.responses import error_event, error_response, shape_of
 from disagg.gateway.handoff.call import Call, Progress
@@ -123,7 +124,7 @@ class _AnsweredCall(Response):
                 left = True
                 task.cancel()
 
-        watch = asyncio.ensure_future(_disconnected(receive))
+        watch = asyncio.ensure_future(disconnected(receive))
         watch.add_done_callback(client_left)
         try:
             self._to.in_flight.num += 1
@@ -347,8 +348,3 @@ async def within(streaming: Awaitable[bytes], limit_s: float | None, end: Callab
 
 def _both(first: Callable[[bytes], bytes] | None, then: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
     return then if first is None else lambda data: then(first(data))
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -254,6 +254,31 @@ async def test_mid_stream(slow_stack: Stack, kind: str) -> None:
     assert slow_stack.gateway.in_flight.num == 0
 
 
+@pytest.mark.parametrize(("path", "fields"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})])
+async def test_leaving_a_route_that_is_passed_on(path: str, fields: dict[str, Any]) -> None:
+    """The replica hears of it, and neither the gateway nor the replica's place goes on counting the request."""
+    async with running_stack() as stack:
+        reached, left = asyncio.Event(), asyncio.Event()
+
+        async def wait(scope: Scope, receive: Receive, send: Send) -> bool:
+            reached.set()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+            return True
+
+        stack.decode[0].engine.hook = wait
+        async with connected(stack.url) as connection:
+            payload = json.dumps({"model": MODEL, **fields}).encode()
+            connection.writer.write(request_bytes("POST", path, JSON_HEADERS, payload))
+            await asyncio.wait_for(reached.wait(), 5)
+            connection.leave()
+            await until(lambda: stack.gateway.in_flight.num == 0)
+        await asyncio.wait_for(left.wait(), 5)
+        assert stack.metric("disagg_client_disconnects_total", phase="decode") == 1
+        await check_settled(stack)
+
+
 async def test_leaving_while_the_body_is_sent() -> None:
     """Half a request is no request."""
     async with running_stack() as stack:
