@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -31,6 +30,7 @@ from disagg.gateway.front.admin_key import AdminKey
 from disagg.gateway.front.api_keys import keys_of
 from disagg.gateway.front.body import Bodies
 from disagg.gateway.front.edge import Edge
+from disagg.gateway.front.faults import Faults
 from disagg.gateway.front.in_flight import InFlight
 from disagg.gateway.front.intake import ClientDisconnect, request_id_of
 from disagg.gateway.front.render import Renderer
@@ -57,8 +57,6 @@ from pools.client.registry import ReplicaClients
 from pools.client.replica import Limits
 from transport.descriptor import Transport
 from transport.errors import DisaggError
-
-logger = logging.getLogger(__name__)
 
 _SWEEP_S = 0.5
 _CLOSE_TIMEOUT_S = 10.0
@@ -292,8 +290,9 @@ def create_app(gateway: Gateway) -> FastAPI:
         retry_after_s=gateway.config.retry_after_s,
         refuse=partial(_answer, gateway),
     )
+    app.add_middleware(Faults, answer=partial(_answer, gateway))
     if (cors := gateway.config.cors) is not None:
-        # In front of the edge: a browser sends its preflight request without a key, and reads refusals, too.
+        # In front of the others: a browser sends its preflight request without a key, and reads refusals, too.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors.allow_origins,
@@ -354,8 +353,3 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
     async def left(request: Request, error: ClientDisconnect) -> Response:
         gateway.metrics.disconnects.labels("body").inc()
         return Response(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> Response:
-        logger.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
-        return answer(request, DisaggError("internal error of the gateway; its log has the details"))
