@@ -123,7 +123,8 @@ class Api:
 
     async def scale(self, name: str, request: Request) -> Response:
         """Takes the new size of a pool, and answers before the pool has it."""
-        _, body = await self.bodies.json_object(request)
+        with self.bodies.held() as held:
+            _, body = await self.bodies.json_object(request, held)
         if not body:
             raise InvalidRequestError("num_replicas is missing", param="num_replicas")
         return JSONResponse(await self.admin.scale(name, body), 202)
@@ -135,8 +136,8 @@ class Api:
 
     async def _passed_on(self, request: Request, path: str) -> Response:
         """One replica's answer to a route that needs no KV."""
-        with self.answering.carried():
-            raw, body = await self.bodies.json_object(request)
+        with self.answering.carried(), self.bodies.held() as held:
+            raw, body = await self.bodies.json_object(request, held)
             await check_body(body, self.config, model_id=self.model.id)
             _, raw = take_store(body, raw)
             try:

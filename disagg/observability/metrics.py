@@ -147,7 +147,8 @@ class Metrics:
         )
         self.incoming_bytes = Gauge(
             "disagg_incoming_bytes",
-            "Bytes of request bodies that are on their way in at the moment (gateway.max_incoming_bytes).",
+            "Bytes of request bodies that are on their way in at the moment, and not sent on yet "
+            "(gateway.max_incoming_bytes).",
             registry=registry,
         )
         self.shadow_checks = Counter(

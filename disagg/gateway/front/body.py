@@ -12,7 +12,6 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -68,10 +67,14 @@ class Bodies:
 
     config: GatewayConfig
     num_bytes: int = 0
-    """Bytes of bodies that are on their way in."""
+    """Bytes of bodies that are on their way in, and not sent on yet."""
 
-    async def json_object(self, request: Request) -> tuple[bytes, dict[str, Any]]:
-        """The whole body, uncompressed, and what it says.
+    def held(self) -> Held:
+        """Room for one more body, whose bytes count until it is released."""
+        return Held(self)
+
+    async def json_object(self, request: Request, held: Held) -> tuple[bytes, dict[str, Any]]:
+        """The whole body, uncompressed, and what it says. Its bytes are added to `held`.
 
         Raises:
             RequestError: it is too large, too slow, no JSON object, or one that the rest of the stack cannot take.
@@ -79,26 +82,18 @@ class Bodies:
             ClientDisconnect: the client left.
         """
         check_content_type(request)
-        with self._counted() as count:
-            raw = await self._read(request, count)
-            raw = await uncompressed(request, raw, max_bytes=self.config.max_body_bytes, count=count)
-            check_whole(request, raw)
-            await check_shape(raw, max_values=self.config.max_json_values)
-            body = parse_object(raw)
-            if len(raw) > _PIECE_BYTES:
-                # The checks of what it says take their time, too.
-                await asyncio.sleep(0)
-            return raw, body
+        raw = await self._read(request, held)
+        raw = await uncompressed(request, raw, max_bytes=self.config.max_body_bytes, held=held)
+        check_whole(request, raw)
+        await check_shape(raw, max_values=self.config.max_json_values)
+        held.keep(len(raw))
+        body = parse_object(raw)
+        if len(raw) > _PIECE_BYTES:
+            # The checks of what it says take their time, too.
+            await asyncio.sleep(0)
+        return raw, body
 
-    @contextmanager
-    def _counted(self) -> Iterator[_Count]:
-        count = _Count(self)
-        try:
-            yield count
-        finally:
-            self.num_bytes -= count.num_bytes
-
-    async def _read(self, request: Request, count: _Count) -> bytes:
+    async def _read(self, request: Request, held: Held) -> bytes:
         max_bytes = self.config.max_body_bytes
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > max_bytes:
@@ -111,7 +106,7 @@ class Bodies:
                     size += len(chunk)
                     if size > max_bytes:
                         raise _too_large(max_bytes)
-                    count.add(len(chunk))
+                    held.add(len(chunk))
                     chunks.append(chunk)
         except TimeoutError as exc:
             raise RequestTimeoutError(
@@ -121,11 +116,29 @@ class Bodies:
 
 
 @dataclass
-class _Count:
-    """The bytes of one body."""
+class Held:
+    """The bytes of one body, which count until they are released, or nobody has them any more."""
 
     bodies: Bodies
     num_bytes: int = 0
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+    def keep(self, num_bytes: int) -> None:
+        """Release all but so many."""
+        self.bodies.num_bytes -= self.num_bytes - num_bytes
+        self.num_bytes = num_bytes
+
+    def release(self) -> None:
+        """They do not count any more. May be called again."""
+        self.keep(0)
 
     def add(self, num_bytes: int) -> None:
         """Raises PoolOverloadedError when there is no room for so many more."""
@@ -162,7 +175,7 @@ def _encoding_of(request: Request) -> str | None:
     return given if given not in ("", "identity") else None
 
 
-async def uncompressed(request: Request, raw: bytes, *, max_bytes: int, count: _Count) -> bytes:
+async def uncompressed(request: Request, raw: bytes, *, max_bytes: int, held: Held) -> bytes:
     """The body without its content encoding. Raises BodyTooLargeError, InvalidRequestError or PoolOverloadedError."""
     encoding = _encoding_of(request)
     if encoding is None:
@@ -182,7 +195,7 @@ async def uncompressed(request: Request, raw: bytes, *, max_bytes: int, count: _
             size += len(piece)
             if size > max_bytes:
                 raise _too_large(max_bytes)
-            count.add(len(piece))
+            held.add(len(piece))
             pieces.append(piece)
             await asyncio.sleep(0)
         pieces.append(unpacking.flush())

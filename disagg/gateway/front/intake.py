@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from disagg.config import GatewayConfig
 from disagg.errors import InvalidRequestError, ModelNotFoundError
-from disagg.gateway.front.body import Bodies, check_shape
+from disagg.gateway.front.body import Bodies, Held, check_shape
 from disagg.gateway.front.fields import FORBIDDEN_FIELDS, STORE_FIELD, Endpoint
 from disagg.gateway.front.tenants import SCOPE_KEY, Tenant, check_media_ids, salted
 from transport.handoff_params import Store
@@ -55,6 +55,8 @@ class Asked:
     """Whether the shared cache is to keep this prompt's KV; None when the client did not say."""
     tenant: str | None
     """Name of the tenant whose API key the client sent; None where clients need no key."""
+    held: Held
+    """Whoever sends the request on releases it then."""
 
 
 async def check_body(body: Mapping[str, Any], config: GatewayConfig, *, model_id: str) -> None:
@@ -86,8 +88,17 @@ def json_texts(body: Mapping[str, Any]) -> Iterator[str]:
 
 async def taken_in(request: Request, endpoint: Endpoint, *, bodies: Bodies, model_id: str) -> Asked:
     """Read and check a completion request. Raises what `Bodies.json_object` raises."""
+    held = bodies.held()
+    try:
+        return await _checked(request, endpoint, bodies, held, model_id)
+    except BaseException:
+        held.release()
+        raise
+
+
+async def _checked(request: Request, endpoint: Endpoint, bodies: Bodies, held: Held, model_id: str) -> Asked:
     config = bodies.config
-    raw, body = await bodies.json_object(request)
+    raw, body = await bodies.json_object(request, held)
     await check_body(body, config, model_id=model_id)
     store, raw = take_store(body, raw)
     tenant: Tenant | None = request.scope.get(SCOPE_KEY)
@@ -95,7 +106,7 @@ async def taken_in(request: Request, endpoint: Endpoint, *, bodies: Bodies, mode
         check_media_ids(body, tenant)
         raw = salted(body, raw, tenant)
     name = None if tenant is None else tenant.name
-    return Asked(endpoint, body, raw, request_id_of(request), forwarded_headers(request), store, name)
+    return Asked(endpoint, body, raw, request_id_of(request), forwarded_headers(request), store, name, held)
 
 
 def check_fields(body: Mapping[str, Any], *, model_id: str) -> None:

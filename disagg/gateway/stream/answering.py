@@ -177,7 +177,8 @@ class _AnsweredCall(Response):
         A request that could not be rendered has none. A decode engine has to look at it, mostly to refuse it.
         """
         asked = self._asked
-        with self._metrics.render_seconds.time():
+        # Large bodies wait for each other here. Those that are rendered are sent on at once.
+        with self._metrics.render_seconds.time(), asked.held:
             prompts = await self._to.renderer.prompts(asked.endpoint, asked.body, len(asked.raw))
         limit = self._config.max_prompt_tokens
         if limit is not None and prompts is not None:

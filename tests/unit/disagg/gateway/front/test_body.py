@@ -66,14 +66,20 @@ def bodies(**settings: Any) -> Bodies:
     return Bodies(GatewayConfig(**{**defaults, **settings}))
 
 
+async def read(reads: Bodies, given: Request) -> tuple[bytes, dict[str, Any]]:
+    """The body, which does not count any more."""
+    with reads.held() as held:
+        return await reads.json_object(given, held)
+
+
 def large(**settings: Any) -> Bodies:
     return bodies(max_body_bytes=2**24, max_incoming_bytes=2**26, **settings)
 
 
 async def test_body_in_parts() -> None:
     """Parts are joined up to the limit itself."""
-    assert await bodies().json_object(request(parts=[b'{"a":', b"", b" 12}"])) == (b'{"a": 12}', {"a": 12})
-    assert (await bodies().json_object(request(parts=[b'{"a": 123}'])))[1] == {"a": 123}
+    assert await read(bodies(), request(parts=[b'{"a":', b"", b" 12}"])) == (b'{"a": 12}', {"a": 12})
+    assert (await read(bodies(), request(parts=[b'{"a": 123}'])))[1] == {"a": 123}
 
 
 async def test_body_too_large() -> None:
@@ -86,35 +92,53 @@ async def test_body_too_large() -> None:
         request({"content-length": "-1"}, [b"x" * 11]),
     ):
         with pytest.raises(BodyTooLargeError, match="10 bytes"):
-            await bodies().json_object(given)
+            await read(bodies(), given)
 
 
 async def test_body_that_does_not_come() -> None:
     """A silent client is refused after the limit, one that leaves is told apart."""
     with pytest.raises(RequestTimeoutError, match=r"0\.02 s"):
-        await bodies().json_object(request(parts=[WAITS]))
+        await read(bodies(), request(parts=[WAITS]))
     with pytest.raises(ClientDisconnect):
-        await bodies().json_object(request(parts=[WAITS, None]))
+        await read(bodies(), request(parts=[WAITS, None]))
 
 
 async def test_bodies_on_their_way_have_a_budget() -> None:
     """Together; what has arrived, was refused or went away gives its bytes back."""
     reads = bodies(max_incoming_bytes=20, body_timeout_s=5)
-    waiting = [asyncio.create_task(reads.json_object(request(parts=[WAITS * 8, WAITS]))) for _ in range(2)]
+    waiting = [asyncio.create_task(read(reads, request(parts=[WAITS * 8, WAITS]))) for _ in range(2)]
     while reads.num_bytes < 18:
         await asyncio.sleep(0)
     with pytest.raises(PoolOverloadedError, match="20 bytes.*gateway.max_incoming_bytes"):
-        await reads.json_object(request(parts=[b'{"a":1}']))
-    assert await reads.json_object(request(parts=[b"{}"])) == (b"{}", {})
+        await read(reads, request(parts=[b'{"a":1}']))
+    assert await read(reads, request(parts=[b"{}"])) == (b"{}", {})
     waiting[0].cancel()
     await asyncio.wait(waiting[:1])
     assert reads.num_bytes == 9
-    assert (await reads.json_object(request(parts=[b'{"a":1}'])))[1] == {"a": 1}
+    assert (await read(reads, request(parts=[b'{"a":1}'])))[1] == {"a": 1}
     waiting[1].cancel()
     await asyncio.wait(waiting)
     for given in (request(parts=[b"{"]), request(parts=[None]), request(parts=[b"x" * 11])):
         with pytest.raises((InvalidRequestError, BodyTooLargeError, ClientDisconnect)):
-            await reads.json_object(given)
+            await read(reads, given)
+    assert reads.num_bytes == 0
+
+
+async def test_a_body_counts_until_it_is_released() -> None:
+    """As long as it is uncompressed, once; also when whoever has it forgets to release it."""
+    reads = large()
+    packed = gzip.compress(GIVEN)
+    for _ in range(2):
+        held = reads.held()
+        await reads.json_object(request({"content-encoding": "gzip"}, [packed]), held)
+        assert reads.num_bytes == held.num_bytes == len(GIVEN)
+        held.release()
+        held.release()
+        assert reads.num_bytes == 0
+    held = reads.held()
+    await reads.json_object(request(parts=[b'{"a":1}']), held)
+    assert reads.num_bytes == 7
+    del held
     assert reads.num_bytes == 0
 
 
@@ -125,14 +149,14 @@ async def test_bodies_on_their_way_have_a_budget() -> None:
 async def test_json_types(content_type: str | None) -> None:
     """JSON under any of its names, or under none."""
     headers = {} if content_type is None else {"content-type": content_type}
-    assert (await bodies().json_object(request(headers, [b'{"a": 1}'])))[1] == {"a": 1}
+    assert (await read(bodies(), request(headers, [b'{"a": 1}'])))[1] == {"a": 1}
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/json", "application/jsonp", "; charset=utf-8", "json"])
 async def test_other_types(content_type: str) -> None:
     """Anything else is told so."""
     with pytest.raises(UnsupportedMediaTypeError, match="send application/json"):
-        await bodies().json_object(request({"content-type": content_type}, [b"{}"]))
+        await read(bodies(), request({"content-type": content_type}, [b"{}"]))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +179,7 @@ async def test_other_types(content_type: str) -> None:
 async def test_no_json_object(raw: bytes) -> None:
     """Whatever is no JSON object is the client's fault."""
     with pytest.raises(InvalidRequestError):
-        await large().json_object(request(parts=[raw]))
+        await read(large(), request(parts=[raw]))
 
 
 GIVEN = json.dumps({"prompt": "hello " * 30_000}).encode()
@@ -175,7 +199,7 @@ async def test_compressed_bodies(encoding: str, sent: bytes) -> None:
     """The body is what was compressed; its declared length is that of what is sent."""
     reads = large()
     headers = {"content-encoding": encoding, "content-length": str(len(sent))}
-    assert (await reads.json_object(request(headers, [sent])))[0] == GIVEN
+    assert (await read(reads, request(headers, [sent])))[0] == GIVEN
     assert reads.num_bytes == 0
 
 
@@ -184,17 +208,17 @@ async def test_bad_compression() -> None:
     packed = gzip.compress(GIVEN)
     for encoding in ("br", "zstd", "gzip, gzip", "compress"):
         with pytest.raises(UnsupportedMediaTypeError, match="gzip"):
-            await large().json_object(request({"content-encoding": encoding}, [packed]))
+            await read(large(), request({"content-encoding": encoding}, [packed]))
     for sent in (GIVEN, packed[:-1], packed + b"x", packed + packed, b"", zlib.compress(GIVEN)):
         with pytest.raises(InvalidRequestError):
-            await large().json_object(request({"content-encoding": "gzip"}, [sent]))
+            await read(large(), request({"content-encoding": "gzip"}, [sent]))
     reads = bodies(max_body_bytes=2**16, max_incoming_bytes=2**20)
     with pytest.raises(BodyTooLargeError, match="65536 bytes"):
-        await reads.json_object(request({"content-encoding": "gzip"}, [gzip.compress(b" " * 2**24)]))
+        await read(reads, request({"content-encoding": "gzip"}, [gzip.compress(b" " * 2**24)]))
     reads = bodies(max_body_bytes=2**16, max_incoming_bytes=2**17)
     reads.num_bytes = 2**17 - 2**15
     with pytest.raises(PoolOverloadedError):
-        await reads.json_object(request({"content-encoding": "gzip"}, [gzip.compress(b" " * 2**16)]))
+        await read(reads, request({"content-encoding": "gzip"}, [gzip.compress(b" " * 2**16)]))
 
 
 @pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16, 2**16 + 1, 2**18])
@@ -218,21 +242,21 @@ async def test_compressed_input_comes_in_pieces(size: int, monkeypatch: pytest.M
     given = json.dumps({"a": random.Random(size).randbytes(size).hex()}).encode()
     packed = zlib.compress(given, 0)
     headers = {"content-encoding": "deflate"}
-    assert (await large().json_object(request(headers, [packed])))[0] == given
+    assert (await read(large(), request(headers, [packed])))[0] == given
     assert max(inputs) <= 2**16
     for rest in (b"x", b"x" * 2**16, packed):
         with pytest.raises(InvalidRequestError, match="one whole deflate stream"):
-            await large().json_object(request(headers, [packed + rest]))
+            await read(large(), request(headers, [packed + rest]))
 
 
 async def test_a_body_that_a_server_in_front_lost() -> None:
     """An empty or cut body is called so, and a client that offers to upgrade hears what to change."""
     with pytest.raises(InvalidRequestError, match=r"^the request body is empty$"):
-        await bodies().json_object(request({"content-length": "0"}, [b""]))
+        await read(bodies(), request({"content-length": "0"}, [b""]))
     with pytest.raises(InvalidRequestError, match="only 2 of the 9 bytes"):
-        await bodies().json_object(request({"content-length": "9"}, [b"{}"]))
+        await read(bodies(), request({"content-length": "9"}, [b"{}"]))
     with pytest.raises(InvalidRequestError, match="only 0 of the 9 bytes .*HTTP_1_1"):
-        await bodies().json_object(request({"content-length": "9", "upgrade": "h2c"}, [b""]))
+        await read(bodies(), request({"content-length": "9", "upgrade": "h2c"}, [b""]))
 
 
 def nested(levels: int) -> bytes:
@@ -244,13 +268,13 @@ async def test_depth() -> None:
     """Up to the limit a body is encoded again and parsed by anything; beyond it is refused, and brackets in text count
     for nothing."""
     reads = large()
-    _, found = await reads.json_object(request(parts=[nested(MAX_DEPTH)]))
+    _, found = await read(reads, request(parts=[nested(MAX_DEPTH)]))
     assert json.loads(msgspec.json.encode(found)) == json.loads(nested(MAX_DEPTH))
     for levels in (MAX_DEPTH + 1, 970, 5000):
         with pytest.raises(InvalidRequestError, match=f"nested {levels} levels deep; this server takes {MAX_DEPTH}"):
-            await reads.json_object(request(parts=[nested(levels)]))
+            await read(reads, request(parts=[nested(levels)]))
     text = json.dumps({"prompt": '[{"' * 5000 + '\\"' * 5000, "a": [[]] * 300}).encode()
-    assert (await reads.json_object(request(parts=[text])))[1]["a"] == [[]] * 300
+    assert (await read(reads, request(parts=[text])))[1]["a"] == [[]] * 300
 
 
 async def test_number_of_values() -> None:

@@ -33,7 +33,7 @@ async def test_a_page_can_read_a_fault(caplog: pytest.LogCaptureFixture) -> None
         assert reply.headers["access-control-allow-origin"] == PAGE
         assert "x-request-id" in reply.headers
         assert stack.metric("disagg_requests_total", endpoint="other", mode="none", code="500") == 1
-        assert stack.gateway.in_flight.num == 0
+        assert stack.gateway.bodies.num_bytes == stack.gateway.in_flight.num == 0
     assert "unexpected error at POST /v1/completions" in caplog.text and "a fault" in caplog.text
 
 

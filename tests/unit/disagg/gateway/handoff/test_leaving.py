@@ -68,8 +68,9 @@ async def test_before_the_legs(kind: str) -> None:
             await asyncio.Event().wait()
 
         stack.renderer.before = never
-        await leave_when(stack, kind, lambda: stack.gateway.in_flight.num == 1)
+        await leave_when(stack, kind, lambda: stack.gateway.bodies.num_bytes > 0 and stack.gateway.in_flight.num == 1)
         await check_settled(stack)
+        assert stack.gateway.bodies.num_bytes == 0
         assert not stack.prefill[0].engine.seen and not stack.decode[0].engine.seen
 
 
@@ -276,6 +277,7 @@ async def test_leaving_a_route_that_is_passed_on(path: str, fields: dict[str, An
             await until(lambda: stack.gateway.in_flight.num == 0)
         await asyncio.wait_for(left.wait(), 5)
         assert stack.metric("disagg_client_disconnects_total", phase="decode") == 1
+        assert stack.gateway.bodies.num_bytes == 0
         await check_settled(stack)
 
 
