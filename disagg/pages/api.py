@@ -164,8 +164,10 @@ _ANSWERS = """## Answers
 
 Chats and completions are answered in vLLM's words, whole or as server-sent events. A stream ends with `data: [DONE]`.
 One that cannot go on ends with an error event, `data: {"error": {...}}`, and then `[DONE]`; its status was 200 by then.
-`usage.prompt_tokens_details.cached_tokens` counts what some engine or tier had before the request, not what prefill
-has handed over.
+`usage.prompt_tokens_details.cached_tokens` counts what some engine or tier had before the request: not what prefill has
+handed over, not what an earlier try of the request has computed, and of a list not what one prompt has brought for
+another. Where a replica was lost, the figure of the first prefill replica that computed the prompt stands. If none told
+one, the figure of a replica that no try has reached does, else 0, which may be too little.
 
 Headers that the gateway adds:
 """

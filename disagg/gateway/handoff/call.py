@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from disagg.gateway.front.fields import Endpoint
+from disagg.gateway.handoff.cached import Reached
 from pools.client.replica import Trace
 from transport.handoff_params import Store
 
@@ -46,3 +47,5 @@ class Call:
     """Name of the tenant whose API key the client sent; None where clients need no key."""
     progress: Progress = field(default_factory=Progress, compare=False)
     """Shared by all calls that the gateway derives from this request."""
+    reached: Reached = field(default_factory=Reached, compare=False)
+    """Shared likewise."""

@@ -12,6 +12,7 @@ from disagg.gateway.handoff.settling import UnderWay
 from disagg.gateway.replicas.choosing import Seat
 from pools.client.http1 import Exchange
 from pools.client.replica import OpenedLeg
+from pools.errors import ReplicaLostError
 
 
 @dataclass
@@ -79,9 +80,13 @@ async def decoded(
             handoff_id=None if under_way is None else under_way.leg.handoff_id,
             on_sent=_nothing if under_way is None else under_way.mark_taken,
         )
-    except BaseException:
+    except BaseException as exc:
         seat.release()
+        if not isinstance(exc, ReplicaLostError) or exc.sent:
+            call.reached.decode(member.info.replica_id)
         raise
+    if not 400 <= leg.status < 500:
+        call.reached.decode(member.info.replica_id)
     if leg.complete:
         seat.release()
     return Answer(leg, seat, mode, prefill_id, member.info.replica_id, member.info.kv_fit, under_way)

@@ -16,7 +16,7 @@ from typing import Any
 from disagg.config import GatewayConfig
 from disagg.gateway.background import Background
 from disagg.gateway.front.fields import PATHS
-from disagg.gateway.handoff.cached import Cached, told
+from disagg.gateway.handoff.cached import Cached, had, of_each, told
 from disagg.gateway.handoff.call import Call
 from disagg.gateway.handoff.deadline import LocalRate
 from disagg.gateway.handoff.decoding import Answer, decoded
@@ -186,6 +186,7 @@ class Handoff:
         pair = under_way.pair
         body = decode_body(PATHS[call.endpoint], call.body, call.prompts[0], params)
         prefill_id = pair.prefill.info.replica_id
+        cached = call.reached.cached(pair.decode, under_way.leg, engine_tells=self._transfer.tells_cached)
         try:
             answer = await decoded(
                 under_way.reservation.take_answering(),
@@ -199,8 +200,7 @@ class Handoff:
             self._lost(under_way, exc)
             raise DecodeLost(pair.decode.info.replica_id, had_it=exc.sent) from exc
         self._answered(under_way, answer.status)
-        if not self._transfer.tells_cached:
-            answer.cached = Cached(leg=under_way.leg.task)
+        answer.cached = cached
         return answer
 
     def _lost(self, under_way: UnderWay, error: ReplicaLostError) -> None:
@@ -245,9 +245,12 @@ class Handoff:
             ]
         outcomes = [task.result() for task in primed]
         done = [outcome for outcome in outcomes if isinstance(outcome, Primed)]
+        ids = [prompt for prompt, outcome in zip(call.prompts, outcomes, strict=True) if isinstance(outcome, Primed)]
         if not done:
             return await self._local.answer(call, alone(request, str(outcomes[0])), losses)
         call.progress.at_decode()
+        found = of_each(ids, [one.num_cached for one in done], block_size=decode.info.block_size)
+        call.reached.settle(sum(found))
         try:
             answer = await decoded(Seat(decode), call, call.raw, mode="primed", prefill_id=done[0].replica_id)
         except ReplicaLostError as exc:
@@ -257,7 +260,7 @@ class Handoff:
             return await self._local.answer(call, alone(request, "decode_lost", losses.replica_ids), losses)
         if answer.status >= 500:
             return await self._after_error(call, answer, losses, request)
-        answer.cached = Cached(sum(primed.num_cached for primed in done))
+        answer.cached = Cached(sum(found))
         return answer
 
     async def _primed_with(
@@ -285,7 +288,6 @@ class Handoff:
     ) -> Primed:
         """Send the probe of a hand-off that only primes. Adds the hand-off to `failed` when the replica answers 5xx."""
         prefill_id = under_way.pair.prefill.info.replica_id
-        num_cached = 0
         try:
             with under_way.reservation.take_answering() as seat:
                 probed = await seat.member.client.probe(
@@ -298,9 +300,9 @@ class Handoff:
                 )
         except ReplicaLostError as exc:
             self._lost(under_way, exc)
-            return Primed(prefill_id, num_cached)
+            return Primed(prefill_id, had(under_way.leg.task))
         except UnusableAnswerError as exc:
-            status = exc.status
+            status, num_cached = exc.status, had(under_way.leg.task)
         else:
             status, num_cached = 200, max(await told(under_way.leg.task), probed.num_cached_before)
         self._answered(under_way, status)

@@ -108,10 +108,12 @@ class LocalPrefill:
         seat = reservation.take_answering()
         if not call.body.get("stream"):
             seat.expect_prompt_within(self._rate.expected_s(num_tokens) or _UNKNOWN_PREFILL_S)
+        cached = call.reached.cached(seat.member)
         try:
             answer = await decoded(seat, call, call.raw, mode=reservation.decision.mode, prefill_id="local")
         finally:
             seat.prompt_computed()
+        answer.cached = cached
         if answer.exchange is not None:
             # Only a stream shows when its first token came.
             self._rate.measured(num_tokens, now() - began)

@@ -259,7 +259,9 @@ class Prefilling:
             pair.prefill.client.prefill(body, leg_id=handoff_id, trace=call.trace, timeout_s=timeout_s)
         )
         task.add_done_callback(seat.leg_over)
-        under_way = UnderWay(pair, PrefillLeg(handoff_id, pair.prefill, task), until, reservation)
+        leg = PrefillLeg(handoff_id, pair.prefill, task)
+        call.reached.prefill(leg)
+        under_way = UnderWay(pair, leg, until, reservation)
         task.add_done_callback(functools.partial(self._faults.begin, under_way))
         return under_way
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from disagg.gateway.front.fields import wants_usage
+from disagg.gateway.handoff.cached import Cached
 from disagg.gateway.stream.resume_rules import Cut
 from disagg.gateway.stream.sent_tokens import DONE, SentTokens
 from pools.client.messages import is_server_fault
@@ -28,14 +29,27 @@ class DivergedError(Exception):
 class ResumedStream:
     """One replica's stream as the client gets it. `sent` records what goes to the client."""
 
-    def __init__(self, sent: SentTokens, cut: Cut, *, num_prompt_tokens: int, client_ids: bool, greedy: bool) -> None:
-        """Cuts `sent`: this replica makes the tokens behind the cut again, the same ones if `greedy`."""
+    def __init__(
+        self,
+        sent: SentTokens,
+        cut: Cut,
+        *,
+        num_prompt_tokens: int,
+        client_ids: bool,
+        greedy: bool,
+        cached: Cached | None = None,
+    ) -> None:
+        """Cuts `sent`: this replica makes the tokens behind the cut again, the same ones if `greedy`.
+
+        `cached` corrects what this replica tells of cached tokens.
+        """
         self._sent = sent
         self._overlap = cut.overlap
         self._text_sent = bool(sent.text)
         self._num_prompt_tokens = num_prompt_tokens
         self._num_before = cut.num_tokens
         self._client_ids = client_ids
+        self._cached = cached
         again = sent.cut(cut.num_tokens)
         self._again = again if greedy else []
         self._text_offset = sent.next_text_offset
@@ -85,7 +99,9 @@ class ResumedStream:
         if body.get("prompt_token_ids") is not None and not self._client_ids:
             body["prompt_token_ids"] = None
         if (usage := body.get("usage")) is not None:
-            whole_usage(usage, num_prompt_tokens=self._num_prompt_tokens, num_before=self._num_before)
+            whole_usage(
+                usage, num_prompt_tokens=self._num_prompt_tokens, num_before=self._num_before, cached=self._cached
+            )
             sent.usage_sent |= not body.get("choices")
 
     def _choice(self, choice: dict[str, Any]) -> bool:
@@ -149,25 +165,34 @@ class ResumedStream:
         return ids[shared:]
 
 
-def whole_usage(usage: dict[str, Any], *, num_prompt_tokens: int, num_before: int) -> None:
+def whole_usage(
+    usage: dict[str, Any], *, num_prompt_tokens: int, num_before: int, cached: Cached | None = None
+) -> None:
     """Turn one replica's usage into the usage of the whole answer.
 
     Args:
         num_prompt_tokens: of the client's prompt.
         num_before: tokens of the answer that were part of this replica's prompt.
+        cached: corrects the replica's count of cached tokens.
     """
     usage["prompt_tokens"] = num_prompt_tokens
     usage["completion_tokens"] = (usage.get("completion_tokens") or 0) + num_before
     usage["total_tokens"] = num_prompt_tokens + usage["completion_tokens"]
     details = usage.get("prompt_tokens_details")
     if details and details.get("cached_tokens") is not None:
-        details["cached_tokens"] = min(details["cached_tokens"], num_prompt_tokens)
+        told = details["cached_tokens"]
+        details["cached_tokens"] = min(told if cached is None else cached.corrected(told), num_prompt_tokens)
 
 
-def ending(sent: SentTokens, body: Mapping[str, Any], *, num_prompt_tokens: int, chat: bool) -> bytes | None:
+def ending(
+    sent: SentTokens, body: Mapping[str, Any], *, num_prompt_tokens: int, num_cached: int, chat: bool
+) -> bytes | None:
     """The events that the client still lacks when it has the last token of the answer; None when it lacks tokens.
 
     A stream with a `refusal` gets no usage event, because not all of its tokens were counted.
+
+    Args:
+        num_cached: tokens of the prompt that were cached before the request.
     """
     if sent.finish_reason is None:
         return None
@@ -178,6 +203,7 @@ def ending(sent: SentTokens, body: Mapping[str, Any], *, num_prompt_tokens: int,
             "prompt_tokens": num_prompt_tokens,
             "total_tokens": num_prompt_tokens + num_tokens,
             "completion_tokens": num_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
         }
         head = _head_of(sent, body["model"], chat)
         events = b"data: " + _encode(head | {"choices": [], "usage": usage}) + b"\n\n"

@@ -136,6 +136,7 @@ class Resuming:
             self.sent,
             self._asked.body,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_cached=min(self._asked.reached.measured, self._num_prompt_tokens),
             chat=self._asked.endpoint == "chat",
         )
         if missing is not None:
@@ -191,6 +192,7 @@ class Resuming:
             num_prompt_tokens=self._num_prompt_tokens,
             client_ids=self._plan.client_ids,
             greedy=is_greedy(self._asked.body),
+            cached=answer.cached,
         )
         chunk: bytes | None = answer.content
         begun = False

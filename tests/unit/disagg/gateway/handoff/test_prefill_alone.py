@@ -13,7 +13,7 @@ from pools.engine.base import Receive, Scope, Send
 from pools.engine.fake.text import encode
 from tests.support.gateway_stack import Replica, Stack, respond, running_stack, until
 from tests.unit.disagg.gateway.handoff.test_settling import EXPECTED, PROMPT
-from tests.unit.disagg.gateway.stream.test_resume import GREEDY, PATHS, after, armed, shown, streamed
+from tests.unit.disagg.gateway.stream.test_resume import GREEDY, PATHS, after, armed, shown, streamed, unbroken
 
 TRANSPORTS = pytest.mark.parametrize("transport", ["nixl", "nixl-push", "mooncake"])
 QUICK = GatewayConfig(watch_interval_s=0.02)
@@ -32,7 +32,7 @@ async def test_prefill_answers_everything(transport: Any) -> None:
     """Whatever an engine is asked for, with the words and tokens that a decode replica gives."""
     async with running_stack(transport=transport, config=QUICK) as stack:
         tokenize = {"model": "tiny", "prompt": "x"}
-        whole = shown(await streamed(stack, "/v1/chat/completions", **GREEDY))
+        whole = await unbroken(stack, "/v1/chat/completions", **GREEDY)
         tokens = (await stack.call("POST", "/tokenize", tokenize)).json()
         await lose_decode(stack)
         reply = await stack.complete(PROMPT)
@@ -53,7 +53,7 @@ async def test_prefill_answers_everything(transport: Any) -> None:
 async def test_streams_go_on_at_prefill(path: str, transport: Any) -> None:
     """A stream whose only decode replica is lost in the middle, with the tokens of one that was not."""
     async with running_stack(transport=transport, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
         [lost] = [stack.decode[0]]
         assert armed(stack, after(4), how=Replica.kill) == []
         assert shown(await streamed(stack, path, **GREEDY)) == whole

@@ -81,13 +81,17 @@ async def streamed(stack: Stack, path: str, **fields: Any) -> Reply:
 
 
 def shown(reply: Reply) -> list[Any]:
-    """Every event but for its time and for what caches had; a stream has one id and one time."""
+    """Every event but for its time; a stream has one id and one time."""
     events = [json.loads(event) for event in reply.events[:-1]]
-    for event in events:
-        (event.get("usage") or {}).pop("prompt_tokens_details", None)
     assert reply.events[-1] == "[DONE]"
     assert len({(event.pop("id"), event.pop("created")) for event in events}) == 1
     return events
+
+
+async def unbroken(stack: Stack, path: str, **fields: Any) -> list[Any]:
+    """What is shown of a whole stream whose prompt the engines have cached, as they have it for each later one."""
+    await streamed(stack, path, **fields)
+    return shown(await streamed(stack, path, **fields))
 
 
 def error_of(reply: Reply) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def error_of(reply: Reply) -> dict[str, Any]:
 async def test_the_stream_goes_on(path: str, spliced: bool, moment: str) -> None:
     """Whenever the replica is lost, the client reads the events of a stream that was not: one of each token."""
     async with running_stack(num_decode=2, spliced=spliced, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
         lost = armed(stack, MOMENTS[moment])
         assert shown(await streamed(stack, path, **GREEDY)) == whole
         assert len(lost) == 1
@@ -117,7 +121,7 @@ async def test_the_stream_goes_on(path: str, spliced: bool, moment: str) -> None
 async def test_twice(path: str, transport: Any) -> None:
     """A second loss resumes again, from all that both replicas sent; the first one may be used once more."""
     async with running_stack(num_decode=2, itl_ms=1, transport=transport) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
         armed(stack, after(4), after(4))
         assert shown(await streamed(stack, path, **GREEDY)) == whole
         assert stack.metric("disagg_resumes_total", outcome="resumed") == 2
@@ -204,7 +208,7 @@ async def test_continuous_usage_and_token_ids(path: str) -> None:
     fields = {**GREEDY, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     async with running_stack(num_decode=2, itl_ms=1) as stack:
         for extra in ({}, {"return_token_ids": True}):
-            whole = shown(await streamed(stack, path, **fields, **extra))
+            whole = await unbroken(stack, path, **fields, **extra)
             armed(stack, after(5))
             assert shown(await streamed(stack, path, **fields, **extra)) == whole
 
@@ -213,7 +217,7 @@ async def test_continuous_usage_and_token_ids(path: str) -> None:
 async def test_sampling_goes_on(path: str) -> None:
     """Without temperature 0 and without a seed the rest is a sample like any other, and no text comes twice."""
     async with running_stack(num_decode=2, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, max_tokens=12, temperature=0.8, top_p=0.9))
+        whole = await unbroken(stack, path, max_tokens=12, temperature=0.8, top_p=0.9)
         armed(stack, after(5))
         assert shown(await streamed(stack, path, max_tokens=12, temperature=0.8, top_p=0.9)) == whole
 
@@ -241,7 +245,7 @@ async def test_inside_a_stop_string(path: str, num_chunks: int) -> None:
 async def test_engine_core_dies_behind_its_http_server(path: str) -> None:
     """vLLM says so in an error event and ends the stream properly; the client sees neither."""
     async with running_stack(num_decode=2, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
 
         def die(replica: Replica) -> None:
             replica.engine.fail(RuntimeError("core died"))
@@ -255,7 +259,7 @@ async def test_engine_core_dies_behind_its_http_server(path: str) -> None:
 async def test_only_engine_dies_behind_its_http_server() -> None:
     """While the dying replica answers 500 the stream waits for its successor."""
     async with running_stack(itl_ms=1, config=DECODE_ONLY) as stack:
-        whole = shown(await streamed(stack, CHAT, **GREEDY))
+        whole = await unbroken(stack, CHAT, **GREEDY)
         [replica] = stack.decode
         armed_death(replica, lambda replica: replica.engine.fail(RuntimeError("core died")))
         async with stack.streaming(CHAT, **GREEDY) as connection:
@@ -314,7 +318,7 @@ def _fresh() -> None:
 async def test_waits_for_a_replica(path: str) -> None:
     """With no decode replica left the stream waits for one and goes on there."""
     async with running_stack(itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
         lost = armed(stack, after(5), how=Replica.kill)
         async with stack.streaming(path, **GREEDY) as connection:
             reply = asyncio.ensure_future(connection.reply())
@@ -328,7 +332,7 @@ async def test_waits_for_a_replica(path: str) -> None:
 async def test_hung_replica(path: str) -> None:
     """A replica that stands still is given up from outside; its stream goes on elsewhere all the same."""
     async with running_stack(num_decode=2, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
         hung = armed(stack, after(5), how=lambda replica: None)
         async with stack.streaming(path, **GREEDY) as connection:
             reply = asyncio.ensure_future(connection.reply())
@@ -363,7 +367,7 @@ def updated(stack: Stack, how: Callable[[Replica], None]) -> Callable[[Replica],
 async def test_another_model_does_not_go_on(path: str) -> None:
     """In the middle of a rolling update a stream goes on only where the model is the one it began with."""
     async with running_stack(num_decode=3, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, path, **GREEDY))
+        whole = await unbroken(stack, path, **GREEDY)
         lost = armed(stack, after(5), how=updated(stack, Replica.cut))
         seen = {replica.replica_id: len(replica.engine.seen) for replica in stack.decode}
         assert shown(await streamed(stack, path, **GREEDY)) == whole
@@ -480,6 +484,7 @@ async def test_refused(path: str, kind: str, caplog: pytest.LogCaptureFixture) -
 async def test_the_client_sees_no_difference(path: str, spliced: bool) -> None:
     """The bytes of a stream are those that vLLM writes to who did not ask for token ids."""
     async with running_stack(spliced=spliced) as stack:
+        await streamed(stack, path, temperature=0)
         asked = await streamed(stack, path, temperature=0)
         not_asked = await streamed(stack, path, temperature=0, seed=1)
         first, second = stack.decode[0].engine.seen[-2:]
@@ -509,7 +514,7 @@ async def test_client_leaves_while_it_waits() -> None:
 async def test_half_an_event_is_not_sent() -> None:
     """A replica lost in the middle of an event leaves nothing of it at the client."""
     async with running_stack(num_decode=2, itl_ms=1) as stack:
-        whole = shown(await streamed(stack, COMPLETIONS, **GREEDY))
+        whole = await unbroken(stack, COMPLETIONS, **GREEDY)
         halved(stack)
         assert shown(await streamed(stack, COMPLETIONS, **GREEDY)) == whole
 

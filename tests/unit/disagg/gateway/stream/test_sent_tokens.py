@@ -235,15 +235,16 @@ def test_the_end_alone() -> None:
     """Only what is missing behind the last token is made up: usage if it was asked for, and `[DONE]`."""
     body = {"model": "m", "stream_options": {"include_usage": True}}
     tokens = sent("completions", text_event("a", [1]))
-    assert ending(tokens, body, num_prompt_tokens=10, chat=False) is None
+    assert ending(tokens, body, num_prompt_tokens=10, num_cached=0, chat=False) is None
     tokens.feed(text_event("b", [2], finish_reason="stop"))
     tokens.parse()
-    usage, done, _ = (ending(tokens, body, num_prompt_tokens=10, chat=False) or b"").split(b"\n\n")
-    assert json.loads(usage[6:])["usage"] == {"prompt_tokens": 10, "total_tokens": 12, "completion_tokens": 2}
+    usage, done, _ = (ending(tokens, body, num_prompt_tokens=10, num_cached=8, chat=False) or b"").split(b"\n\n")
+    counted = {"prompt_tokens": 10, "total_tokens": 12, "completion_tokens": 2}
+    assert json.loads(usage[6:])["usage"] == {**counted, "prompt_tokens_details": {"cached_tokens": 8}}
     assert done == b"data: [DONE]"
-    assert ending(tokens, {"model": "m"}, num_prompt_tokens=10, chat=False) == b"data: [DONE]\n\n"
+    assert ending(tokens, {"model": "m"}, num_prompt_tokens=10, num_cached=0, chat=False) == b"data: [DONE]\n\n"
     tokens.feed(b"data: [DONE]\n\n")
-    assert ending(tokens, {"model": "m"}, num_prompt_tokens=10, chat=False) == b""
+    assert ending(tokens, {"model": "m"}, num_prompt_tokens=10, num_cached=0, chat=False) == b""
     for chat in (True, False):
         chunk = json.loads(finished(tokens, "m", chat=chat)[6:])
         assert chunk["choices"][0]["finish_reason"] == "length" and chunk["id"] == "cmpl-1"
@@ -256,7 +257,7 @@ def test_no_usage_is_made_up_of_a_stream_that_was_not_counted() -> None:
     events = chat_event(call, [1]), chat_event({"content": ""}, [2], finish_reason="tool_calls")
     tokens = sent("chat", *events)
     assert tokens.refusal == "tool_call"
-    assert ending(tokens, body, num_prompt_tokens=10, chat=True) == b"data: [DONE]\n\n"
+    assert ending(tokens, body, num_prompt_tokens=10, num_cached=0, chat=True) == b"data: [DONE]\n\n"
 
 
 def test_reasoning_where_nothing_was_said_yet() -> None:
