@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from importlib import metadata
 
 from transport.errors import UpstreamChangedError
 from transport.upstream import loaded
 from transport.upstream.compare import problem
-from transport.upstream.names import DISTRIBUTIONS, TESTED, Borrowed
+from transport.upstream.names import DISTRIBUTIONS, OPTIONAL, TESTED, Borrowed
 
 
 def require(names: Iterable[Borrowed], user: str) -> None:
@@ -20,6 +21,8 @@ def require(names: Iterable[Borrowed], user: str) -> None:
     """
     wrong = []
     for name in of_user(names, user):
+        if name.package in OPTIONAL and importlib.util.find_spec(name.package) is None:
+            continue
         fault = problem(name, loaded.find(name.name, with_source=bool(name.holds or name.body)))
         if fault is not None:
             wrong.append(f"{name.name} of {_version(name.package)} {fault}")

@@ -8,6 +8,7 @@ from typing import Literal
 
 TESTED = {
     "lmcache": "0.5.6",
+    "mistral_common": "1.13.1",
     "nixl": "1.5.1",
     "prometheus_client": "0.24.1",
     "ray": "2.60.0",
@@ -21,6 +22,7 @@ TESTED = {
 
 DISTRIBUTIONS = {
     "lmcache": ("lmcache",),
+    "mistral_common": ("mistral-common",),
     "nixl": ("nixl-cu13", "nixl-cu12"),
     "prometheus_client": ("prometheus-client",),
     "ray": ("ray",),
@@ -31,6 +33,9 @@ DISTRIBUTIONS = {
     "zmq": ("pyzmq",),
 }
 """Names of distributions by top-level package. Several names are builds of the same sources."""
+
+OPTIONAL = frozenset({"mistral_common"})
+"""Packages whose names are checked only where they are installed: what uses them is left out elsewhere."""
 
 Platform = Literal["cpu", "cuda"]
 Process = Literal["api", "engine_core", "worker", "cache_server", "gateway", "serve_child"]

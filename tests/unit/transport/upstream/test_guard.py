@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -95,6 +96,15 @@ def test_the_guard_names_all_that_does_not_hold(upstream: Any) -> None:
     assert "make check-upstream" in message
     assert of_user(names, "transport.ab") == [names[-1]]
     require(names, "transport.other")
+
+
+def test_a_package_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its names are checked where it is installed, and where it is not nothing is asked of it."""
+    names = (Borrowed("mistral_common.made_up:gone", ("transport.a",)),)
+    for spec in (None, object()):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        with contextlib.nullcontext() if spec is None else pytest.raises(UpstreamChangedError, match="made_up:gone"):
+            require(names, "transport.a")
 
 
 @pytest.mark.parametrize(
