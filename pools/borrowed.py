@@ -7,6 +7,8 @@ names of this list checks them before it serves.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transport.upstream.names import Borrowed, Replacement, has, of
 
 _COMPAT = ("pools.engine._vllm_compat",)
@@ -121,12 +123,21 @@ VLLM = (
         has("get_async_client", "self"),
         has("get_sync_client", "self"),
         has("_async_client"),
+        has("async_get_bytes", takes="url, timeout, allow_redirects"),
+    ),
+    *of(
+        "vllm.envs",
+        _MEDIA,
+        has("VLLM_AUDIO_FETCH_TIMEOUT"),
+        has("VLLM_IMAGE_FETCH_TIMEOUT"),
+        has("VLLM_MEDIA_URL_ALLOW_REDIRECTS"),
     ),
     *of(
         "vllm.multimodal.media.connector:MediaConnector",
         _MEDIA,
         has("__init__", takes="media_io_kwargs, connection, allowed_local_media_path, allowed_media_domains"),
         has("load_from_url_async", takes="url, media_io"),
+        has("allowed_local_media_path"),
     ),
     Borrowed("vllm.multimodal.media.connector:MEDIA_CONNECTOR_REGISTRY", _MEDIA),
     Borrowed("vllm.utils.registry:ExtensionManager.register", _MEDIA, takes="name"),
@@ -344,11 +355,26 @@ LMCACHE = (
     Borrowed("lmcache.logging:init_logger", _CACHE_SERVER),
 )
 
+MISTRAL = (
+    *of(
+        "mistral_common.tokens.tokenizers.image",
+        _MEDIA,
+        has("download_image", "url, timeout"),
+        has("image_from_chunk", holds=("return download_image(url=url, timeout=None)",)),
+    ),
+    *of(
+        "mistral_common.tokens.tokenizers.audio:Audio",
+        _MEDIA,
+        has("from_url", "url, strict, timeout"),
+        has("from_bytes", "audio_bytes, strict"),
+    ),
+)
+
 STARLETTE = (Borrowed("starlette.routing:compile_path", _EDGE, takes="path"),)
 
 PAGES = (Borrowed("prometheus_client.metrics:MetricWrapperBase._labelnames", ("disagg.pages.metrics",)),)
 
-BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *ARGUMENTS, *UVICORN, *RAY, *LMCACHE, *STARLETTE, *PAGES)
+BORROWED: tuple[Borrowed, ...] = (*VLLM, *RENDERER, *ARGUMENTS, *UVICORN, *RAY, *LMCACHE, *MISTRAL, *STARLETTE, *PAGES)
 """All of it, by package."""
 
 ADD_REQUEST = Replacement(
@@ -399,5 +425,30 @@ MAIN_LOOP = Replacement(
     way_out="LMCache refuses such a message and goes on",
 )
 
-REPLACED: tuple[Replacement, ...] = (ADD_REQUEST, REJECTED, HTTP_PROTOCOL, SERVE_SHUTDOWN, MAIN_LOOP)
+MISTRAL_IMAGE = Replacement(
+    name="mistral_common.tokens.tokenizers.image:download_image",
+    by="pools.engine.vllm_media:_image_by",
+    processes=frozenset({"api", "gateway"}),
+    platforms=frozenset({"cpu", "cuda"}),
+    why="it asks any host that a request names, and follows every redirect; vLLM has fetched the same image before",
+    source="mistral_common 1.13 `image.py`; vLLM 0.32 `renderers/mistral.py` gives it the messages as they came",
+    way_out="vLLM gives the tokeniser what its own client has fetched",
+)
+MISTRAL_AUDIO = replace(
+    MISTRAL_IMAGE,
+    name="mistral_common.tokens.tokenizers.audio:Audio.from_url",
+    by="pools.engine.vllm_media:_audio_by",
+    why="as for images",
+    source="mistral_common 1.13 `tokens/tokenizers/audio.py`; vLLM 0.32 `renderers/mistral.py`",
+)
+
+REPLACED: tuple[Replacement, ...] = (
+    ADD_REQUEST,
+    REJECTED,
+    HTTP_PROTOCOL,
+    SERVE_SHUTDOWN,
+    MAIN_LOOP,
+    MISTRAL_IMAGE,
+    MISTRAL_AUDIO,
+)
 """Everything outside vLLM's own processes, and on the engine object of a replica."""

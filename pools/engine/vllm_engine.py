@@ -82,7 +82,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         try:
-            vllm_media.install()
+            vllm_media.install(self._arguments.get("allowed_media_domains"))
             engine_args, namespace = split_args(self._arguments)
             self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger])
             self._cached = CachedTokens(self._llm.output_processor)
