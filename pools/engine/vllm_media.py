@@ -221,9 +221,10 @@ def _fetched(url: str, allowed_hosts: tuple[str, ...], timeout_s: float) -> byte
     async def fetch() -> bytes:
         connection = GuardedConnection(allowed_hosts)
         try:
-            return await connection.async_get_bytes(
+            fetched: bytes = await connection.async_get_bytes(
                 url, timeout=timeout_s, allow_redirects=envs.VLLM_MEDIA_URL_ALLOW_REDIRECTS
             )
+            return fetched
         finally:
             if connection._async_client is not None:
                 await connection._async_client.close()
