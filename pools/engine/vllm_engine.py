@@ -82,9 +82,10 @@ class VllmEngine:
 
     async def start(self) -> None:
         try:
-            vllm_media.install(self._arguments.get("allowed_media_domains"))
+            vllm_media.install()
             engine_args, namespace = split_args(self._arguments)
             self._llm = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger])
+            vllm_media.guard_tokenizers(self._arguments.get("allowed_media_domains"))
             self._cached = CachedTokens(self._llm.output_processor)
             self._guard_admissions(self._llm)
             self._app = self._handoffs.watch(await vllm_app(self._llm, namespace))

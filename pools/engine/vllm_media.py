@@ -46,14 +46,21 @@ class RefusedHostError(RuntimeError):
     """A URL, or a redirect from it, leads to a host that is not asked."""
 
 
-def install(allowed_media_domains: Sequence[str] | None = None) -> None:
-    """Let vLLM fetch media through this module in this process, unless its environment names another client.
+def install() -> None:
+    """Let vLLM fetch media through this module in this process, unless its environment names another client."""
+    MEDIA_CONNECTOR_REGISTRY.register(NAME)(GuardedMediaConnector)
+    os.environ.setdefault(_VARIABLE, NAME)
+
+
+def guard_tokenizers(allowed_media_domains: Sequence[str] | None) -> None:
+    """Let the tokenisers of `mistral_common` in this process fetch media by the same rules, after `install`.
+
+    A process that is forked from this one would have it, too, and fetches nothing: call it when EngineCore is there.
 
     Args:
         allowed_media_domains: the hosts that may be asked, as vLLM gets them; None or empty for all public addresses.
     """
-    MEDIA_CONNECTOR_REGISTRY.register(NAME)(GuardedMediaConnector)
-    if os.environ.setdefault(_VARIABLE, NAME) == NAME and importlib.util.find_spec("mistral_common") is not None:
+    if os.environ.get(_VARIABLE) == NAME and importlib.util.find_spec("mistral_common") is not None:
         _guard_mistral(tuple(allowed_media_domains or ()))
 
 
@@ -192,7 +199,7 @@ class GuardedMediaConnector(MediaConnector):
 
 
 def _guard_mistral(allowed_hosts: tuple[str, ...]) -> None:
-    """Let the tokenisers of `mistral_common` fetch media by the same rules. They run in a thread, without a loop."""
+    # The tokenisers run in a thread, without a loop.
     replace(MISTRAL_IMAGE, functools.partial(_image_by, allowed_hosts=allowed_hosts))
     replace(MISTRAL_AUDIO, functools.partial(_audio_by, allowed_hosts=allowed_hosts))
 

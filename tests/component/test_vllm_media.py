@@ -260,6 +260,7 @@ def told_by_mistral(url: str) -> str:
 async def test_mistral_asks_no_private_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokenisers fetch by the same rules, redirects and names included, and what is refused is a ValueError."""
     vllm_media.install()
+    vllm_media.guard_tokenizers(None)
     async with serving() as public, serving() as private:
         url = f"http://127.0.0.1:{private.port}/a.png"
         for refused in (url, f"http://localhost:{private.port}/a.png"):
@@ -276,7 +277,8 @@ async def test_mistral_asks_no_private_host(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("mistral")
 async def test_mistral_asks_named_hosts() -> None:
     """It gets an image from them, and from no others."""
-    vllm_media.install(["localhost"])
+    vllm_media.install()
+    vllm_media.guard_tokenizers(["localhost"])
     async with serving() as server:
         picture = BytesIO()
         Image.new("RGB", (3, 2)).save(picture, "PNG")

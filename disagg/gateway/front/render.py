@@ -89,7 +89,8 @@ class VllmRenderer:
         from pools.engine import vllm_media
         from pools.engine._vllm_compat import split_args
 
-        vllm_media.install(arguments.get("allowed_media_domains"))
+        vllm_media.install()
+        vllm_media.guard_tokenizers(arguments.get("allowed_media_domains"))
         require(BORROWED, "disagg.gateway.front.render")
         left_out = {"kv_transfer_config", "worker_extension_cls", "distributed_executor_backend"}
         engine_args, args = split_args({k: v for k, v in arguments.items() if k not in left_out})
