@@ -145,3 +145,9 @@ NO_ENCODER_DECODER = Known(
     "Encoder-decoder models are not currently supported with KV connectors",
 )
 """Source: vLLM 0.32 `Scheduler.__init__`."""
+
+NIXL_LAYOUTS = on_both(
+    cpu={"mla_attention": MLA_ON_CPU, "short_conv": NO_CONVOLUTION_OVER_NIXL, "cross_attention": NO_ENCODER_DECODER},
+    cuda={"short_conv": NO_CONVOLUTION_OVER_NIXL, "cross_attention": NO_ENCODER_DECODER},
+)
+"""What is known of NIXL, which moves the same KV whichever engine begins."""

@@ -146,14 +146,11 @@ def num_replicas(application: Mapping[str, Any]) -> dict[str, int]:
 
 def controller_env(data: Mapping[str, Any]) -> dict[str, str]:
     """Environment variables that the file gives to Serve's controller, and with it to HAProxy and replicas."""
-    env: Any = data
-    for key in ("controller_options", "runtime_env", "env_vars"):
-        env = env.get(key) if isinstance(env, dict) else None
-    return {str(key): str(value) for key, value in env.items()} if isinstance(env, dict) else {}
+    return application_env(options) if isinstance(options := data.get("controller_options"), dict) else {}
 
 
 def application_env(application: Mapping[str, Any]) -> dict[str, str]:
-    """Environment variables that the file gives to every replica of the application."""
+    """Environment variables of a `runtime_env`: of an application they reach each of its replicas."""
     env: Any = application
     for key in ("runtime_env", "env_vars"):
         env = env.get(key) if isinstance(env, dict) else None

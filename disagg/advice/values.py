@@ -33,6 +33,7 @@ TIME_LIMIT_S = 120.0
 
 _LOOK_S = 0.2
 _LAST = 19
+"""The niceness of what may take all the time that others leave."""
 
 Ask = Callable[[Question, Mapping[str, str]], Answer | str]
 """Puts a question to vLLM, with the environment of an engine. Text says why there is no answer."""
@@ -85,7 +86,8 @@ def ask_vllm(
 
     Args:
         command: the process; the name of the file for its answer is added.
-        given_up: asked several times a second; True ends the process, which then works behind all others.
+        given_up: asked several times a second; True ends the process. A process that may be given up works behind all
+            others.
     """
     with tempfile.TemporaryDirectory(prefix="disagg-check-") as directory:
         file = Path(directory) / "answer.json"
@@ -124,12 +126,10 @@ def _communicate(
     Raises:
         TimeoutExpired: it took longer.
     """
-    if given_up is None:
-        return process.communicate(question, timeout=time_limit_s)[1]
     deadline, rest = time.monotonic() + time_limit_s, question
-    while not given_up():
+    while given_up is None or not given_up():
         try:
-            return process.communicate(rest or None, timeout=_LOOK_S)[1]
+            return process.communicate(rest or None, timeout=min(_LOOK_S, time_limit_s))[1]
         except subprocess.TimeoutExpired:
             rest = b""  # it is on its way
             if time.monotonic() > deadline:

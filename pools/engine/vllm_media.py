@@ -61,7 +61,10 @@ def guard_tokenizers(allowed_media_domains: Sequence[str] | None) -> None:
         allowed_media_domains: the hosts that may be asked, as vLLM gets them; None or empty for all public addresses.
     """
     if os.environ.get(_VARIABLE) == NAME and importlib.util.find_spec("mistral_common") is not None:
-        _guard_mistral(tuple(allowed_media_domains or ()))
+        # The tokenisers run in a thread, without a loop.
+        allowed_hosts = tuple(allowed_media_domains or ())
+        replace(MISTRAL_IMAGE, functools.partial(_image_by, allowed_hosts=allowed_hosts))
+        replace(MISTRAL_AUDIO, functools.partial(_audio_by, allowed_hosts=allowed_hosts))
 
 
 def is_public(address: str) -> bool:
@@ -196,12 +199,6 @@ class GuardedMediaConnector(MediaConnector):
 
     def _invalid(self, url: str, why: str, cause: Exception | None = None) -> NoReturn:
         raise VLLMValidationError(why, parameter="url", value=url[:200]) from cause
-
-
-def _guard_mistral(allowed_hosts: tuple[str, ...]) -> None:
-    # The tokenisers run in a thread, without a loop.
-    replace(MISTRAL_IMAGE, functools.partial(_image_by, allowed_hosts=allowed_hosts))
-    replace(MISTRAL_AUDIO, functools.partial(_audio_by, allowed_hosts=allowed_hosts))
 
 
 def _image_by(theirs: Callable[..., Any], *, allowed_hosts: tuple[str, ...]) -> Callable[..., Any]:

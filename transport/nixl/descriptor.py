@@ -14,7 +14,7 @@ from transport.config import NixlConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
 from transport.handoff_params import HANDOFF_ID
-from transport.kv_layouts import MLA_ON_CPU, NO_CONVOLUTION_OVER_NIXL, NO_ENCODER_DECODER, Layouts, on_both
+from transport.kv_layouts import NIXL_LAYOUTS, Layouts
 
 _NO_STAGES = Limit("NIXL in pull mode cannot hand their KV off from an engine in pipeline stages", refused=True)
 """Source: vLLM 0.32 `NixlBaseConnectorWorker.__init__`."""
@@ -46,14 +46,7 @@ class Nixl:
         "prefill_pipeline_sliding_window": _NO_STAGES,
         "prefill_pipeline_mamba": _NO_STAGES,
     }
-    layouts: ClassVar[Layouts] = on_both(
-        cpu={
-            "mla_attention": MLA_ON_CPU,
-            "short_conv": NO_CONVOLUTION_OVER_NIXL,
-            "cross_attention": NO_ENCODER_DECODER,
-        },
-        cuda={"short_conv": NO_CONVOLUTION_OVER_NIXL, "cross_attention": NO_ENCODER_DECODER},
-    )
+    layouts: ClassVar[Layouts] = NIXL_LAYOUTS
 
     @property
     def kv_lease_duration_s(self) -> int:

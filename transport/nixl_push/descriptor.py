@@ -15,7 +15,7 @@ from transport.config import NixlConfig
 from transport.descriptor import Feature, Legs, Limit, Listener, Statistics
 from transport.facts import KV_ROLES, EngineFacts, Platform
 from transport.handoff_params import HANDOFF_ID, REMOTE_PREFILL
-from transport.kv_layouts import MLA_ON_CPU, NO_CONVOLUTION_OVER_NIXL, NO_ENCODER_DECODER, Layouts, on_both
+from transport.kv_layouts import NIXL_LAYOUTS, Layouts
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,7 @@ class NixlPush:
         ),
         "tensor_parallel": Limit("NIXL push between engines of several ranks is untested", refused=False),
     }
-    layouts: ClassVar[Layouts] = on_both(
-        cpu={
-            "mla_attention": MLA_ON_CPU,
-            "short_conv": NO_CONVOLUTION_OVER_NIXL,
-            "cross_attention": NO_ENCODER_DECODER,
-        },
-        cuda={"short_conv": NO_CONVOLUTION_OVER_NIXL, "cross_attention": NO_ENCODER_DECODER},
-    )
+    layouts: ClassVar[Layouts] = NIXL_LAYOUTS
 
     @property
     def kv_lease_duration_s(self) -> int:
